@@ -1,0 +1,119 @@
+"""CLIP-CID's cluster-level distillation (arXiv 2408.09441; papers.md 1.3).
+
+W (k, d) is a fully connected layer that starts as the cluster centres. Omega is the batch's positive centres
+plus a random fraction r of the others (PartialFC, arXiv 2203.15565). With s_i, t_i the student's and the
+teacher's unit-norm image embeddings and y_i the sample's cluster:
+
+    L_CD      = -(1/b) sum_i log( exp(g w_yi.s_i) / sum_{j in Omega} exp(g w_j.s_i) )
+    L_KL      = (1/b) sum_i KL( softmax_Omega(W t_i / tau) || softmax_Omega(W s_i / tau) )
+    L_cluster = (1 - alpha) L_CD + alpha L_KL      reading "convex"   (reconstruction)
+              =             L_CD + alpha L_KL      reading "additive" (reconstruction)
+
+The paper gives alpha = 0.999; L_KL's form, g, tau and r are reconstructions or not known.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mclip.losses.contrastive import check_pair, similarity
+
+
+class ClusterLoss(nn.Module):
+    """L_cluster of the module's docstring; owns W and, where the student's width is not d, its projection.
+
+    Parameters
+    ----------
+    centres : (k, d), unit norm; W's first value. Anything else makes training collapse, says the paper.
+    sample_rate : r in (0, 1]; 1 uses all centres. In `eval()` all centres are used, nothing is drawn.
+    alpha : weight of L_KL, 0..1
+    reading : "convex" | "additive"
+    scale : g of L_CD
+    tau : temperature of L_KL; None: 1 / scale, so that both terms look at the same logits
+    student_dim : the student's width; where it differs from d a learned linear map (no bias) takes the
+        student's embedding to d, and the result is normalised again
+    normalise : keep W's rows at unit norm in the product (PartialFC does); False takes the formula by the
+        letter: rows start at unit norm and may then grow
+    teacher_grad : let L_KL's target W t_i carry gradient into W; False: it is a fixed target, so that
+        flattening W is no way to make both sides alike
+    seed : of the generator that draws Omega; its state is part of state_dict(): a resumed run draws the same
+    """
+
+    def __init__(self, centres: Tensor, sample_rate: float = 0.1, alpha: float = 0.999,
+                 reading: str = "convex", scale: float = 20.0, *, tau: float | None = None,
+                 student_dim: int | None = None, normalise: bool = False, teacher_grad: bool = False,
+                 seed: int = 0):
+        super().__init__()
+        centres = torch.as_tensor(centres)
+        if centres.ndim != 2 or 0 in centres.shape:
+            raise ValueError(f"centres: expected shape (clusters, width), found {tuple(centres.shape)}")
+        if not 0 < sample_rate <= 1:
+            raise ValueError(f"sample_rate: expected a number above 0 and at most 1, found {sample_rate}")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha: expected a number from 0 to 1, found {alpha}")
+        if reading not in ("convex", "additive"):
+            raise ValueError(f"reading: expected 'convex' or 'additive', found {reading!r}")
+        if scale <= 0 or (tau is not None and tau <= 0):
+            raise ValueError(f"scale and tau must be above 0, found scale {scale}, tau {tau}")
+        self.weight = nn.Parameter(centres.detach().clone())
+        width = centres.shape[1]
+        self.project = None if student_dim in (None, width) else nn.Linear(student_dim, width, bias=False)
+        self.sample_rate, self.alpha, self.reading = sample_rate, alpha, reading
+        self.scale, self.tau = scale, 1 / scale if tau is None else tau
+        self.normalise, self.teacher_grad = normalise, teacher_grad
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, image: Tensor, teacher_image: Tensor, labels: Tensor) -> Tensor:
+        """image (b, d or student_dim), teacher_image (b, d), both unit norm; labels (b,) int64 in 0..k-1."""
+        self._check_labels(labels, len(image))
+        if self.project is not None:
+            if image.ndim != 2 or image.shape[1] != self.project.in_features:
+                raise ValueError(f"image: expected width student_dim = {self.project.in_features}, "
+                                 f"found {tuple(image.shape)}")
+            image = F.normalize(self.project(image), dim=1)
+        check_pair(image, teacher_image, ("image", "teacher_image"))
+        if image.shape[1] != self.weight.shape[1]:
+            raise ValueError(f"image is {image.shape[1]} wide, the cluster centres {self.weight.shape[1]}: "
+                             "give student_dim so that the student is projected")
+        omega = self.sample(labels)
+        w = self.weight if omega is None else self.weight[omega]
+        w = F.normalize(w, dim=1) if self.normalise else w
+        position = labels if omega is None else torch.searchsorted(omega, labels)
+
+        student = similarity(image, w, 1.0)
+        teacher = similarity(teacher_image.detach(), w if self.teacher_grad else w.detach(), 1.0)
+        discrimination = F.cross_entropy(self.scale * student, position)
+        distribution = F.kl_div(F.log_softmax(student / self.tau, 1), F.log_softmax(teacher / self.tau, 1),
+                                reduction="batchmean", log_target=True)
+        weight = 1 - self.alpha if self.reading == "convex" else 1.0
+        return weight * discrimination + self.alpha * distribution
+
+    def sample(self, labels: Tensor) -> Tensor | None:
+        """Omega as sorted cluster indices: every positive, and round(r * others) of the others; None: all."""
+        if self.sample_rate == 1 or not self.training:
+            return None
+        clusters = len(self.weight)
+        positive = labels.unique().cpu()
+        # every cluster draws a number; positives are always in, of the others the largest numbers win
+        draw = torch.rand(clusters, generator=self.generator)
+        draw[positive] = 2.0
+        count = len(positive) + round(self.sample_rate * (clusters - len(positive)))
+        return draw.topk(count).indices.sort().values.to(labels.device)
+
+    def get_extra_state(self) -> Tensor:
+        return self.generator.get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.generator.set_state(state.cpu())
+
+    def _check_labels(self, labels: Tensor, size: int) -> None:
+        if size == 0:
+            raise ValueError("image: the batch is empty")
+        if labels.shape != (size,) or labels.dtype != torch.int64:
+            raise ValueError(f"labels: expected shape ({size},) int64, "
+                             f"found {tuple(labels.shape)} {labels.dtype}")
+        low, high = (int(v) for v in labels.aminmax())
+        if low < 0 or high >= len(self.weight):
+            bad = low if low < 0 else high
+            raise ValueError(f"labels: cluster {bad} is out of range, there are {len(self.weight)} centres "
+                             f"(0 to {len(self.weight) - 1}); are labels and centres of one `cluster` run?")

@@ -1,0 +1,29 @@
+"""CLIP-CID's instance-level distillation (arXiv 2408.09441; papers.md 1.4): NCE across modalities and models.
+
+    L_inst = beta NCE(teacher image, student text) + (1 - beta) NCE(student image, teacher text)
+
+The paper gives beta = 0.5; on which of the two terms it stands is a reconstruction (at 0.5 it is the same).
+"""
+
+from torch import Tensor
+
+from mclip.losses.contrastive import nce
+
+
+def instance_loss(image: Tensor, text: Tensor, teacher_image: Tensor, teacher_text: Tensor,
+                  logit_scale: Tensor | float, beta: float = 0.5, *, ids: Tensor | None = None) -> Tensor:
+    """L_inst of the module's docstring.
+
+    Parameters
+    ----------
+    image, text : (b, d), the student's, unit norm
+    teacher_image, teacher_text : (b, d), the teacher's, unit norm, as wide as the student's; no gradient
+    logit_scale : scalar, already exponentiated: the student's
+    beta : 0..1
+    ids : (b,) int64 or None; samples with equal ids are not each other's negatives (see `clip_loss`)
+    """
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta: expected a number from 0 to 1, found {beta}")
+    from_image = nce(teacher_image.detach(), text, logit_scale, ids=ids, names=("teacher_image", "text"))
+    from_text = nce(image, teacher_text.detach(), logit_scale, ids=ids, names=("image", "teacher_text"))
+    return beta * from_image + (1 - beta) * from_text
