@@ -1,0 +1,1 @@
+"""Pairs, evaluation sets and the packages they come from."""

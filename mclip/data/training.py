@@ -1,0 +1,354 @@
+"""What a training step sees: pictures (one stored view each), captions, and what teachers said of them.
+
+A `TrainingSet` ties together what the stages wrote, shard by shard: the pairs, which of them `balance` kept, cluster
+labels, teacher embeddings, the reinforced set. Two loaders give the same batches' content from it:
+
+- `CachedLoader`: every view decoded and augmented once into a memory-mapped uint8 file under data/cache, shared by
+  all recipes and seeds; for sets that fit on a local disk. Batches are a function of (seed, step): resuming is exact.
+- `StreamedLoader`: shards are read, decoded and augmented as they come; for sets that don't.
+
+A batch is a dict of tensors: image (b, 3, s, s) uint8; tokens (b, context), ids (b,) int64 (equal captions have equal
+ids); with synthetic captions syn_tokens, syn_ids; with a teacher label (b,), teacher_image and teacher_text (b, d);
+with a reinforced set ensemble_image, ensemble_text, ensemble_syn (b, D).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from .. import balance, cluster, embed
+from ..progress import bar
+from . import augment, reinforced, shards
+
+Tokenizer = Callable[[list[str]], torch.Tensor]
+SHUFFLE_BUFFER = 2000
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Where the parts are. `teacher` names a folder of `embeddings`; None where a recipe needs no teacher."""
+
+    pairs_kind: str  # all | kept | reinforced
+    image_px: int  # side of the student's input
+    teacher: str | None = None
+    synthetic: bool = False
+    light_scale_min: float = 0.9
+    light_views: int = 4
+    seed: int = 0  # of the light augmentations
+    pairs: str = "data/pairs"
+    balance: str = "data/balance"
+    clusters: str = "data/clusters"
+    embeddings: str = "data/embeddings"
+    reinforced: str = "data/reinforced"
+    cache: str = "data/cache"
+
+
+@dataclass
+class Side:
+    """All but the pixels, of n samples; row[i] is sample i's row in the pixel cache."""
+
+    row: np.ndarray
+    keys: list[str]
+    captions: list[str]
+    arrays: dict[str, torch.Tensor]
+    syn_text: list[list[str]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def caption_id(caption: str) -> int:
+    """A 63-bit id that equal captions share."""
+    return int.from_bytes(hashlib.sha1(caption.encode()).digest()[:8], "big") >> 1
+
+
+def read_captions(pairs: str, indices: list[int] | None = None) -> tuple[list[str], list[str]]:
+    """Keys and captions of the pairs' shards, in manifest order."""
+    rows = [(s.key, s.caption) for s in shards.iter_samples(pairs, shards=indices)]
+    return [k for k, _ in rows], [c for _, c in rows]
+
+
+def load_side(spec: TrainingSet, indices: list[int] | None = None) -> Side:
+    """Everything but the pixels, of some shards (None: all), in memory.
+
+    Raises FileNotFoundError naming the stage to run, ValueError where the parts do not fit together.
+    """
+    manifest = shards.read_manifest(spec.pairs)
+    indices = list(range(len(manifest["shards"]))) if indices is None else indices
+    arrays: dict[str, torch.Tensor] = {}
+    syn_text = None
+    if spec.pairs_kind == "reinforced":
+        parts = [reinforced.read_shard(spec.reinforced, i) for i in indices]
+        keys = [k for p in parts for k in p.keys]
+        captions = [c for p in parts for c in p.captions]
+        syn_text = [s for p in parts for s in p.syn_text]
+        arrays["ensemble_image"] = torch.cat([p.image_emb for p in parts])
+        arrays["ensemble_texts"] = torch.cat([p.text_emb for p in parts])
+        row = np.arange(len(keys))
+    else:
+        keys, captions = read_captions(spec.pairs, indices)
+        row = np.arange(len(keys))
+        if spec.pairs_kind == "kept":
+            balanced = balance.read(spec.balance)
+            kept = set(balanced.keys[balanced.keep])
+            row = np.asarray([i for i, k in enumerate(keys) if k in kept], dtype=np.int64)
+            keys, captions = [keys[i] for i in row], [captions[i] for i in row]
+    if not keys and len(indices) == len(manifest["shards"]):
+        raise ValueError(f"no pair to train on ({spec.pairs_kind} pairs of {spec.pairs})")
+    if spec.teacher is not None:
+        arrays |= _teacher_arrays(spec, keys)
+    return Side(row=row, keys=keys, captions=captions, arrays=arrays, syn_text=syn_text)
+
+
+def _teacher_arrays(spec: TrainingSet, keys: list[str]) -> dict[str, torch.Tensor]:
+    """Cluster label and the teacher's embeddings of each key's picture and caption."""
+    clusters = cluster.read(spec.clusters)
+    label_of = pd.Series(clusters.labels, index=clusters.keys)
+    if missing := [k for k in keys if k not in label_of.index]:
+        raise ValueError(f"{spec.clusters}: no cluster label for {len(missing)} pairs, the first is {missing[0]}; "
+                         "run `dvc repro cluster`")
+    table = embed.load(Path(spec.embeddings) / spec.teacher)
+    position = pd.Series(np.arange(len(table.keys)), index=table.keys)
+    rows = position.loc[keys].to_numpy()
+    return {
+        "label": torch.from_numpy(label_of.loc[keys].to_numpy().astype(np.int64)),
+        "teacher_image": torch.from_numpy(np.asarray(table.image[rows])),
+        "teacher_text": torch.from_numpy(np.asarray(table.text[rows])),
+    }
+
+
+def add_tokens(side: Side, tokenizer: Tokenizer, *, synthetic: bool) -> None:
+    """Tokenise the captions, each distinct one once, into `tokens`, `ids` (and `syn_tokens`, `syn_ids`)."""
+    lists = {"": [[c] for c in side.captions]}
+    if synthetic:
+        if not side.syn_text or not side.syn_text[0]:
+            raise ValueError("synthetic captions wanted, but the reinforced set has none (reinforce.n_syn)")
+        lists["syn_"] = side.syn_text
+    for prefix, texts in lists.items():
+        distinct = sorted({t for group in texts for t in group})
+        index = {t: i for i, t in enumerate(distinct)}
+        tokens = torch.cat([tokenizer(distinct[i : i + 4096]) for i in range(0, len(distinct), 4096)])
+        where = torch.tensor([[index[t] for t in group] for group in texts])
+        ids = torch.tensor([caption_id(t) for t in distinct])
+        side.arrays[f"{prefix}tokens"] = tokens.to(torch.int32)[where]
+        side.arrays[f"{prefix}ids"] = ids[where]
+
+
+def select(side: Side, rows: np.ndarray, view: np.ndarray, rng: np.random.Generator,
+           teacher_slice: list[int] | None) -> dict[str, torch.Tensor]:
+    """The side of one batch: for each row its arrays, the embedding of the drawn view, one synthetic caption.
+
+    `teacher_slice`: where the teacher is one of the ensemble, its slice; then teacher_image is its embedding of the
+    augmented picture rather than of the plain one.
+    """
+    a, at, v = side.arrays, torch.from_numpy(rows), torch.from_numpy(view)
+    batch = {"tokens": a["tokens"][at, 0].long(), "ids": a["ids"][at, 0]}
+    for name in ("label", "teacher_image", "teacher_text"):
+        if name in a:
+            batch[name] = a[name][at] if name == "label" else a[name][at].float()
+    if "ensemble_image" in a:
+        batch["ensemble_image"] = a["ensemble_image"][at, v].float()
+        batch["ensemble_text"] = a["ensemble_texts"][at, 0].float()
+        if teacher_slice is not None and "teacher_image" in a:
+            batch["teacher_image"] = batch["ensemble_image"][:, slice(*teacher_slice)]
+    if "syn_tokens" in a:
+        pick = torch.from_numpy(rng.integers(a["syn_tokens"].shape[1], size=len(rows)))
+        batch["syn_tokens"] = a["syn_tokens"][at, pick].long()
+        batch["syn_ids"] = a["syn_ids"][at, pick]
+        batch["ensemble_syn"] = a["ensemble_texts"][at, 1 + pick].float()
+    return batch
+
+
+# --- pixels -----------------------------------------------------------------------------------------------------
+
+
+def views_of(sample: shards.Sample, rows: np.ndarray, view_px: int, image_px: int) -> np.ndarray:
+    """The stored views of a sample at the student's size: (n, 3, image_px, image_px) uint8."""
+    image = shards.decode(sample)
+    pictures = [augment.replay(image, row, view_px) for row in rows]
+    if view_px != image_px:
+        pictures = [p.resize((image_px, image_px), augment.Image.Resampling.BICUBIC) for p in pictures]
+    return np.stack([np.asarray(p) for p in pictures]).transpose(0, 3, 1, 2)
+
+
+def light_rows(key: str, size: tuple[int, int], spec: TrainingSet) -> np.ndarray:
+    """CLIP's own augmentation, a RandomResizedCrop of at least light_scale_min of the area, light_views times."""
+    return augment.draw(key, size, spec.light_views, image_px=spec.image_px, seed=spec.seed,
+                        scale_min=spec.light_scale_min, ops=0)
+
+
+class _Decode(Dataset):
+    """Item i: the views of the i-th shard's samples."""
+
+    def __init__(self, spec: TrainingSet):
+        self.spec = spec
+        self.count = len(shards.read_manifest(spec.pairs)["shards"])
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        found = [v for _, v in shard_views(self.spec, index)]
+        return np.stack(found) if found else np.zeros((0, 1, 3, self.spec.image_px, self.spec.image_px), np.uint8)
+
+
+def shard_views(spec: TrainingSet, index: int) -> Iterator[tuple[str, np.ndarray]]:
+    """(key, views) of every sample of a shard that the set has pixels of: all, or those reinforced."""
+    if spec.pairs_kind == "reinforced":
+        stored = reinforced.read_shard(spec.reinforced, index)
+        view_px = reinforced.read_meta(spec.reinforced)["settings"]["image_px"]
+        rows = dict(zip(stored.keys, stored.augment, strict=True))
+        for sample in shards.iter_samples(spec.pairs, shards=[index]):
+            if sample.key in rows:
+                yield sample.key, views_of(sample, rows[sample.key], view_px, spec.image_px)
+    else:
+        for sample in shards.iter_samples(spec.pairs, shards=[index]):
+            image_size = shards.decode(sample).size
+            yield sample.key, views_of(sample, light_rows(sample.key, image_size, spec), spec.image_px, spec.image_px)
+
+
+def pixel_cache(spec: TrainingSet, *, workers: int = 2) -> np.ndarray:
+    """Every view decoded once: (n, views, 3, s, s) uint8, memory-mapped; built when it isn't there.
+
+    For `all` and `kept` pairs it holds all pairs (Side.row picks), for `reinforced` the reinforced ones.
+    """
+    manifest = json.dumps(shards.read_manifest(spec.pairs), sort_keys=True)
+    kind = "reinforced" if spec.pairs_kind == "reinforced" else "light"
+    made_of = [manifest, kind, spec.image_px]
+    if kind == "reinforced":
+        made_of.append(reinforced.read_meta(spec.reinforced))
+    else:
+        made_of += [spec.light_scale_min, spec.light_views, spec.seed]
+    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+    path = Path(spec.cache) / f"pixels-{kind}-{digest}.npy"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _build_cache(spec, path, workers)
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _build_cache(spec: TrainingSet, path: Path, workers: int) -> None:
+    if spec.pairs_kind == "reinforced":
+        counts = [len(reinforced.read_shard(spec.reinforced, i).keys)
+                  for i in range(len(shards.read_manifest(spec.pairs)["shards"]))]
+        n_views = reinforced.read_meta(spec.reinforced)["settings"]["n_aug"]
+    else:
+        counts = [s["samples"] for s in shards.read_manifest(spec.pairs)["shards"]]
+        n_views = spec.light_views
+    part = path.with_suffix(f".{os.getpid()}.part")
+    shape = (sum(counts), n_views, 3, spec.image_px, spec.image_px)
+    pixels = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
+    at = 0
+    loader = DataLoader(_Decode(spec), batch_size=None, num_workers=workers)
+    with bar(desc="decode and augment", unit="pair", total=shape[0]) as progress:
+        for views in loader:
+            pixels[at : at + len(views)] = views
+            at += len(views)
+            progress.update(len(views))
+    if at != shape[0]:
+        part.unlink()
+        raise ValueError(f"{spec.pairs}: {at} readable pairs, the manifest says {shape[0]}: run `dvc repro data`")
+    pixels.flush()
+    os.replace(part, path)
+
+
+# --- loaders ----------------------------------------------------------------------------------------------------
+
+
+class CachedLoader:
+    """Batches of a set whose pixels are cached; batch `step` is a function of (seed, step).
+
+    A global batch is cut into `world` equal parts, one a rank, so the samples of a step don't depend on `world`.
+    """
+
+    def __init__(self, side: Side, pixels: np.ndarray, batch_size: int, *, seed: int, rank: int = 0, world: int = 1,
+                 teacher_slice: list[int] | None = None):
+        if batch_size > len(side):
+            raise ValueError(f"distill.train.batch_size {batch_size} is more than the {len(side)} pairs there are")
+        self.side, self.pixels, self.batch_size, self.seed = side, pixels, batch_size, seed
+        self.rank, self.world, self.teacher_slice = rank, world, teacher_slice
+
+    def batch(self, step: int) -> dict[str, torch.Tensor]:
+        """The batch of a step (0-based)."""
+        per_epoch = len(self.side) // self.batch_size
+        epoch, at = divmod(step, per_epoch)
+        order = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.side))
+        rng = np.random.default_rng([self.seed, 2, step])
+        rows = order[at * self.batch_size : (at + 1) * self.batch_size]
+        view = rng.integers(self.pixels.shape[1], size=len(rows))
+        share = slice(self.rank, None, self.world)
+        rows, view = rows[share], view[share]
+        batch = select(self.side, rows, view, np.random.default_rng([self.seed, 3, step, self.rank]),
+                       self.teacher_slice)
+        batch["image"] = torch.from_numpy(self.pixels[self.side.row[rows], view])
+        return batch
+
+
+class _Stream(IterableDataset):
+    """One sample after another from shuffled shards, through a shuffle buffer; endless."""
+
+    def __init__(self, spec: TrainingSet, tokenizer: Tokenizer, seed: int, rank: int, world: int,
+                 teacher_slice: list[int] | None):
+        self.spec, self.tokenizer, self.seed = spec, tokenizer, seed
+        self.rank, self.world, self.teacher_slice = rank, world, teacher_slice
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        info = torch.utils.data.get_worker_info()
+        workers, worker = (info.num_workers, info.id) if info else (1, 0)
+        mine, parts = self.rank * workers + worker, self.world * workers
+        count = len(shards.read_manifest(self.spec.pairs)["shards"])
+        rng = np.random.default_rng([self.seed, 4, mine])
+        epoch = 0
+        buffer: list[dict[str, torch.Tensor]] = []
+        while True:
+            order = np.random.default_rng([self.seed, 1, epoch]).permutation(count)
+            # with fewer shards than workers everybody reads everything, each in an order of its own
+            for index in order[mine::parts] if count >= parts else rng.permutation(count):
+                for item in self._shard(int(index), rng):
+                    if len(buffer) < SHUFFLE_BUFFER:
+                        buffer.append(item)
+                        continue
+                    at = int(rng.integers(len(buffer)))
+                    item, buffer[at] = buffer[at], item
+                    yield item
+            if len(buffer) < SHUFFLE_BUFFER:  # a small set: it goes round the buffer once an epoch
+                rng.shuffle(buffer)
+                yield from buffer
+                buffer = []
+            epoch += 1
+
+    def _shard(self, index: int, rng: np.random.Generator) -> Iterator[dict[str, torch.Tensor]]:
+        side = load_side(self.spec, [index])
+        if not len(side):
+            return
+        add_tokens(side, self.tokenizer, synthetic=self.spec.synthetic)
+        at = {key: i for i, key in enumerate(side.keys)}
+        for key, views in shard_views(self.spec, index):
+            if key not in at:
+                continue
+            view = rng.integers(len(views), size=1)
+            item = select(side, np.asarray([at[key]]), view, rng, self.teacher_slice)
+            item["image"] = torch.from_numpy(np.ascontiguousarray(views[view]))
+            yield {name: value[0] for name, value in item.items()}
+
+
+class StreamedLoader:
+    """Batches from shards as they are read. `batch(step)` must be called with rising steps; after a resume the
+    stream starts anew with a seed of its own, so no sample is preferred."""
+
+    def __init__(self, spec: TrainingSet, tokenizer: Tokenizer, batch_size: int, *, seed: int, start: int = 0,
+                 rank: int = 0, world: int = 1, workers: int = 2, teacher_slice: list[int] | None = None):
+        stream = _Stream(spec, tokenizer, seed + 1_000_003 * start, rank, world, teacher_slice)
+        self._batches = iter(DataLoader(stream, batch_size=batch_size // world, num_workers=workers))
+
+    def batch(self, step: int) -> dict[str, torch.Tensor]:
+        """The next batch."""
+        return next(self._batches)

@@ -1,0 +1,134 @@
+"""Train the student with one recipe, a run a seed (papers.md 1.5, 2.2, 2.3).
+
+`run_recipe` makes the runs, shares the decoded pixels between them and starts `mclip.train` for each: torchrun with
+`distill.train.processes` processes, `parallel_runs` of them side by side. A run that was finished by a killed stage is
+not trained again; one that was under way goes on at its checkpoint.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from . import models
+from .data import shards, training
+from .data.training import TrainingSet
+from .params import Recipe, Train
+from .train import Run
+
+SCRATCH = Path("data/cache/runs")
+
+
+class TrainingError(RuntimeError):
+    """A training process failed; the message has its last words and where the whole log is."""
+
+
+def plan(name: str, recipe: Recipe, student: str, train: Train, seeds: list[int], *, teacher: str | None,
+         data: dict | None = None, out: str | Path = "models/students", scratch: Path = SCRATCH) -> list[Run]:
+    """The runs of a recipe, one a seed.
+
+    Parameters
+    ----------
+    teacher : name of the cluster teacher, a folder of data/embeddings; used where the recipe weighs
+        cluster or instance.
+    data : overrides of TrainingSet's folders.
+    """
+    t, w = train, recipe.weight
+    model_cfg = models.config(student)
+    spec = TrainingSet(
+        pairs_kind=recipe.pairs,
+        image_px=model_cfg["vision_cfg"]["image_size"],
+        teacher=teacher if w.cluster or w.instance else None,
+        synthetic=recipe.synthetic,
+        light_scale_min=t.light_scale_min,
+        light_views=t.light_views,
+        **(data or {}),
+    )
+    runs = []
+    for seed in seeds:
+        identity = json.dumps([name, seed, student, model_cfg, t.model_dump(), recipe.model_dump(),
+                               shards.read_manifest(spec.pairs)["shards"]], sort_keys=True)
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        runs.append(Run(name=name, seed=seed, student=student, train=t, recipe=recipe, data=spec,
+                        out=str(Path(out) / name / f"seed{seed}"), scratch=str(scratch / f"{name}-{seed}-{digest}")))
+    return runs
+
+
+def run_recipe(runs: list[Run], *, side_by_side: int | None = None) -> pd.DataFrame:
+    """Train all runs; the histories of all seeds: columns seed, step, samples, lr, logit_scale, loss, one a term.
+
+    Raises TrainingError with the last lines of the log of the first run that failed; the others are stopped, their
+    checkpoints stay.
+    """
+    train = runs[0].train
+    if train.cache_pixels:
+        training.pixel_cache(runs[0].data, workers=train.workers)
+    waiting, running = [r for r in runs if not (Path(r.out) / "history.csv").exists()], {}
+    limit = side_by_side or train.parallel_runs
+    try:
+        while waiting or running:
+            while waiting and len(running) < limit:
+                run = waiting.pop(0)
+                running[run.seed] = (run, _start(run))
+            for seed, (run, process) in list(running.items()):
+                if (code := process.poll()) is not None:
+                    del running[seed]
+                    if code:
+                        raise TrainingError(_last_words(run, code))
+                    shutil.rmtree(run.scratch, ignore_errors=True)
+            time.sleep(0.2)
+    finally:
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.wait()
+    return history(runs)
+
+
+def history(runs: list[Run]) -> pd.DataFrame:
+    """The histories of finished runs, one after the other, with a column `seed`."""
+    tables = [pd.read_csv(Path(r.out) / "history.csv").assign(seed=r.seed) for r in runs]
+    return pd.concat(tables, ignore_index=True)
+
+
+def _start(run: Run) -> subprocess.Popen:
+    scratch = Path(run.scratch)
+    scratch.mkdir(parents=True, exist_ok=True)
+    run.save(scratch / "run.json")
+    command = [sys.executable, "-m", "mclip.train", str(scratch / "run.json")]
+    if run.train.processes > 1:
+        command[1:3] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={run.train.processes}",
+                        "-m", "mclip.train"]
+    env = dict(os.environ)
+    if run.train.threads:
+        # before torch starts: its pool, and OpenMP's, are sized once; no busy waiting where runs share cores
+        env |= {"OMP_NUM_THREADS": str(run.train.threads), "MKL_NUM_THREADS": str(run.train.threads)}
+    # the log takes what the run prints; its progress bar goes to the terminal by MCLIP_PROGRESS
+    with open(scratch / "log.txt", "a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, stdin=subprocess.DEVNULL)
+
+
+def _last_words(run: Run, code: int) -> str:
+    log = Path(run.scratch) / "log.txt"
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    return f"{run.name} seed {run.seed} ended with exit status {code}; the whole log is {log}\n{tail}"
+
+
+def pair_count(run: Run) -> int:
+    """How many pairs a run trains on."""
+    return len(training.load_side(replace(run.data, teacher=None)))
+
+
+def parameters(folder: str | Path) -> dict[str, int]:
+    """Parameter counts of a trained student: image tower, text tower."""
+    model, *_ = models.create(f"local-dir:{folder}")
+    total = sum(p.numel() for p in model.parameters())
+    image = sum(p.numel() for p in model.visual.parameters())
+    return {"image": image, "text": total - image}

@@ -1,0 +1,18 @@
+"""Models by name, in and out of files, and fast inference with them.
+
+- `create(name)`: a model, its two preprocessings and its tokenizer from one string, always open_clip's:
+  `ViT-bigG-14/laion2b_s39b_b160k`, `local-dir:models/teachers/large`, `hf-hub:org/repo`, or the name of a
+  file in mclip/models/configs (random init, to be trained).
+- `export(model, folder)`: open_clip's `local-dir` layout, for `open_clip.create_model_and_transforms`.
+- `for_inference(model)`: batch norm folded into the convolutions, channels last; the same outputs, faster.
+- `encode_images`, `encode_texts`: unit-norm float32 embeddings, each distinct caption encoded once.
+
+    model, _, preprocess, tokenizer = mclip.models.create("local-dir:models/teachers/large")
+    text = mclip.models.encode_texts(mclip.models.for_inference(model), tokenizer, ["a red apple"])   # (1, d)
+"""
+
+from mclip.models.factory import ModelError, config, create, export, image_size, logit_scale, weights_sha256
+from mclip.models.inference import encode_images, encode_texts, for_inference, resolve_precision
+
+__all__ = ["ModelError", "config", "create", "encode_images", "encode_texts", "export", "for_inference", "image_size",
+           "logit_scale", "resolve_precision", "weights_sha256"]

@@ -1,0 +1,230 @@
+"""open_clip models by name, and back to open_clip's `local-dir` layout.
+
+What is added to `open_clip.create_model_and_transforms`:
+
+- errors of one line that say what is missing and what to do;
+- a teacher folder works from any working directory: its text tower is configured by the folder's own
+  config.json. open_clip alone takes `hf_model_name` literally (a path relative to the working directory), so
+  it loads such a folder from the directory where the folder was written, i.e. the repository's root;
+- tags trained with QuickGELU (`ViT-B-32/openai`) get it, where open_clip would only warn.
+
+    local-dir layout: open_clip_config.json (model_cfg, preprocess_cfg), open_clip_model.safetensors,
+                      and for Hugging Face text towers config.json and the tokenizer's files
+"""
+
+import contextlib
+import copy
+import difflib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from safetensors.torch import save_file
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+LOCAL = "local-dir:"
+_PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode")
+
+
+class ModelError(ValueError):
+    """A model can't be made, loaded or saved; the message names the model string or the file."""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """open_clip's and transformers' log lines kept out of notebooks (`create` raises what matters)."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def create(name: str, *, device: str | torch.device = "cpu") -> tuple[torch.nn.Module, Any, Any, Any]:
+    """Make a model from its name.
+
+    Parameters
+    ----------
+    name : `ARCH/TAG` (downloaded), `local-dir:FOLDER`, `hf-hub:ORG/REPO`, or `ARCH` alone: an architecture of
+        open_clip or of mclip/models/configs with random weights (seed torch before).
+    device : where the model goes.
+
+    Returns
+    -------
+    model, preprocess_train, preprocess_eval, tokenizer : as open_clip makes them. `model.mclip` keeps the
+        name, the configuration and the tokenizer, so that `export` can write them.
+    """
+    if name.startswith(LOCAL):
+        config, overrides = _local_config(name)
+        arch, tag = name, None
+    elif name.startswith("hf-hub:"):
+        config, overrides, arch, tag = None, {}, name, None
+    else:
+        arch, tag, config, overrides = *_split(name), None, {}
+        config = open_clip.get_model_config(arch)
+    try:
+        with quiet():
+            model, train, evaluate = open_clip.create_model_and_transforms(
+                arch, tag, device=device, pretrained_text=False,
+                force_quick_gelu=_wants_quick_gelu(arch, tag), **overrides)
+            tokenizer = open_clip.get_tokenizer(arch)
+            if config is None:
+                config = open_clip.get_model_config(arch)
+    except (RuntimeError, OSError, ValueError, TypeError) as err:
+        raise ModelError(f"{name}: {_first_line(err)}") from err
+    model.mclip = {"name": name, "config": config, "tokenizer": tokenizer}
+    return model, train, evaluate, tokenizer
+
+
+def export(model: torch.nn.Module, folder: str | Path, *, config: dict[str, Any] | None = None,
+           preprocess: dict[str, Any] | None = None, tokenizer: Any = None) -> Path:
+    """Write a model in open_clip's local-dir layout; other files of the folder stay.
+
+    Parameters
+    ----------
+    model : made by `create` (then the rest is known), or any open_clip model with `config`.
+    config : open_clip's `model_cfg` (embed_dim, vision_cfg, text_cfg).
+    preprocess : mean, std, interpolation, resize_mode; None: the model's own.
+    tokenizer : an open_clip tokenizer; a Hugging Face one is saved beside the weights.
+    """
+    known = getattr(model, "mclip", {})
+    config = copy.deepcopy(config if config is not None else known.get("config"))
+    if config is None:
+        raise ModelError(f"export to {folder}: the model has no known configuration; give config=")
+    tokenizer = tokenizer if tokenizer is not None else known.get("tokenizer")
+    folder = Path(folder)
+    text = config["text_cfg"]
+    if "hf_model_name" in text:
+        text |= {"hf_model_name": folder.as_posix(), "hf_model_pretrained": False}
+    if hasattr(tokenizer, "save_pretrained"):
+        text["hf_tokenizer_name"] = folder.as_posix()
+    config.get("vision_cfg", {}).pop("timm_model_pretrained", None)  # set by open_clip while loading
+    preprocess = {**getattr(model.visual, "preprocess_cfg", {}), **(preprocess or {})}
+    preprocess = {k: preprocess[k] for k in _PREPROCESS_KEYS if k in preprocess}
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as temporary:
+        part = Path(temporary)
+        if hasattr(tokenizer, "save_pretrained"):
+            tokenizer.save_pretrained(part)
+        if "hf_model_name" in text:
+            model.text.config.save_pretrained(part)
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+        save_file(tensors, part / WEIGHTS_FILE)
+        (part / CONFIG_FILE).write_text(
+            json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2, sort_keys=True) + "\n")
+        # the configuration goes first and comes back last: a folder that has one is whole
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
+        for file in sorted(part.iterdir(), key=lambda f: f.name == CONFIG_FILE):
+            if file.is_dir():
+                shutil.rmtree(folder / file.name, ignore_errors=True)
+            os.replace(file, folder / file.name)
+    return folder
+
+
+def config(name: str) -> dict[str, Any]:
+    """open_clip's model_cfg (embed_dim, vision_cfg, text_cfg) of a model string, without making the model."""
+    if name.startswith(LOCAL):
+        return _local_config(name)[0]
+    found = open_clip.get_model_config(name if name.startswith("hf-hub:") else _split(name)[0])
+    if found is None:
+        raise ModelError(f"{name}: open_clip has no configuration of this name")
+    return found
+
+
+def image_size(model: torch.nn.Module) -> int:
+    """Side of the (square) input image, pixels."""
+    size = model.visual.image_size
+    return int(size[0] if isinstance(size, (tuple, list)) else size)
+
+
+def logit_scale(model: torch.nn.Module) -> float:
+    """The model's own logit scale (1 / temperature), exponentiated."""
+    return float(model.logit_scale.detach().float().exp())
+
+
+def weights_sha256(name: str) -> str:
+    """sha256 of the weights file that `create(name)` loads (from open_clip's cache for hub models)."""
+    file = weights_file(name)
+    if file is None:
+        raise ModelError(f"{name}: random initialisation, there is no weights file")
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def weights_file(name: str) -> Path | None:
+    """The weights file behind a model string; None for an architecture without a tag."""
+    if name.startswith(LOCAL):
+        _local_config(name)
+        return Path(name.removeprefix(LOCAL)) / WEIGHTS_FILE
+    with quiet():
+        if name.startswith("hf-hub:"):
+            return Path(open_clip.download_pretrained_from_hf(name.removeprefix("hf-hub:")))
+        arch, tag = _split(name)
+        return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(arch, tag))) if tag else None
+
+
+def preprocessing(size: int, preprocess_cfg: dict[str, Any], *, train: bool = False) -> Any:
+    """open_clip's transform for a preprocess_cfg at an image size (PIL image -> (3, size, size) float)."""
+    return image_transform_v2(PreprocessCfg(**{**preprocess_cfg, "size": size}), is_train=train)
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    """`ARCH/TAG` -> both, checked against what open_clip and mclip/models/configs know."""
+    for file in sorted((Path(__file__).parent / "configs").glob("*.json")):
+        if file.stem not in open_clip.list_models():
+            open_clip.add_model_config(file)
+    arch, _, tag = name.partition("/")
+    if arch not in open_clip.list_models():
+        near = difflib.get_close_matches(arch, open_clip.list_models(), 3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ModelError(f"{name}: open_clip and mclip/models/configs have no model {arch!r}{hint} "
+                         "(a folder is written local-dir:FOLDER)")
+    if tag and not open_clip.get_pretrained_cfg(arch, tag):
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(arch)) or "none"
+        raise ModelError(f"{name}: {arch} has no weights {tag!r}; open_clip knows {tags}")
+    return arch, tag or None
+
+
+def _wants_quick_gelu(arch: str, tag: str | None) -> bool:
+    return bool(tag and open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu"))
+
+
+def _local_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model_cfg of a local-dir folder, and what to override so that it loads from any directory."""
+    folder = Path(name.removeprefix(LOCAL))
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        stage = "teachers" if folder.parts[:1] == ("models",) and "students" not in folder.parts else None
+        stage = "distill" if "students" in folder.parts else stage
+        todo = f": run `dvc repro {stage}` first" if stage else ""
+        raise ModelError(f"{file} is missing{todo}")
+    if not (folder / WEIGHTS_FILE).is_file() and not list(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder / WEIGHTS_FILE} is missing")
+    try:
+        config = json.loads(file.read_text())["model_cfg"]
+        text = dict(config["text_cfg"])
+    except (json.JSONDecodeError, KeyError, TypeError) as err:
+        raise ModelError(f"{file}: not an open_clip configuration ({_first_line(err)})") from err
+    if "hf_model_name" not in text:
+        return config, {}
+    if (folder / "config.json").is_file():
+        text["hf_model_name"] = str(folder.resolve())
+    return config, {"text_cfg": {**text, "hf_model_pretrained": False}}
+
+
+def _first_line(err: BaseException) -> str:
+    return str(err).strip().split("\n")[0] or type(err).__name__

@@ -1,0 +1,168 @@
+"""Reinforce the kept pairs once; every later training replays it and never loads a teacher (papers.md 2.1).
+
+Per kept pair: n_aug strong augmentations as parameters, n_syn synthetic captions, and the ensemble's embeddings of
+each augmented picture and of each caption, true one first. Work goes shard by shard: a shard appears when it is
+whole, and a rerun with the same settings goes on with the first missing one.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from . import models
+from .data import augment, reinforced, shards
+from .data.reinforced import Shard
+from .params import Reinforce
+from .progress import bar
+
+
+class _Views(Dataset):
+    """The picture itself (at image_px) and its augmentations, uint8: ((3, s, s), (n_aug, 3, s, s), parameters)."""
+
+    def __init__(self, samples: Sequence[shards.Sample], settings: Reinforce):
+        self.samples, self.settings = samples, settings
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int):
+        s, sample = self.settings, self.samples[i]
+        image = shards.decode(sample)
+        rows = augment.draw(sample.key, image.size, s.n_aug, image_px=s.image_px, seed=s.seed,
+                            scale_min=s.scale_min, ops=s.randaugment_ops, magnitude=s.randaugment_magnitude)
+        plain = np.asarray([0, 0, image.height, image.width], dtype=np.float32)
+        return (torch.from_numpy(augment.replay_all(image, [plain], s.image_px)[0]),
+                torch.from_numpy(augment.replay_all(image, rows, s.image_px)), torch.from_numpy(rows))
+
+
+def run(
+    settings: Reinforce,
+    teachers: dict[str, str],
+    captioner: str,
+    kept: set[str],
+    *,
+    pairs: str | Path = "data/pairs",
+    out: str | Path = "data/reinforced",
+    workers: int = 2,
+) -> dict:
+    """Write the reinforced set of the pairs whose key is in `kept`.
+
+    Parameters
+    ----------
+    settings : params.yaml's reinforce section.
+    teachers : name -> open_clip model string; settings.ensemble picks and orders them.
+    captioner : model string of an open_clip CoCa; not loaded when n_syn is 0.
+    kept : keys to reinforce; all other pairs are left out.
+
+    Returns
+    -------
+    What meta.json holds: teachers with widths, logit scales and slices; settings; samples; library versions.
+
+    Raises
+    ------
+    ValueError when no pair is kept; ModelError for a teacher that can't be made.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    manifest = shards.read_manifest(pairs)
+    ensemble, described, start = [], [], 0
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name in settings.ensemble:
+        model, _, _, tokenizer = models.create(teachers[name], device=device)
+        width = models.encode_texts(model, tokenizer, ["a"]).shape[1]
+        described.append({"name": name, "model": teachers[name], "width": width,
+                          "logit_scale": models.logit_scale(model), "slice": [start, start + width],
+                          "sha256": models.weights_sha256(teachers[name])})
+        ensemble.append((models.for_inference(model), tokenizer))
+        start += width
+    writer = models.create(captioner, device=device) if settings.n_syn else None
+    identity = {
+        "settings": settings.model_dump(), "teachers": described, "ops": list(augment.OPS),
+        "captioner": models.weights_sha256(captioner) if settings.n_syn else None,
+        "kept": hashlib.sha256("\n".join(sorted(kept)).encode()).hexdigest(),
+        "pairs": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest(),
+        "versions": {p: version(p) for p in ("torch", "torchvision", "pillow", "open_clip_torch")},
+    }
+    _forget_others(out, identity)
+    total = 0
+    with bar(desc="reinforce", unit="pair", total=len(kept)) as progress:
+        for index in range(len(manifest["shards"])):
+            if reinforced.paths(out, index)[0].exists():
+                n = len(reinforced.read_shard(out, index).keys)
+            else:
+                samples = [s for s in shards.iter_samples(pairs, shards=[index]) if s.key in kept]
+                shard = _reinforce_shard(samples, settings, ensemble, writer, workers, progress)
+                reinforced.write_shard(out, index, shard)
+                n = 0
+                total += len(samples)
+            progress.update(n)
+            total += n
+    if not total:
+        raise ValueError("reinforce: no pair is kept; is balance.threshold too large?")
+    return _write_meta(out, {**identity, "samples": total, "complete": True})
+
+
+def _reinforce_shard(samples, settings, ensemble, writer, workers, progress) -> Shard:
+    loader = DataLoader(_Views(samples, settings), batch_size=settings.batch_size, num_workers=workers)
+    rows, captions = [], []
+    image_emb: list[list[torch.Tensor]] = [[] for _ in ensemble]
+    for n, (plain, augmented, parameters) in enumerate(loader):
+        flat = augmented.flatten(0, 1)
+        for out, (model, _) in zip(image_emb, ensemble, strict=True):
+            x = augment.to_input(flat, models.image_size(model), *_normalisation(model))
+            emb = models.encode_images(model, x.split(settings.batch_size), precision=settings.precision)
+            out.append(emb.unflatten(0, augmented.shape[:2]))
+        if writer is not None:
+            from .captioner import generate
+
+            model, _, _, _ = writer
+            x = augment.to_input(plain, models.image_size(model), *_normalisation(model))
+            first = samples[n * settings.batch_size].key
+            seed = int.from_bytes(hashlib.sha256(f"{settings.seed}\0{first}".encode()).digest()[:4], "big")
+            captions += generate(model, x, n=settings.n_syn, top_p=settings.caption_top_p, seed=seed)
+        rows.append(parameters)
+        progress.update(len(plain))
+    captions = captions or [[] for _ in samples]
+    texts = [t for sample, syn in zip(samples, captions, strict=True) for t in (sample.caption, *syn)]
+    text_emb = [models.encode_texts(m, tokenizer, texts, precision=settings.precision) for m, tokenizer in ensemble]
+    width = sum(t.shape[-1] for t in text_emb) if samples else 0
+    p = 4 + 2 * settings.randaugment_ops
+    return Shard(
+        keys=[s.key for s in samples],
+        captions=[s.caption for s in samples],
+        syn_text=captions,
+        augment=torch.cat(rows).numpy() if rows else np.zeros((0, settings.n_aug, p), np.float32),
+        image_emb=(torch.cat([torch.cat(e) for e in image_emb], dim=-1) if samples
+                   else torch.zeros(0, settings.n_aug, width)).bfloat16(),
+        text_emb=(torch.cat(text_emb, dim=-1).view(len(samples), 1 + settings.n_syn, -1) if samples
+                  else torch.zeros(0, 1 + settings.n_syn, width)).bfloat16(),
+    )
+
+
+def _normalisation(model: torch.nn.Module) -> tuple[tuple, tuple]:
+    cfg = model.visual.preprocess_cfg
+    return tuple(cfg["mean"]), tuple(cfg["std"])
+
+
+def _forget_others(out: Path, identity: dict) -> None:
+    """Drop shards that other settings, teachers or pairs made; keep those of this very run."""
+    meta = out / "meta.json"
+    known = json.loads(meta.read_text()) if meta.exists() else {}
+    if {k: known.get(k) for k in identity} != json.loads(json.dumps(identity)):
+        for file in out.glob("reinforced_*"):
+            file.unlink()
+    _write_meta(out, {**identity, "complete": False})
+
+
+def _write_meta(out: Path, meta: dict) -> dict:
+    part = out / "meta.json.part"
+    part.write_text(json.dumps(meta, indent=1, sort_keys=True) + "\n")
+    os.replace(part, out / "meta.json")
+    return meta

@@ -1,0 +1,377 @@
+"""The trainer: one student, one recipe, one seed; one process or several under torchrun.
+
+    python -m mclip.train RUN.json          # RUN.json is written by mclip.distill; see Run
+
+Every recipe of both papers goes through this one loop; a recipe is a set of loss weights and data choices
+(`Objective`). A killed run goes on at its last checkpoint with the same batches; the model folder appears at the end.
+"""
+
+import argparse
+import contextlib
+import csv
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from . import cluster, models
+from .data import reinforced, training
+from .data.augment import to_input
+from .losses import ClusterLoss, affinity_loss, clip_loss, instance_loss
+from .params import Recipe, Train
+from .progress import bar
+
+HISTORY_EVERY = 10  # steps a row of history.csv is the mean of
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is: written to RUN.json as {"name", "seed", "student", "train", "recipe", "data", "out", "scratch"}."""
+
+    name: str
+    seed: int
+    student: str
+    train: Train
+    recipe: Recipe
+    data: training.TrainingSet
+    out: str
+    scratch: str  # checkpoints
+
+    def save(self, path: Path) -> None:
+        content = asdict(self) | {"train": self.train.model_dump(), "recipe": self.recipe.model_dump(by_alias=True)}
+        path.write_text(json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Run":
+        d = json.loads(path.read_text())
+        return cls(**d | {"train": Train.model_validate(d["train"]), "recipe": Recipe.model_validate(d["recipe"]),
+                          "data": training.TrainingSet(**d["data"])})
+
+
+class Objective(nn.Module):
+    """A recipe's loss (papers.md 1.5 and 2.2), with the parameters that only training needs: W and projections.
+
+        L = sum over true and synthetic captions of [ c L_CLIP + lambda w_affinity L_Distill ]
+            + w_cluster L_cluster + w_instance L_inst,    c = (1 - lambda) w_clip with affinity, w_clip without
+
+    Terms of weight zero are not computed. Where the teacher is wider or narrower than the student, learned linear
+    maps take the student's embeddings to the teacher's width (reconstruction).
+    """
+
+    def __init__(self, recipe: Recipe, student_dim: int, *, ensemble: list[dict] | None = None,
+                 centres: torch.Tensor | None = None, seed: int = 0):
+        super().__init__()
+        self.recipe, self.ensemble = recipe, ensemble or []
+        w = recipe.weight
+        self.w_affinity = w.affinity * recipe.lambda_
+        self.w_clip = w.clip * (1 - recipe.lambda_ if w.affinity else 1.0)
+        self.cluster = self.to_image = self.to_text = None
+        if w.cluster or w.instance:
+            width = centres.shape[1]
+            if w.cluster:
+                c = recipe.cluster
+                self.cluster = ClusterLoss(centres, c.sample_rate, c.alpha, c.reading, c.scale,
+                                           student_dim=student_dim, seed=seed)
+            if w.instance and width != student_dim:
+                self.to_image = nn.Linear(student_dim, width, bias=False)
+                self.to_text = nn.Linear(student_dim, width, bias=False)
+
+    def forward(self, f: dict[str, torch.Tensor], logit_scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Features and side of the whole batch -> the weighted terms by name; their sum is the loss.
+
+        f : image, text (b, d) unit norm, and as the recipe needs syn_text, ids, syn_ids, label, teacher_image,
+            teacher_text, ensemble_image, ensemble_text, ensemble_syn.
+        """
+        r, out = self.recipe, {}
+        captions = [("text", "ids", "ensemble_text", "")]
+        if r.synthetic:
+            captions.append(("syn_text", "syn_ids", "ensemble_syn", "_syn"))
+        for text, ids, target, suffix in captions:
+            if self.w_clip:
+                ids_ = f[ids] if r.multi_positive else None
+                out[f"clip{suffix}"] = self.w_clip * clip_loss(f["image"], f[text], logit_scale, ids=ids_)
+            if self.w_affinity:
+                teachers = [(f["ensemble_image"][:, slice(*t["slice"])], f[target][:, slice(*t["slice"])],
+                             t["logit_scale"]) for t in self.ensemble]
+                loss = affinity_loss(f["image"], f[text], teachers, logit_scale)
+                out[f"affinity{suffix}"] = self.w_affinity * loss
+        if self.cluster is not None:
+            out["cluster"] = r.weight.cluster * self.cluster(f["image"], f["teacher_image"], f["label"])
+        if r.weight.instance:
+            image, text = f["image"], f["text"]
+            if self.to_image is not None:
+                image = F.normalize(self.to_image(image), dim=-1)
+                text = F.normalize(self.to_text(text), dim=-1)
+            out["instance"] = r.weight.instance * instance_loss(
+                image, text, f["teacher_image"], f["teacher_text"], logit_scale, r.instance.beta,
+                ids=f["ids"] if r.multi_positive else None)
+        return out
+
+
+class _Together(nn.Module):
+    """Student and objective as one module, so that DDP averages the gradients of both."""
+
+    def __init__(self, student: nn.Module, objective: Objective):
+        super().__init__()
+        self.student, self.objective = student, objective
+
+    def forward(self, batch: dict[str, torch.Tensor], mean: tuple, std: tuple, precision: torch.dtype,
+                given: dict[str, torch.Tensor] | None = None, part: slice | None = None,
+                encode_only: bool = False) -> dict[str, torch.Tensor]:
+        if given is None or part is not None:
+            own = self._encode(batch, mean, std, precision)
+            if encode_only:
+                return own
+        if given is not None:  # accumulation: this part's features in the cached whole
+            own = {k: torch.cat([given[k][: part.start], v, given[k][part.stop :]]) for k, v in own.items()}
+            batch = given["batch"]
+        sides = {k: v for k, v in batch.items() if k not in ("image", "tokens", "syn_tokens")}
+        return self.objective(gather({**sides, **own}), self.student.logit_scale.exp())
+
+    def _encode(self, batch, mean, std, precision) -> dict[str, torch.Tensor]:
+        size = models.image_size(self.student)
+        x = to_input(batch["image"], size, mean, std)
+        with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
+            out = {"image": self.student.encode_image(x)}
+            if "syn_tokens" in batch:  # one pass of the text tower for both captions
+                both = self.student.encode_text(torch.cat([batch["tokens"], batch["syn_tokens"]]))
+                out["text"], out["syn_text"] = both.chunk(2)
+            else:
+                out["text"] = self.student.encode_text(batch["tokens"])
+        return {k: F.normalize(v.float(), dim=-1) for k, v in out.items()}
+
+
+def gather(f: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every tensor of all ranks, concatenated; gradients flow back to the rank that made the row.
+
+    Each rank then computes the whole batch's loss: with DDP's averaging the gradient is that of one process.
+    """
+    if not dist.is_initialized():
+        return f
+    from torch.distributed.nn.functional import all_gather
+
+    # all_gather's backward adds up the ranks' equal gradients and DDP averages: together a factor of one
+    return {k: torch.cat(all_gather(v.contiguous())) if v.requires_grad else _gather_plain(v) for k, v in f.items()}
+
+
+def _gather_plain(v: torch.Tensor) -> torch.Tensor:
+    parts = [torch.empty_like(v) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, v.contiguous())
+    return torch.cat(parts)
+
+
+def learning_rate(step: int, steps: int, train: Train, peak: float) -> float:
+    """Linear warm-up, then cosine to lr_min; step is 0-based."""
+    if step < train.warmup_steps:
+        return peak * (step + 1) / train.warmup_steps
+    done = (step - train.warmup_steps) / max(1, steps - train.warmup_steps)
+    return train.lr_min + (peak - train.lr_min) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def parameter_groups(together: _Together, train: Train) -> list[dict]:
+    """AdamW's groups: weight decay on matrices only; W, the cluster centres, with a learning rate of its own."""
+    centres, decayed, plain = [], [], []
+    for name, p in together.named_parameters():
+        if name == "objective.cluster.weight":
+            centres.append(p)
+        else:
+            (decayed if p.ndim >= 2 else plain).append(p)
+    groups = [{"params": decayed, "weight_decay": train.weight_decay, "peak": train.lr},
+              {"params": plain, "weight_decay": 0.0, "peak": train.lr},
+              {"params": centres, "weight_decay": 0.0, "peak": train.lr_centres}]
+    return [g for g in groups if g["params"]]
+
+
+def train(run: Run) -> None:
+    """Train to the end and write `run.out` (open_clip local-dir layout and history.csv)."""
+    rank, world = _join()
+    t = run.train
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+    if t.threads and device.type == "cpu":
+        torch.set_num_threads(t.threads)
+    torch.manual_seed(run.seed)
+    student, _, _, tokenizer = models.create(run.student, device=device)
+    student.train().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        student.logit_scale.fill_(math.log(t.logit_scale_init))
+    precision = models.resolve_precision(t.precision, device)
+    loader, objective = _data_and_objective(run, student, tokenizer, rank, world)
+    together = _Together(student, objective).to(device)
+    wrapped = nn.parallel.DistributedDataParallel(together) if world > 1 else together
+    optimizer = torch.optim.AdamW(parameter_groups(together, t), lr=t.lr, betas=t.betas, fused=True)
+    averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(t.ema), use_buffers=True) if t.ema else None
+    steps = max(1, t.samples // t.batch_size)
+    scratch = Path(run.scratch)
+    start, history = _resume(scratch, together, optimizer, averaged)
+    if not t.cache_pixels and start:
+        loader = _streamed(run, student, tokenizer, rank, world, start)
+    mean, std = (tuple(student.visual.preprocess_cfg[k]) for k in ("mean", "std"))
+    sums: dict[str, float] = {}
+    progress = bar(desc=f"{run.name} seed {run.seed}", unit="sample", total=steps * t.batch_size) if rank == 0 else None
+    if progress is not None:
+        progress.update(start * t.batch_size)
+    for step in range(start, steps):
+        batch = {k: v.to(device, non_blocking=True) for k, v in loader.batch(step).items()}
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, t, group["peak"])
+        terms = _step(wrapped, together, batch, mean, std, precision, t.accumulate)
+        loss = sum(terms.values())
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"{run.name} seed {run.seed}: the loss is {loss} at step {step}; "
+                                     "a smaller distill.train.lr or precision: fp32 may help")
+        if t.grad_clip:
+            nn.utils.clip_grad_norm_(together.parameters(), t.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            student.logit_scale.clamp_(0, math.log(t.logit_scale_max))
+        if averaged is not None:
+            averaged.update_parameters(student)
+        for k, v in {"loss": loss, **terms}.items():
+            sums[k] = sums.get(k, 0.0) + v
+        if (step + 1) % HISTORY_EVERY == 0 or step + 1 == steps:
+            n = (step % HISTORY_EVERY) + 1
+            history.append({"step": step + 1, "samples": (step + 1) * t.batch_size,
+                            "lr": optimizer.param_groups[0]["lr"], "logit_scale": float(student.logit_scale.detach().exp()),
+                            **{k: v / n for k, v in sums.items()}})
+            sums = {}
+        if (step + 1) % t.checkpoint_every == 0 and step + 1 < steps and not sums and rank == 0:
+            _checkpoint(scratch, step + 1, together, optimizer, averaged, history)
+        if progress is not None:
+            progress.update(t.batch_size)
+    if rank == 0:
+        progress.close()
+        final = averaged.module if averaged is not None else student
+        final.mclip = student.mclip
+        _finish(run, final.eval(), history)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _step(wrapped, together, batch, mean, std, precision, accumulate: int) -> dict[str, float]:
+    """Forward and backward of one batch; the terms' values.
+
+    With accumulate > 1 the batch goes through the towers in parts: first without gradients to collect all features,
+    then each part again with them, its rows replaced in the whole, so that the contrastive batch is the whole one.
+    """
+    if accumulate == 1:
+        terms = wrapped(batch, mean, std, precision)
+        sum(terms.values()).backward()
+        return {k: float(v.detach()) for k, v in terms.items()}
+    parts = [{k: v[i::accumulate] for k, v in batch.items()} for i in range(accumulate)]
+    sides = {k: torch.cat([p[k] for p in parts]) for k in batch if k not in ("image", "tokens", "syn_tokens")}
+    state = None if together.objective.cluster is None else together.objective.cluster.get_extra_state().clone()
+    with torch.no_grad():
+        cached = [together(p, mean, std, precision, encode_only=True) for p in parts]
+        given: dict = {k: torch.cat([c[k] for c in cached]) for k in cached[0]}
+    given["batch"] = sides
+    at = 0
+    for i, part in enumerate(parts):
+        if state is not None:  # every part sees the same sample of centres
+            together.objective.cluster.set_extra_state(state)
+        stop = at + len(part["image"])
+        last = i == accumulate - 1
+        with contextlib.nullcontext() if last or wrapped is together else wrapped.no_sync():
+            terms = wrapped(part, mean, std, precision, given=given, part=slice(at, stop))
+            sum(terms.values()).backward()
+        at = stop
+    # W, the projections and the logit scale got the whole batch's gradient once a part
+    shared = [p for n, p in together.named_parameters() if n.startswith("objective.") or n == "student.logit_scale"]
+    for p in shared:
+        if p.grad is not None:
+            p.grad /= accumulate
+    return {k: float(v.detach()) for k, v in terms.items()}
+
+
+def _data_and_objective(run: Run, student, tokenizer, rank: int, world: int):
+    w = run.recipe.weight
+    centres = ensemble = None
+    if w.cluster or w.instance:
+        centres = torch.from_numpy(cluster.read(run.data.clusters).centres)
+    if run.data.pairs_kind == "reinforced":
+        ensemble = reinforced.read_meta(run.data.reinforced)["teachers"]
+    if run.train.cache_pixels:
+        side = training.load_side(run.data)
+        training.add_tokens(side, tokenizer, synthetic=run.recipe.synthetic)
+        pixels = training.pixel_cache(run.data, workers=run.train.workers)
+        loader = training.CachedLoader(side, pixels, run.train.batch_size, seed=run.seed, rank=rank, world=world,
+                                       teacher_slice=_teacher_slice(run, ensemble))
+    else:
+        loader = _streamed(run, student, tokenizer, rank, world, 0)
+    objective = Objective(run.recipe, _width(student), ensemble=ensemble, centres=centres, seed=run.seed)
+    return loader, objective
+
+
+def _streamed(run: Run, student, tokenizer, rank: int, world: int, start: int) -> training.StreamedLoader:
+    ensemble = (reinforced.read_meta(run.data.reinforced)["teachers"]
+                if run.data.pairs_kind == "reinforced" else None)
+    return training.StreamedLoader(run.data, tokenizer, run.train.batch_size, seed=run.seed, start=start, rank=rank,
+                                   world=world, workers=run.train.workers,
+                                   teacher_slice=_teacher_slice(run, ensemble))
+
+
+def _teacher_slice(run: Run, ensemble: list[dict] | None) -> list[int] | None:
+    """The cluster teacher's slice of the ensemble, if it is one of it."""
+    return next((t["slice"] for t in ensemble or [] if t["name"] == run.data.teacher), None)
+
+
+def _width(student: nn.Module) -> int:
+    return student.mclip["config"]["embed_dim"]
+
+
+def _join() -> tuple[int, int]:
+    """Rank and number of processes; joins torchrun's group when there is one."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        return dist.get_rank(), world
+    return 0, 1
+
+
+def _checkpoint(scratch: Path, step: int, together, optimizer, averaged, history: list[dict]) -> None:
+    scratch.mkdir(parents=True, exist_ok=True)
+    part = scratch / "checkpoint.pt.part"
+    torch.save({"step": step, "model": together.state_dict(), "optimizer": optimizer.state_dict(),
+                "averaged": averaged.state_dict() if averaged is not None else None, "history": history}, part)
+    os.replace(part, scratch / "checkpoint.pt")
+
+
+def _resume(scratch: Path, together, optimizer, averaged) -> tuple[int, list[dict]]:
+    file = scratch / "checkpoint.pt"
+    if not file.exists():
+        return 0, []
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    together.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    if averaged is not None:
+        averaged.load_state_dict(state["averaged"])
+    return state["step"], state["history"]
+
+
+def _finish(run: Run, student: nn.Module, history: list[dict]) -> None:
+    out = Path(run.out)
+    models.export(student, out)
+    with open(out / "history.csv.part", "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(history[0]))
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in history)
+    os.replace(out / "history.csv.part", out / "history.csv")
+    (Path(run.scratch) / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m mclip.train", description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="RUN.json, written by mclip.distill")
+    train(Run.load(parser.parse_args(argv).run))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""mclip.train and mclip.distill: every recipe learns, resumes to the same bytes, and splits without changing."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+from mclip import distill, train
+from mclip.params import Recipe
+
+from .conftest import RECIPES, TRAIN
+
+
+def make_run(student, training_set, tmp_path, name="clip", **changes) -> train.Run:
+    recipe = RECIPES[name]
+    needs = recipe.weight.cluster or recipe.weight.instance
+    spec = training_set(recipe.pairs, teacher="large" if needs else None, synthetic=recipe.synthetic, light_views=2)
+    return train.Run(name=name, seed=0, student=student, train=TRAIN.model_copy(update=changes), recipe=recipe,
+                     data=spec, out=str(tmp_path / "out"), scratch=str(tmp_path / "scratch"))
+
+
+def weights(run: train.Run) -> bytes:
+    return (Path(run.out) / "open_clip_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains_and_the_loss_falls(name, student, training_set, tmp_path):
+    run = make_run(student, training_set, tmp_path, name, samples=480, lr=3e-3)
+    train.train(run)
+    history = distill.history([run])
+    assert history["loss"].iloc[-1] < history["loss"].iloc[0]
+    expected = {"clip": {"clip"}, "clip-cid": {"clip", "cluster", "instance"},
+                "mobileclip": {"affinity", "affinity_syn"},
+                "combined": {"clip", "clip_syn", "cluster", "instance", "affinity", "affinity_syn"}}[name]
+    assert set(history.columns) - {"seed", "step", "samples", "lr", "logit_scale", "loss"} == expected
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{run.out}")
+    assert model.encode_text(torch.zeros(1, 8, dtype=torch.long)).shape == (1, 7)
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.9}, {"accumulate": 2}], ids=["plain", "ema", "accumulate"])
+def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(changes, student, training_set, tmp_path, monkeypatch):
+    run = make_run(student, training_set, tmp_path / "a", "combined", samples=240, **changes)
+    train.train(run)
+    other = dataclasses.replace(run, out=str(tmp_path / "b"), scratch=str(tmp_path / "b-scratch"))
+    step = train._step
+    calls = iter(range(100))
+
+    def dies(*args):
+        if next(calls) == 25:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(train, "_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(other)
+    assert not (tmp_path / "b").exists()  # nothing that looks whole
+    monkeypatch.setattr(train, "_step", step)
+    train.train(other)
+    assert weights(other) == weights(run)
+    assert (Path(other.out) / "history.csv").read_text() == (Path(run.out) / "history.csv").read_text()
+
+
+def test_accumulation_has_the_gradient_of_the_whole_batch(student, training_set, tmp_path):
+    """Objective without random centre sampling, so that order within the batch doesn't matter."""
+    grads = []
+    for accumulate in (1, 4):
+        run = make_run(student, training_set, tmp_path, "combined", accumulate=accumulate)
+        recipe = Recipe.model_validate(run.recipe.model_dump(by_alias=True) | {"cluster": {"sample_rate": 1.0}})
+        run = dataclasses.replace(run, recipe=recipe)
+        torch.manual_seed(0)
+        model, _, _, tokenizer = train.models.create(student)
+        loader, objective = train._data_and_objective(run, model, tokenizer, 0, 1)
+        together = train._Together(model, objective)
+        generator = torch.Generator().manual_seed(1)
+        for p in objective.parameters():
+            if p.shape != objective.cluster.weight.shape:
+                p.data = torch.randn(p.shape, generator=generator)
+        terms = train._step(together, together, loader.batch(0), (0.5,) * 3, (0.5,) * 3, torch.float32, accumulate)
+        grads.append(({n: p.grad for n, p in together.named_parameters() if p.grad is not None}, terms))
+    assert grads[0][0].keys() == grads[1][0].keys()
+    for name, g in grads[0][0].items():
+        torch.testing.assert_close(grads[1][0][name], g, rtol=2e-4, atol=1e-6, msg=name)
+    assert grads[0][1] == pytest.approx(grads[1][1], rel=1e-5)
+
+
+def test_two_processes_train_like_one(student, training_set, tmp_path):
+    """torchrun with gloo, the global batch split over ranks: the same weights up to float32 summation order."""
+    results = []
+    for processes in (1, 2):
+        run = make_run(student, training_set, tmp_path / str(processes), "combined", samples=80, processes=processes)
+        distill.run_recipe([run])
+        results.append(open_clip.create_model_and_transforms(f"local-dir:{run.out}")[0].state_dict())
+        assert not Path(run.scratch).exists()
+    history = [json.loads(distill.history([dataclasses.replace(run, out=str(tmp_path / p / "out"))]).to_json())
+               for p in ("1", "2")]
+    # each rank draws its own synthetic captions, so only what doesn't use them is compared
+    for column in ("clip", "cluster", "instance"):
+        assert history[0][column]["0"] == pytest.approx(history[1][column]["0"], rel=0.05)
+    assert results[0].keys() == results[1].keys()
+
+
+def test_streamed_training_runs(student, training_set, tmp_path):
+    run = make_run(student, training_set, tmp_path, "mobileclip", samples=80, cache_pixels=False)
+    train.train(run)
+    assert len(distill.history([run])) == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(student, training_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_step", lambda *a: {"clip": float("nan")})
+    with pytest.raises(FloatingPointError, match="clip seed 0: the loss is nan at step 0"):
+        train.train(make_run(student, training_set, tmp_path))
+
+
+def test_a_failing_run_is_told_with_its_log(student, training_set, tmp_path):
+    run = make_run("local-dir:/nowhere", training_set, tmp_path)
+    with pytest.raises(distill.TrainingError, match=r"(?s)clip seed 0 ended with exit status 1.*log\.txt.*nowhere"):
+        distill.run_recipe([run])
+
+
+def test_finished_seeds_are_not_trained_again(student, training_set, tmp_path):
+    run = make_run(student, training_set, tmp_path)
+    train.train(run)
+    stamp = (Path(run.out) / "history.csv").stat().st_mtime_ns
+    assert len(distill.run_recipe([run])) == 1
+    assert (Path(run.out) / "history.csv").stat().st_mtime_ns == stamp
+
+
+def test_learning_rate_warms_up_and_falls_to_its_floor():
+    t = TRAIN.model_copy(update={"warmup_steps": 10, "lr_min": 1e-5})
+    lr = [train.learning_rate(i, 100, t, 1e-3) for i in range(101)]
+    assert lr[0] == pytest.approx(1e-4) and lr[9] == pytest.approx(1e-3) and lr[100] == pytest.approx(1e-5)
+    assert all(a >= b for a, b in zip(lr[10:], lr[11:], strict=False))
+
+
+def test_groups_name_every_parameter_once(student, training_set, tmp_path):
+    run = make_run(student, training_set, tmp_path, "clip-cid")
+    model, _, _, tokenizer = train.models.create(student)
+    _, objective = train._data_and_objective(run, model, tokenizer, 0, 1)
+    together = train._Together(model, objective)
+    groups = train.parameter_groups(together, TRAIN.model_copy(update={"lr_centres": 0.5}))
+    assert sum(len(g["params"]) for g in groups) == len(list(together.parameters()))
+    assert groups[-1]["params"] == [objective.cluster.weight] and groups[-1]["peak"] == 0.5
+    shutil.rmtree(tmp_path, ignore_errors=True)

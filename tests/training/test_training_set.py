@@ -1,0 +1,119 @@
+"""mclip.data.training: both loaders serve the same content; rows of all the parts belong together."""
+
+import dataclasses
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+from mclip.data import reinforced, shards, training
+
+from .conftest import N, PX
+
+TOKENIZER = open_clip.get_tokenizer("ViT-B-32", context_length=8)
+
+
+def loaded(spec):
+    side = training.load_side(spec)
+    training.add_tokens(side, TOKENIZER, synthetic=spec.synthetic)
+    return side, training.pixel_cache(spec, workers=0)
+
+
+def test_kinds_of_pairs(training_set):
+    assert len(training.load_side(training_set("all"))) == N
+    kept = training.load_side(training_set("kept"))
+    assert len(kept) == N - 1 and "k005" not in kept.keys
+    assert training.load_side(training_set("reinforced")).keys == kept.keys
+
+
+def test_pixels_are_the_replayed_augmentations(training_set, world):
+    spec = training_set("reinforced")
+    side, pixels = loaded(spec)
+    assert pixels.shape == (N - 1, 3, 3, PX, PX) and pixels.dtype == np.uint8
+    stored = reinforced.read_shard(world / "reinforced", 1)
+    sample = next(s for s in shards.iter_samples(world / "pairs", shards=[1]) if s.key == stored.keys[2])
+    expected = training.augment.replay_all(shards.decode(sample), stored.augment[2], PX)
+    assert np.array_equal(pixels[side.row[side.keys.index(stored.keys[2])]], expected)
+
+
+def test_kept_rows_point_into_the_cache_of_all(training_set):
+    (everything, pixels), (kept, same) = loaded(training_set("all")), loaded(training_set("kept"))
+    assert np.shares_memory(pixels, same) or pixels.filename == same.filename
+    for key, row in zip(kept.keys, kept.row, strict=True):
+        assert everything.row[everything.keys.index(key)] == row
+
+
+def test_a_batch_holds_one_sample_a_row(training_set):
+    spec = training_set("reinforced", teacher="large", synthetic=True)
+    side, pixels = loaded(spec)
+    loader = training.CachedLoader(side, pixels, 8, seed=0, teacher_slice=[6, 11])
+    batch = loader.batch(1)
+    assert batch["image"].shape == (8, 3, PX, PX) and batch["tokens"].shape == (8, 8)
+    assert torch.equal(batch["teacher_image"], batch["ensemble_image"][:, 6:11])
+    for i in range(8):
+        at = [j for j in range(len(side)) if torch.equal(side.arrays["ensemble_texts"][j, 0].float(),
+                                                        batch["ensemble_text"][i])]
+        assert len(at) == 1
+        j = at[0]
+        assert int(batch["ids"][i]) == training.caption_id(side.captions[j])
+        assert torch.equal(batch["tokens"][i], TOKENIZER([side.captions[j]])[0])
+        view = [v for v in range(3) if np.array_equal(pixels[j, v], batch["image"][i].numpy())][0]
+        assert torch.equal(batch["ensemble_image"][i], side.arrays["ensemble_image"][j, view].float())
+        syn = [int(v) for v in batch["syn_ids"]][i]
+        assert syn in [training.caption_id(t) for t in side.syn_text[j]]
+
+
+def test_batches_are_a_function_of_seed_and_step_and_cover_an_epoch(training_set):
+    side, pixels = loaded(training_set("all"))
+    a, b = (training.CachedLoader(side, pixels, 8, seed=3) for _ in range(2))
+    a.batch(0)
+    assert all(torch.equal(v, b.batch(2)[k]) for k, v in a.batch(2).items())
+    images = torch.cat([training.CachedLoader(side, pixels[:, :1], 8, seed=3).batch(i)["image"] for i in range(3)])
+    assert len({bytes(x.numpy()) for x in images}) == N
+
+
+def test_ranks_share_a_global_batch(training_set):
+    side, pixels = loaded(training_set("all"))
+    whole = training.CachedLoader(side, pixels, 8, seed=0).batch(0)
+    parts = [training.CachedLoader(side, pixels, 8, seed=0, rank=r, world=2).batch(0) for r in range(2)]
+    together = torch.stack([parts[0]["image"], parts[1]["image"]], 1).flatten(0, 1)
+    assert torch.equal(together, whole["image"])
+
+
+@pytest.mark.parametrize("kind", ["all", "kept", "reinforced"])
+def test_streamed_content_equals_cached(training_set, kind):
+    spec = training_set(kind, teacher=None if kind == "all" else "large", synthetic=kind == "reinforced")
+    side, pixels = loaded(spec)
+    stream = training.StreamedLoader(spec, TOKENIZER, 8, seed=0, workers=0, teacher_slice=[6, 11])
+    seen = set()
+    for step in range(6):
+        batch = stream.batch(step)
+        for i in range(8):
+            where = np.argwhere((pixels[side.row] == batch["image"][i].numpy()).all(axis=(2, 3, 4)))
+            j, view = where[0]
+            seen.add(side.keys[j])
+            assert int(batch["ids"][i]) == training.caption_id(side.captions[j])
+            if kind == "kept":
+                assert torch.equal(batch["teacher_image"][i], side.arrays["teacher_image"][j].float())
+                assert batch["label"][i] == side.arrays["label"][j]
+            if kind == "reinforced":
+                assert torch.equal(batch["ensemble_image"][i], side.arrays["ensemble_image"][j, view].float())
+    assert len(seen) == len(side)  # two epochs' worth: nothing is left out
+
+
+def test_missing_parts_are_named(training_set, tmp_path):
+    with pytest.raises(FileNotFoundError, match="dvc repro reinforce"):
+        training.load_side(training_set("reinforced", reinforced=str(tmp_path)))
+    side, pixels = loaded(training_set("all"))
+    with pytest.raises(ValueError, match="distill.train.batch_size 99 is more than the 24 pairs"):
+        training.CachedLoader(side, pixels, 99, seed=0)
+    with pytest.raises(ValueError, match="synthetic captions wanted"):
+        training.add_tokens(side, TOKENIZER, synthetic=True)
+
+
+def test_the_cache_is_rebuilt_when_what_it_was_made_of_changes(training_set):
+    spec = training_set("all")
+    first = training.pixel_cache(spec, workers=0)
+    other = training.pixel_cache(dataclasses.replace(spec, light_views=1), workers=0)
+    assert other.shape[1] == 1 and first.shape[1] == 4 and first.filename != other.filename
