@@ -76,9 +76,11 @@ class TeacherParts(_Section):
 
 class Align(_Section):
     embed_dim: PositiveInt
+    image_components: PositiveInt
     steps: PositiveInt
     batch_size: Annotated[int, Field(ge=2)]
     lr: PositiveFloat
+    text_lr_ratio: NonNegativeFloat
     weight_decay: NonNegativeFloat
     logit_scale_max: PositiveFloat
     text_context: Annotated[int, Field(ge=4, le=512)]
@@ -86,6 +88,8 @@ class Align(_Section):
 
 
 class CaptionerTrain(_Section):
+    tower: Literal["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"]
+    vocabulary: Annotated[int, Field(ge=300)]
     image_px: Annotated[int, Field(ge=32)]
     width: Annotated[int, Field(ge=64, multiple_of=64)]
     layers: PositiveInt

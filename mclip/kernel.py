@@ -1,0 +1,210 @@
+"""Execute a notebook by papermill in a kernel of its own, and show in the terminal what it says.
+
+The kernel runs this interpreter in this repository, whatever kernels and personal settings the machine has.
+It talks over sockets in a private folder, so that concurrent runs never meet; it and every process below it
+are stopped when the run ends, is interrupted or is terminated.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import psutil
+import zmq
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from papermill.exceptions import PapermillExecutionError
+from papermill.translators import PythonTranslator, papermill_translators
+
+SIGNALS = [signal.Signals[n] for n in ("SIGINT", "SIGTERM", "SIGHUP") if n in signal.Signals.__members__]
+
+
+class Terminal:
+    """What a running notebook says, on stderr: headings, prints, and the bars of `mclip.progress`.
+
+    A bar redraws its line with "\\r". Where stderr is a file or a pipe, a line is written once, complete;
+    the state of a long bar every 30 s.
+    """
+
+    def __init__(self, stream: Any = None):
+        self.stream = stream or sys.stderr
+        self.live = self.stream.isatty()
+        self.lock = threading.Lock()
+        self.open: dict[str, str] = {}  # source: its unfinished line
+        self.shown = time.monotonic()
+
+    def write(self, text: str, source: str = "notebook") -> None:
+        with self.lock:
+            *lines, rest = (self.open.get(source, "") + text).replace("\r\n", "\n").split("\n")
+            self.open[source] = rest.rsplit("\r", 1)[-1] if rest.rstrip("\r") else ""
+            for line in lines:
+                line = line.rstrip("\r").rsplit("\r", 1)[-1]
+                self.stream.write(f"\r\x1b[K{line}\n" if self.live else f"{line}\n")
+            pending = self.open[source]
+            if pending.strip() and self.live:
+                self.stream.write(f"\r\x1b[K{pending}")
+            elif pending.strip() and time.monotonic() - self.shown > 30:
+                self.stream.write(f"{pending}\n")
+                lines = [pending]
+            if lines:
+                self.shown = time.monotonic()
+            self.stream.flush()
+
+    def flush(self) -> None:
+        """Part of the file-like interface that papermill wants."""
+
+    def close(self) -> None:
+        for source, rest in self.open.items():
+            if rest.strip():
+                self.write("\n", source)
+
+
+@contextlib.contextmanager
+def follow(path: Path, terminal: Terminal, every: float = 0.1):
+    """Copy what processes append to `path` to the terminal, until the block ends."""
+    done = threading.Event()
+
+    def copy() -> None:
+        with path.open(encoding="utf-8", errors="replace", newline="") as stream:
+            while True:
+                last = done.is_set()
+                if text := stream.read():
+                    terminal.write(text, "progress")
+                if last:
+                    return
+                done.wait(every)
+
+    thread = threading.Thread(target=copy, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def kernel_class(folder: Path) -> type:
+    """A kernel manager for one run; folder: private, for the connection file, sockets, IPython's state."""
+    env = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "PYTHONSTARTUP", "PYTHONINSPECT")}
+    env |= {
+        "PYTHONHASHSEED": "0",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path.cwd()), env.get("PYTHONPATH")])),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)]),
+        "IPYTHONDIR": str(folder / "ipython"),
+        "MATPLOTLIBRC": str(folder / "matplotlibrc"),
+        "MCLIP_PROGRESS": str(folder / "progress"),
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # else the kernel's debugger warns on each start
+    }
+    for name in ("matplotlibrc", "progress"):
+        (folder / name).touch()
+
+    class StageKernel(AsyncKernelManager):
+        process: psutil.Process | None = None
+
+        def __init__(self, **kwargs: Any):
+            super().__init__(**kwargs)
+            self.connection_file = str(folder / "kernel.json")
+            if zmq.has("ipc") and len(str(folder)) < 80:  # sockets' paths have 100 characters at most
+                self.transport = "ipc"
+
+        @property
+        def kernel_spec(self) -> KernelSpec:
+            return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+                              display_name="Python 3 (ipykernel)", language="python")
+
+        async def start_kernel(self, **kwargs: Any) -> None:
+            await super().start_kernel(**kwargs | {"env": env, "cwd": str(Path.cwd())})
+            type(self).process = psutil.Process(self.provisioner.pid)
+
+    return StageKernel
+
+
+def end_processes(process: psutil.Process | None, grace: float = 3.0) -> None:
+    """Stop a process and all below it (torchrun's workers too, which are in sessions of their own)."""
+    if process is None or not process.is_running():
+        return
+    with contextlib.suppress(psutil.Error):
+        family = [*process.children(recursive=True), process]
+        for signal_name in ("terminate", "kill"):
+            for member in family:
+                with contextlib.suppress(psutil.Error):
+                    getattr(member, signal_name)()
+            family = psutil.wait_procs(family, timeout=grace)[1]
+
+
+class _Readable(PythonTranslator):
+    """papermill's injected cell with one key a line."""
+
+    @classmethod
+    def translate(cls, val: Any) -> str:
+        return readable(val)
+
+
+def readable(value: Any, indent: int = 0) -> str:
+    """value as Python, nested maps one key a line where they don't fit on one."""
+    line = repr(value)
+    if not isinstance(value, dict) or len(line) + indent <= 88:
+        return line
+    pad = " " * (indent + 4)
+    rows = "".join(f"{pad}{key!r}: {readable(item, indent + 4)},\n" for key, item in value.items())
+    return "{\n" + rows + " " * indent + "}"
+
+
+def execute(
+    nb: nbformat.NotebookNode, injected: dict[str, Any], terminal: Terminal
+) -> tuple[nbformat.NotebookNode, str | None]:
+    """Run nb with parameters; the notebook as far as it ran, and None or the reason why it stopped.
+
+    A signal stops the kernel and all below it and then raises KeyboardInterrupt(number of the signal).
+    """
+    folder = Path(tempfile.mkdtemp(prefix="mclip-"))
+    kernel = kernel_class(folder)
+    source, executed = folder / "source.ipynb", folder / "executed.ipynb"
+    source.write_text(nbformat.writes(nb))
+    papermill_translators.register("python3", _Readable)
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+
+    def heading(cell: nbformat.NotebookNode, cell_index: int) -> None:
+        if cell.cell_type == "markdown" and (match := re.search(r"^#+ +(.+)$", cell.source, re.MULTILINE)):
+            terminal.write(f"  {match[1].strip()}\n")
+
+    def stop(signum: int, frame: Any) -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        end_processes(kernel.process)
+        raise KeyboardInterrupt(signum)
+
+    former = {number: signal.signal(number, stop) for number in SIGNALS}
+    reason = None
+    try:
+        with follow(folder / "progress", terminal):
+            papermill.execute_notebook(
+                str(source), str(executed), injected, kernel_name="python3", kernel_manager_class=kernel,
+                cwd=str(Path.cwd()), start_timeout=120, record_timing=False, progress_bar=False,
+                stdout_file=terminal, stderr_file=terminal, on_cell_start=heading)
+        result = nbformat.read(executed, as_version=4)
+        if any(o.output_type == "error" for c in result.cells for o in c.get("outputs", [])):
+            reason = "a cell ended early"  # sys.exit(0), which papermill lets pass
+    except PapermillExecutionError as err:
+        reason = f"{err.ename}: {err.evalue}"
+    except RuntimeError as err:  # nbclient's DeadKernelError, and a kernel that doesn't start
+        reason = f"the kernel died ({err}); was the machine short of memory?"
+    finally:
+        end_processes(kernel.process)
+        terminal.close()
+        for number, handler in former.items():
+            signal.signal(number, handler)
+        result = nbformat.read(executed, as_version=4) if executed.exists() else nb
+        shutil.rmtree(folder, ignore_errors=True)
+    return result, reason

@@ -1,0 +1,128 @@
+"""What keeps the repository whole: dvc.yaml and the notebooks agree, overlays are valid, sources are stripped."""
+
+import ast
+import re
+import shlex
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+
+import nbformat
+import pytest
+from ruamel.yaml import YAML
+
+from mclip import params, run, strip
+
+ROOT = Path(__file__).parents[1]
+STAGES = {name: entry.get("do", entry)
+          for name, entry in YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"].items()}
+OVERLAYS = sorted(ROOT.glob("params/*.yaml"))
+SHOWING = {"compare", "params", "plots", "progress", "report"}  # never change a stage's data
+
+
+def call(entry) -> list[str]:
+    first = entry["cmd"] if isinstance(entry["cmd"], str) else entry["cmd"][0]
+    words = shlex.split(first)
+    assert words[:3] == ["python", "-m", "mclip.run"]
+    return words[3:]
+
+
+def option(words: list[str], flag: str) -> list[str]:
+    return [value for name, value in pairwise(words) if name == flag]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_sees_exactly_its_params(name):
+    words = call(STAGES[name])
+    assert sorted(option(words, "-p")) == sorted(STAGES[name].get("params", []))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_depends_on_its_notebook_and_keeps_the_report(name):
+    words, entry = call(STAGES[name]), STAGES[name]
+    assert f"notebooks/{words[0]}.ipynb" in entry["deps"]
+    assert (ROOT / f"notebooks/{words[0]}.ipynb").exists()
+    values = [setting.split("=", 1)[1] for setting in option(words, "-s")]
+    report = f"reports/{'/'.join([words[0], *values])}.ipynb"
+    outs = [o for kind in ("outs", "metrics", "plots") for o in entry.get(kind, [])]
+    assert {report: {"cache": False}} in outs
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_depends_on_the_code_that_its_notebook_imports(name):
+    words, deps = call(STAGES[name]), [d for d in STAGES[name]["deps"] if d.startswith("mclip")]
+    nb = nbformat.read(ROOT / f"notebooks/{words[0]}.ipynb", as_version=4)
+    code = "\n".join(c.source for c in nb.cells if c.cell_type == "code")
+    imported = set()
+    for node in ast.walk(ast.parse(re.sub(r"^\s*[%!].*$", "", code, flags=re.MULTILINE))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mclip":
+            imported |= {f"{node.module}.{a.name}" for a in node.names}
+        elif isinstance(node, ast.Import):
+            imported |= {a.name for a in node.names if a.name.startswith("mclip.")}
+    missing = [file for file in map(source, sorted(imported)) if file and not any(
+        file == d or file.startswith(f"{d}/") or d.startswith(f"{file}/") for d in deps)]
+    assert not missing, f"{name}: not among its deps in dvc.yaml"
+
+
+def source(dotted: str) -> str | None:
+    """The file or folder of an imported name; None for what only shows things."""
+    path = Path(*dotted.split("."))
+    for candidate in (path, path.parent):  # a module, or a function of one
+        for file in (candidate.with_suffix(".py"), candidate):
+            if (ROOT / file).exists() and file != Path("mclip"):
+                return None if file.stem in SHOWING else str(file)
+    return None
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_dependencies_in_the_repository_exist(name):
+    for dep in STAGES[name]["deps"]:
+        if dep.startswith(("mclip", "notebooks")):
+            assert (ROOT / dep).exists(), dep
+
+
+@pytest.mark.parametrize("path", strip.notebooks(ROOT / "notebooks"), ids=lambda p: p.stem)
+def test_source_notebooks_are_stripped_and_take_parameters(path):
+    assert path.read_text() == strip.stripped(path.read_text()), "run `python -m mclip.strip`"
+    nb = nbformat.read(path, as_version=4)
+    nbformat.validate(nb)
+    assert run._parameter_names(nb, path)
+    assert nb.cells[0].cell_type == "markdown" and nb.cells[0].source.startswith("# ")
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda p: p.stem)
+def test_overlays_are_valid_over_the_default(path):
+    tree = params.merge(params.read_yaml(ROOT / "params.yaml"), params.read_yaml(path))
+    params.check(tree, path.name)
+    assert path.read_text().startswith("# ")
+
+
+def test_the_papers_settings():
+    def overlaid(name):
+        overlay = params.read_yaml(ROOT / f"params/{name}.yaml")
+        return params.check(params.merge(params.read_yaml(ROOT / "params.yaml"), overlay))
+
+    cid, mobile = overlaid("clip-cid-paper"), overlaid("mobileclip-paper")
+    assert (cid.balance.threshold, cid.cluster.clusters, cid.distill.train.batch_size) == (0.07, 1_000_000, 32_768)
+    assert cid.distill.recipes["clip-cid"].cluster.alpha == 0.999 and cid.distill.train.betas == (0.9, 0.98)
+    assert sum(s.probe for s in cid.evaluate.sets.values()) == 14 and len(cid.evaluate.sets) == 19
+    assert (mobile.reinforce.n_aug, mobile.reinforce.n_syn, mobile.distill.train.ema) == (10, 5, 0.9995)
+    assert mobile.distill.train.samples == 65_536 * 200_000 and mobile.distill.train.betas == (0.9, 0.95)
+    assert not cid.teachers.assemble and cid.teachers.captioner_train is None
+
+
+def test_the_lock_names_no_hosts():
+    text = (ROOT / "requirements.txt").read_text()
+    assert not re.search(r"://|file:|--(extra-)?index-url|--find-links| @ |/home/|/root/", text)
+    assert re.search(r"^torch==", text, re.MULTILINE)
+
+
+def test_dvc_does_not_look_at_caches_of_python():
+    assert "__pycache__" in (ROOT / ".dvcignore").read_text().split()
+    assert "analytics = false" in (ROOT / ".dvc/config").read_text()
+
+
+def test_make_lists_its_commands():
+    said = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for command in ("repro", "test", "lab", "report", "lint", "bench"):
+        assert f"make {command}\t" in said
