@@ -3,6 +3,8 @@
 PYTHON ?= python3
 STAMP := .venv/.installed
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# every stage is a process of its own: without compiled modules importing torch and open_clip takes it 15 s longer
+unexport PYTHONDONTWRITEBYTECODE
 
 help:    ## list these commands
 	@sed -n 's/^\([a-z]*\):[^#]*## */make \1\t/p' Makefile

@@ -1,0 +1,142 @@
+"""Embedding rows wherever they lie: an array, a memmap, many .npy files as one; clip-retrieval folders.
+
+Nothing is read before it is asked for, so sets larger than memory can be worked on block by block.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+
+class RowsError(ValueError):
+    """Embeddings or keys that can't be used; the message names the file, the row or the key."""
+
+
+class Rows:
+    """(n, d) floats: an array or memmap, or a list of .npy files, one after the other."""
+
+    def __init__(self, embeddings):
+        if isinstance(embeddings, str | Path):
+            embeddings = [embeddings]
+        if isinstance(embeddings, list | tuple) and all(isinstance(x, str | Path) for x in embeddings):
+            named = [(str(path), open_npy(path)) for path in embeddings]
+        else:
+            named = [("embeddings", np.asanyarray(embeddings))]
+        named = [(name, array) for name, array in named if array.ndim != 2 or len(array)]
+        if not named:
+            raise RowsError("embeddings: there are no rows")
+        for name, array in named:
+            if array.ndim != 2 or array.dtype.kind != "f" or array.shape[1] == 0:
+                raise RowsError(f"{name}: expected floats of shape (n, d), found {array.dtype} {array.shape}")
+            if array.shape[1] != named[0][1].shape[1]:
+                raise RowsError(f"{name}: rows are {array.shape[1]} wide, "
+                                f"those of {named[0][0]} {named[0][1].shape[1]}")
+        self.names, self.arrays = zip(*named, strict=True)
+        self.starts = np.cumsum([0, *(len(array) for array in self.arrays)])
+        self.width = self.arrays[0].shape[1]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def unit(self, index: np.ndarray) -> np.ndarray:
+        """Rows `index` (m,) as (m, d) float64 of unit norm; an error names a row that has no direction."""
+        out = np.empty((len(index), self.width))
+        source = np.searchsorted(self.starts, index, side="right") - 1
+        for k in np.unique(source):
+            out[source == k] = self.arrays[k][index[source == k] - self.starts[k]]
+        norm = np.sqrt((out * out).sum(axis=1))
+        bad = np.flatnonzero(~np.isfinite(norm) | (norm == 0))
+        if len(bad):
+            what = "all zeros" if norm[bad[0]] == 0 else "not finite (NaN or infinity)"
+            k = source[bad[0]]
+            raise RowsError(f"{self.names[k]}: row {index[bad[0]] - self.starts[k]} is {what}")
+        return out / norm[:, None]
+
+
+def open_npy(path: str | Path) -> np.ndarray:
+    """A .npy file as a memmap; RowsError in one line where it is missing, cut short or pickled."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise RowsError(f"{path}: no such file") from None
+    except (ValueError, EOFError, OSError) as err:
+        raise RowsError(f"{path}: not a whole .npy file of numbers ({err})") from None
+
+
+def as_keys(keys) -> np.ndarray:
+    """Keys as an array of integers or strings."""
+    keys = np.asarray(keys)
+    return keys if keys.dtype.kind in "iu" else keys.astype(str)
+
+
+def check_keys(keys, rows: int) -> np.ndarray:
+    """One different key a row, as an array; None: the rows' numbers."""
+    keys = as_keys(np.arange(rows) if keys is None else keys)
+    if keys.shape != (rows,):
+        raise RowsError(f"keys: {len(keys)} for {rows} embeddings")
+    values, count = np.unique(keys, return_counts=True)
+    if len(values) < len(keys):
+        twice = values[count > 1]
+        raise RowsError(f"keys: {twice[0]!s} occurs {count[count > 1][0]} times, {len(twice)} keys are not "
+                        "unique; every sample needs its own")
+    return keys
+
+
+def read_folder(folder: str | Path, key: str | None = None) -> tuple[list[Path], np.ndarray | None]:
+    """A clip-retrieval folder: its img_emb/*.npy in numeric order, and the keys of metadata/*.parquet.
+
+    key : the column that names a sample; None: the first there is of uid, key, image_path.
+    The keys are None where there is no metadata at all.
+    """
+    folder = Path(folder)
+    files = _numbered(folder / "img_emb", ".npy")
+    if not files:
+        raise RowsError(f"{folder}/img_emb: no img_emb_*.npy files (clip-retrieval's layout is expected)")
+    tables = _numbered(folder / "metadata", ".parquet")
+    if not tables:
+        return list(files.values()), None
+    if missing := sorted(set(files) - set(tables)):
+        raise RowsError(f"{folder}/metadata: there is no parquet file for {files[missing[0]].name}")
+    keys = []
+    for number, file in files.items():
+        columns = pq.read_schema(tables[number]).names
+        column = key or next((c for c in ("uid", "key", "image_path") if c in columns), None)
+        if column not in columns:
+            raise RowsError(f"{tables[number]}: no column {key or 'uid, key or image_path'} to name samples "
+                            f"(there are {', '.join(columns)})")
+        keys.append(as_keys(pq.read_table(tables[number], columns=[column])[column].to_numpy()))
+        if len(keys[-1]) != (rows := len(open_npy(file))):
+            raise RowsError(f"{tables[number]} has {len(keys[-1])} rows, {file.name} has {rows}")
+    return list(files.values()), np.concatenate(keys)
+
+
+def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
+    """A folder's files by the number that their names end in, ascending."""
+    found = {int(m[1]): file for file in folder.glob(f"*{suffix}")
+             if not file.name.startswith(".") and (m := re.search(r"(\d+)$", file.stem))}
+    return dict(sorted(found.items()))
+
+
+class whole:
+    """The name of a file that appears, or is replaced, only when it is written to its end.
+
+    with whole(path) as part:
+        save(part)
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.part = self.path.with_name(f".{self.path.name}.part")
+
+    def __enter__(self) -> Path:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self.part
+
+    def __exit__(self, failed, *_):
+        if failed:
+            self.part.unlink(missing_ok=True)
+        else:
+            os.replace(self.part, self.path)

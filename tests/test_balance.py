@@ -1,0 +1,309 @@
+import subprocess
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mclip import balance as module
+from mclip.balance import BalanceError, balance, convert, read, removed_curve, write
+from mclip.rows import RowsError
+
+DISTANCE = {
+    "l2": lambda x, y: np.sqrt(((x - y) ** 2).sum()),
+    "sql2": lambda x, y: ((x - y) ** 2).sum(),
+    "cosine": lambda x, y: 1 - (x * y).sum(),
+}
+
+
+def brute_force(embeddings, keys, threshold, metric):
+    """The definition, in float64 and loops: {lowest key: (sorted members, representative)} and distances."""
+    unit = np.asarray(embeddings, np.float64)
+    unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
+    n = len(unit)
+    parent = list(range(n))
+
+    def find(i):
+        while parent[i] != i:
+            i = parent[i]
+        return i
+
+    for i in range(n):
+        for j in range(i):
+            if DISTANCE[metric](unit[i], unit[j]) <= threshold:
+                parent[find(i)] = find(j)
+    sets, distance = {}, {}
+    for root in {find(i) for i in range(n)}:
+        members = sorted((i for i in range(n) if find(i) == root), key=lambda i: keys[i])
+        centroid = np.mean([unit[i] for i in members], axis=0)
+        for i in members:
+            distance[keys[i]] = np.linalg.norm(unit[i] - centroid)
+        nearest = min(distance[keys[i]] for i in members)
+        best = min(keys[i] for i in members if distance[keys[i]] <= nearest + 1e-9)
+        sets[keys[members[0]]] = ([keys[i] for i in members], best)
+    return sets, distance
+
+
+def as_sets(result):
+    sets = {}
+    for s in range(result.set_id.max() + 1):
+        at = result.set_id == s
+        members = sorted(result.keys[at].tolist())
+        (kept,) = result.keys[at & result.keep].tolist()
+        sets[members[0]] = (members, kept)
+    return sets
+
+
+def clumps(n=70, d=9, seed=0, dtype=np.float32):
+    """Groups of near rows at all distances, with exact duplicates, of any length."""
+    rng = np.random.default_rng(seed)
+    centre = rng.normal(size=(n // 5, d))
+    rows = centre[rng.integers(len(centre), size=n)] + rng.normal(size=(n, d)) * rng.uniform(0, 0.4, (n, 1))
+    rows[n // 2:n // 2 + 4] = rows[:4]
+    return (rows * rng.uniform(0.1, 30, (n, 1))).astype(dtype)
+
+
+@pytest.mark.parametrize("metric", ["l2", "sql2", "cosine"])
+@pytest.mark.parametrize("threshold", [0.01, 0.07, 0.3])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_equals_brute_force(metric, threshold, dtype):
+    rows = clumps(dtype=dtype)
+    keys = [f"{k:05d}" for k in np.random.default_rng(1).permutation(len(rows))]
+    result = balance(rows, keys, threshold=threshold, metric=metric, chunk=16)
+    sets, distance = brute_force(rows, keys, threshold, metric)
+    assert as_sets(result) == sets
+    np.testing.assert_allclose(result.centroid_distance, [distance[k] for k in keys], atol=1e-12)
+    assert result.set_id.dtype == np.int64
+    assert result.keep.dtype == bool
+    assert result.removed_fraction == pytest.approx(1 - len(sets) / len(rows))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 69, 70, 5000])
+def test_any_chunk_size(chunk):
+    rows = clumps()
+    want = balance(rows, threshold=0.1, metric="sql2")
+    got = balance(rows, threshold=0.1, metric="sql2", chunk=chunk)
+    np.testing.assert_array_equal(got.set_id, want.set_id)
+    np.testing.assert_array_equal(got.keep, want.keep)
+    np.testing.assert_allclose(got.centroid_distance, want.centroid_distance, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_order_of_the_rows_does_not_matter(seed):
+    rows, keys = clumps(seed=seed), np.array([f"k{i:03d}" for i in range(70)])
+    want = balance(rows, keys, threshold=0.1, metric="sql2")
+    shuffle = np.random.default_rng(seed).permutation(70)
+    got = balance(rows[shuffle], keys[shuffle], threshold=0.1, metric="sql2", chunk=8)
+    np.testing.assert_array_equal(got.set_id, want.set_id[shuffle])
+    np.testing.assert_array_equal(got.keep, want.keep[shuffle])
+
+
+def on_circle(degrees):
+    angle = np.deg2rad(degrees)
+    return np.stack([np.cos(angle), np.sin(angle)], axis=1)
+
+
+def test_chain_is_one_set_and_its_middle_is_kept():
+    rows = on_circle([0, 5, 10, 15, 20, 90])  # neighbours 5 degrees apart, the ends 20
+    result = balance(rows, threshold=2 * np.sin(np.deg2rad(2.6)), metric="l2")
+    assert result.set_id.tolist() == [0, 0, 0, 0, 0, 1]
+    assert result.keep.tolist() == [False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize("keys", [["b", "a"], ["a", "b"], [10, 9], [2, 10]])
+def test_ties_go_to_the_lowest_key(keys):
+    result = balance(on_circle([0, 1]), keys, threshold=0.1, metric="l2")
+    assert result.keys[result.keep].tolist() == [min(keys)]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_exact_duplicates_under_a_tiny_threshold(dtype, monkeypatch):
+    rows = np.repeat(np.random.default_rng(0).normal(size=(3, 33)), 50, axis=0).astype(dtype)
+    scale = np.random.default_rng(1).uniform(0.1, 9, (150, 1))  # length does not matter
+    monkeypatch.setattr(module, "LINKS", 100)
+    result = balance(rows.astype(np.float64) * scale, threshold=1e-6, metric="sql2", chunk=40)
+    assert result.set_sizes.tolist() == [50, 50, 50]
+    assert np.flatnonzero(result.keep).tolist() == [0, 50, 100]
+    assert result.centroid_distance.max() < 1e-12
+
+
+def test_undecided_pairs_are_settled_in_batches(monkeypatch):
+    verify = module._verify
+    monkeypatch.setattr(module, "_verify", lambda *args: verify(*args, size=3))
+    rows = np.repeat(np.random.default_rng(0).normal(size=(4, 5)), 20, axis=0)
+    assert balance(rows, threshold=1e-7, metric="sql2").set_sizes.tolist() == [20] * 4
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_pairs_next_to_the_threshold_are_decided_in_float64(side):
+    # the step is far below what a float32 product can tell from the threshold
+    limit = 0.07
+    angle = 2 * np.arcsin(np.sqrt(limit) / 2)
+    rng = np.random.default_rng(0)
+    x, y = np.linalg.qr(rng.normal(size=(300, 2)))[0].T
+    near = np.cos(angle + side * 1e-9) * x + np.sin(angle + side * 1e-9) * y
+    result = balance(np.stack([x, near]), threshold=limit, metric="sql2")
+    assert len(result.set_sizes) == (2 if side > 0 else 1)
+
+
+def test_metrics_agree_at_converted_thresholds():
+    rows = clumps()
+    results = [balance(rows, threshold=t, metric=m) for m, t in convert(0.07, "sql2").items()]
+    for other in results[1:]:
+        np.testing.assert_array_equal(other.set_id, results[0].set_id)
+    assert convert(0.07, "sql2") == {"l2": pytest.approx(0.2645751), "sql2": 0.07, "cosine": 0.035}
+    assert convert(0.07, "l2") == {"l2": 0.07, "sql2": pytest.approx(0.0049), "cosine": pytest.approx(0.00245)}
+    assert convert(0.07, "cosine")["sql2"] == 0.14
+
+
+def test_arrays_memmaps_and_files_are_alike(tmp_path):
+    rows = clumps()
+    np.save(tmp_path / "all.npy", rows)
+    parts = [rows[:30], rows[30:30], rows[30:31], rows[31:]]
+    files = []
+    for k, part in enumerate(parts):
+        files.append(tmp_path / f"part_{k}.npy")
+        np.save(files[-1], part)
+    want = balance(rows, threshold=0.1, metric="sql2")
+    for source in (np.load(tmp_path / "all.npy", mmap_mode="r"), files, [str(f) for f in files]):
+        got = balance(source, threshold=0.1, metric="sql2", chunk=13)
+        np.testing.assert_array_equal(got.set_id, want.set_id)
+        np.testing.assert_array_equal(got.keep, want.keep)
+
+
+@pytest.mark.parametrize("metric", ["l2", "sql2", "cosine"])
+@pytest.mark.parametrize("links", [1, 50, 10**6])
+def test_curve_equals_balancing_at_each_threshold(metric, links, monkeypatch):
+    monkeypatch.setattr(module, "LINKS", links)
+    rows = clumps(n=90)
+    thresholds = [0.5, 0.01, 0.03, 0.1, 0.2, 1.0]
+    want = [balance(rows, threshold=t, metric=metric).removed_fraction for t in thresholds]
+    np.testing.assert_allclose(removed_curve(rows, thresholds, metric=metric, chunk=20), want, atol=1e-12)
+    assert len(removed_curve(rows, [], metric=metric)) == 0
+
+
+def test_one_row():
+    result = balance(np.ones((1, 3)), threshold=0.1, metric="l2")
+    assert (result.set_id.tolist(), result.keep.tolist(), result.centroid_distance.tolist()) == ([0], [True], [0])
+
+
+def changed(value, row=3):
+    rows = clumps()
+    rows[row] = value
+    return rows
+
+
+@pytest.mark.parametrize(("rows", "keys", "options", "error", "message"), [
+    (changed(np.nan), None, {}, RowsError, "embeddings: row 3 is not finite"),
+    (changed(np.inf), None, {}, RowsError, "embeddings: row 3 is not finite"),
+    (changed(0.0), None, {}, RowsError, "embeddings: row 3 is all zeros"),
+    (clumps(), ["a"] * 2 + [str(i) for i in range(68)], {}, RowsError, "keys: a occurs 2 times, 1 keys are"),
+    (clumps(), ["a"], {}, RowsError, "keys: 1 for 70 embeddings"),
+    (np.empty((0, 4)), None, {}, RowsError, "there are no rows"),
+    ([], None, {}, RowsError, "there are no rows"),
+    (np.ones(4), None, {}, RowsError, r"expected floats of shape \(n, d\)"),
+    (np.ones((4, 4), int), None, {}, RowsError, r"expected floats of shape \(n, d\)"),
+    (clumps(), None, {"threshold": 0.0}, BalanceError, "threshold: with metric sql2 it lies above 0"),
+    (clumps(), None, {"threshold": 4.1}, BalanceError, "at most 4"),
+    (clumps(), None, {"threshold": 2.1, "metric": "l2"}, BalanceError, "at most 2"),
+    (clumps(), None, {"threshold": float("nan")}, BalanceError, "threshold"),
+    (clumps(), None, {"metric": "euclid"}, BalanceError, "metric: expected one of l2, sql2, cosine"),
+    (clumps(), None, {"chunk": 0}, BalanceError, "chunk"),
+])
+def test_errors(rows, keys, options, error, message):
+    with pytest.raises(error, match=message):
+        balance(rows, keys, **{"threshold": 0.1, "metric": "sql2", **options})
+
+
+def test_errors_name_the_file(tmp_path):
+    good, narrow, bad, cut = (tmp_path / f"{name}.npy" for name in ("good", "narrow", "bad", "cut"))
+    np.save(good, clumps())
+    np.save(narrow, clumps(d=4))
+    np.save(bad, changed(np.nan, row=5))
+    cut.write_bytes(good.read_bytes()[:-10])
+    for files, message in [([good, narrow], "narrow.npy: rows are 4 wide, those of .*good.npy 9"),
+                           ([good, bad], "bad.npy: row 5 is not finite"),
+                           ([good, cut], "cut.npy: not a whole .npy file"),
+                           ([good, tmp_path / "none.npy"], "none.npy: no such file")]:
+        with pytest.raises(RowsError, match=message):
+            balance(files, threshold=0.1, metric="sql2")
+
+
+def test_write_and_read(tmp_path):
+    result = balance(clumps(), [f"k{i}" for i in range(70)], threshold=0.1, metric="sql2")
+    write(tmp_path / "a", result)
+    write(tmp_path / "b", result)
+    again = read(tmp_path / "a")
+    for name in ("set_id", "keep", "centroid_distance", "keys"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(result, name))
+    assert (again.threshold, again.metric) == (0.1, "sql2")
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["balance.parquet"]
+    assert (tmp_path / "a/balance.parquet").read_bytes() == (tmp_path / "b/balance.parquet").read_bytes()
+    with pytest.raises(BalanceError, match=r"balance.parquet is missing: run `dvc repro balance` first"):
+        read(tmp_path / "c")
+    (tmp_path / "a/balance.parquet").write_bytes(b"x")
+    with pytest.raises(BalanceError, match="is no file of mclip"):
+        read(tmp_path / "a")
+
+
+def test_summary_says_it_all():
+    result = balance(on_circle([0, 1, 90]), threshold=0.07, metric="l2")
+    assert result.summary() == ("3 images, 2 kept, 1 removed (33.3 %); 1 sets of several images, the largest of 2; "
+                                "threshold l2 0.07, sql2 0.0049, cosine 0.00245")
+
+
+def clip_retrieval_folder(folder, rows, column, keys, cuts=(0, 20, 70)):
+    for part in ("img_emb", "metadata"):
+        (folder / part).mkdir(parents=True)
+    for k, (s, e) in enumerate(pairwise(cuts)):
+        k = k + 9  # img_emb_9, img_emb_10: numeric order, not the names'
+        np.save(folder / f"img_emb/img_emb_{k}.npy", rows[s:e].astype(np.float16))
+        pd.DataFrame({column: keys[s:e]}).to_parquet(folder / f"metadata/metadata_{k}.parquet")
+    return folder
+
+
+def run_cli(*args):
+    return subprocess.run([sys.executable, "-m", "mclip.balance", *map(str, args)], capture_output=True, text=True)
+
+
+def test_cli_on_a_clip_retrieval_folder_of_datacomp_uids(tmp_path):
+    rows = clumps(d=16)
+    keys = [f"{(i * 0x9E3779B97F4A7C15F39CC0605CEDC835) % 2**128:032x}" for i in range(1, 71)]
+    folder = clip_retrieval_folder(tmp_path / "emb", rows, "uid", keys)
+    done = run_cli(folder, tmp_path / "out", "--threshold", 0.1, "--metric", "sql2")
+    assert done.returncode == 0, done.stderr
+    result, want = read(tmp_path / "out"), balance(rows.astype(np.float16), keys, threshold=0.1, metric="sql2")
+    assert done.stdout.strip() == want.summary()
+    assert result.keys.tolist() == keys
+    np.testing.assert_array_equal(result.keep, want.keep)
+    uids = np.load(tmp_path / "out/kept_uids.npy", allow_pickle=False)
+    assert uids.dtype == np.dtype("u8,u8")
+    assert [f"{a:016x}{b:016x}" for a, b in uids.tolist()] == sorted(want.keys[want.keep])
+
+
+def test_cli_errors_are_one_line(tmp_path, capsys):
+    folder = clip_retrieval_folder(tmp_path / "emb", clumps(), "image_path", [str(i) for i in range(70)])
+    for args, message in [((tmp_path / "none",), "none/img_emb: no img_emb_*.npy files"),
+                          ((folder, "--key", "url"), "no column url"),
+                          ((folder, "--threshold", "9"), "threshold: with metric sql2")]:
+        args = [str(a) for a in (args[0], tmp_path / "out", "--threshold", "0.1", "--metric", "sql2", *args[1:])]
+        assert module.main(args) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error
+        assert "\n" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_cli_without_metadata_and_with_too_little(tmp_path, capsys):
+    folder = clip_retrieval_folder(tmp_path / "emb", clumps(), "image_path", [str(i) for i in range(70)])
+    args = [str(folder), str(tmp_path / "out"), "--threshold", "0.1", "--metric", "sql2"]
+    pd.DataFrame({"image_path": ["a"]}).to_parquet(folder / "metadata/metadata_10.parquet")
+    assert module.main(args) == 2
+    assert "metadata_10.parquet has 1 rows, img_emb_10.npy has 50" in capsys.readouterr().err
+    (folder / "metadata/metadata_10.parquet").unlink()
+    assert module.main(args) == 2
+    assert "there is no parquet file for img_emb_10.npy" in capsys.readouterr().err
+    (folder / "metadata/metadata_9.parquet").unlink()
+    assert module.main(args) == 0
+    assert read(tmp_path / "out").keys.tolist() == list(range(70))
