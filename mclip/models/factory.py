@@ -131,6 +131,8 @@ def export(model: torch.nn.Module, folder: str | Path, *, config: dict[str, Any]
         for file in sorted(part.iterdir(), key=lambda f: f.name == CONFIG_FILE):
             if file.is_dir():
                 shutil.rmtree(folder / file.name, ignore_errors=True)
+            else:
+                file.chmod(0o644)  # safetensors makes files that only their owner reads
             os.replace(file, folder / file.name)
     return folder
 

@@ -1,0 +1,131 @@
+"""Recipes side by side: the metrics files of all stages as one table, and which differences are more than noise.
+
+frame = compare.read_seeds(["clip", "combined"])        # a row a recipe, set, metric and seed
+compare.verdicts(compare.main_metric(frame), baseline="clip")
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from mclip.params import EvalSet
+
+MAIN = {"classification": "top1", "retrieval": "mean_r1"}  # the metric that stands for a set
+IN_DOMAIN = "in domain"  # the kind of a set whose like was trained on; every other kind is held out
+HELD_OUT = "held-out mean"
+COLUMNS = ["recipe", "set", "kind", "task", "metric", "seed", "value", "chance"]
+
+
+class Row(NamedTuple):
+    """The main metric of one recipe, teacher or of chance on one set, as a fraction."""
+
+    group: str  # "recipe", "teacher", "chance"
+    name: str
+    set: str
+    kind: str
+    mean: float
+    std: float | None
+
+
+def read_metrics(folder: str | Path = "reports/metrics") -> dict[str, dict[str, Any]]:
+    """{"recipe" | "teacher": {name: {set: {metric: number or {"mean", "std"}}}}} of every JSON file in a folder."""
+    out: dict[str, dict[str, Any]] = {"recipe": {}, "teacher": {}}
+    for path in sorted(Path(folder).glob("*.json")):
+        tree = json.loads(path.read_text())
+        if path.stem == "teachers":
+            out["teacher"] |= tree.get("teachers", tree)
+        else:
+            out["recipe"] |= {name: sets for name, sets in tree.items() if isinstance(sets, dict)}
+    return out
+
+
+def read_seeds(recipes: Iterable[str], folder: str | Path = "reports/metrics") -> tuple[pd.DataFrame, list[str]]:
+    """Every seed's metrics (columns COLUMNS) of reports/metrics/RECIPE.csv, and what is missing, a line each."""
+    frames, missing = [], []
+    for recipe in recipes:
+        path = Path(folder) / f"{recipe}.csv"
+        if path.exists():
+            frames.append(pd.read_csv(path))
+        else:
+            missing.append(f"{path} is missing: run `dvc repro evaluate@{recipe}` first")
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS), missing
+
+
+def main_metric(frame: pd.DataFrame) -> pd.DataFrame:
+    """A row a recipe, set and seed with its main metric (top-1, or the mean of both R@1), the held-out mean first.
+
+    The held-out mean is over the sets of a kind other than "in domain" (over all sets if there is none).
+    """
+    main = frame[frame["metric"] == frame["task"].map(MAIN)].fillna({"kind": ""})
+    held_out = main[main["kind"] != IN_DOMAIN]
+    held_out = held_out if len(held_out) else main
+    mean = held_out.groupby(["recipe", "seed"], sort=False, as_index=False)[["value", "chance"]].mean()
+    return pd.concat([mean.assign(set=HELD_OUT, kind=""), main], ignore_index=True)[
+        ["recipe", "set", "kind", "seed", "value", "chance"]
+    ]
+
+
+def verdicts(main: pd.DataFrame, baseline: str, level: float = 0.95) -> pd.DataFrame:
+    """Each recipe's difference to the baseline on each set, its Welch interval, and what that allows to say.
+
+    Welch's t interval of the difference of two means with unequal variances over the seeds: "better" and "worse"
+    where the interval leaves out 0, else "can't be told". Columns: recipe, set, kind, difference, low, high,
+    verdict.
+    """
+    rows = []
+    for (name, kind), group in main.groupby(["set", "kind"], sort=False, dropna=False):
+        base = group.loc[group["recipe"] == baseline, "value"]
+        for recipe in [r for r in dict.fromkeys(group["recipe"]) if r != baseline]:
+            values = group.loc[group["recipe"] == recipe, "value"]
+            difference = values.mean() - base.mean()
+            low, high = welch(values, base, level)
+            verdict = "better" if low > 0 else "worse" if high < 0 else "can't be told"
+            rows.append((recipe, name, kind, difference, low, high, verdict))
+    return pd.DataFrame(rows, columns=["recipe", "set", "kind", "difference", "low", "high", "verdict"])
+
+
+def welch(a: pd.Series, b: pd.Series, level: float = 0.95) -> tuple[float, float]:
+    """Welch's interval of mean(a) - mean(b); unbounded with fewer than two values a side."""
+    if len(a) < 2 or len(b) < 2:
+        return -math.inf, math.inf
+    if a.var() == b.var() == 0:
+        return (float(a.mean() - b.mean()),) * 2
+    from scipy import stats  # slow to import
+
+    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(level)
+    return float(interval.low), float(interval.high)
+
+
+def main_rows(metrics: Mapping[str, Mapping[str, Any]], sets: Mapping[str, EvalSet]) -> list[Row]:
+    """What `read_metrics` found, cut to each set's main metric and the held-out mean."""
+    rows = []
+    for group, named in metrics.items():
+        for name, tree in named.items():
+            own: list[Row] = []
+            for set_name, spec in sets.items():
+                if leaf := _leaf(tree.get(set_name, {}).get(MAIN[spec.task])):
+                    own.append(Row(group, name, set_name, spec.kind, *leaf))
+            held_out = [r for r in own if r.kind != IN_DOMAIN] or own
+            if held_out:
+                std = (_leaf(tree.get("mean")) or (0, None))[1]
+                rows.append(Row(group, name, HELD_OUT, "", sum(r.mean for r in held_out) / len(held_out), std))
+            rows += own
+    return rows
+
+
+def chance_rows(frame: pd.DataFrame) -> list[Row]:
+    """What guessing scores on each set, from `read_seeds`' table."""
+    if not len(frame):
+        return []
+    first = main_metric(frame).drop_duplicates("set")
+    return [Row("chance", "chance", r.set, r.kind, r.chance, None) for r in first.itertuples()]
+
+
+def _leaf(value: Any) -> tuple[float, float | None] | None:
+    if isinstance(value, Mapping):
+        return (float(value["mean"]), value.get("std")) if "mean" in value else None
+    return (float(value), None) if isinstance(value, int | float) else None

@@ -1,0 +1,321 @@
+"""The report: every executed notebook as a self-contained page, and an index that says what came out.
+
+    python -m mclip.report                  # reports/**/*.ipynb -> reports/site/index.html and a page a notebook
+
+In a notebook, `report.answer("...")` shows the result in one sentence; the index repeats it beside the notebook's
+key figure (the first picture of the cell tagged "key-figure") and its title (the first heading).
+
+Pages hold everything they show: pictures as data URIs, own styles, no script and no outside address; a content
+security policy keeps it so. The same notebooks, metrics and times give the same bytes.
+"""
+
+import argparse
+import base64
+import copy
+import html
+import json
+import os
+import re
+import shutil
+import struct
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nbformat
+
+from mclip import params
+from mclip.compare import HELD_OUT, Row, chance_rows, main_rows, read_metrics, read_seeds
+
+STAGES = ["data", "teachers", "embed", "balance", "cluster", "reinforce", "distill", "evaluate", "report"]
+ABLATIONS = "ablations"  # reports/ablations/*.ipynb
+TEMPLATES = Path(__file__).parent / "site"
+ASKED = (
+    "CLIP-CID (arXiv 2408.09441) and MobileCLIP (arXiv 2311.17049) each claim that a small image-text model learns "
+    "more from the same training when a big one helps: the first by dropping near-duplicate images and distilling "
+    "clusters and instances, the second by storing augmentations, synthetic captions and the teachers' embeddings "
+    "once and matching their similarities. Here both recipes, their combination and plain CLIP train the same "
+    "student on the same number of samples, several seeds each, and are compared on data that none of them has seen."
+)
+
+
+class Page(NamedTuple):
+    """One executed notebook, as far as the index needs it."""
+
+    slug: str
+    label: str  # "distill · CLIP-CID"
+    group: str  # "pipeline" or "ablations"
+    title: str
+    intro: str
+    answer: str
+    figure: str  # base64 PNG or ""
+    alt: str
+    notebook: nbformat.NotebookNode
+
+
+def answer(text: str) -> None:
+    """Show the notebook's result in one sentence, in a form that `build` finds."""
+    from IPython.display import display
+
+    text = re.sub(r"(\d) (?=[%±])|(?<=±) (?=\d)", lambda m: m.group().replace(" ", "\u00a0"), " ".join(text.split()))
+    data = {"text/html": f'<p class="answer"><strong>{html.escape(text)}</strong></p>', "text/plain": text}
+    display(data, raw=True, metadata={"mclip": {"answer": True}})
+
+
+# ---------------------------------------------------------------- notebooks
+
+
+def read_pages(reports: Path, titles: dict[str, str]) -> list[Page]:
+    """The executed notebooks in the order of the pipeline, then the ablations; titles: recipe -> its title."""
+    paths = [path for path in reports.rglob("*.ipynb") if not path.name.endswith(".failed.ipynb")]
+    recipes = list(titles)
+
+    def order(path: Path) -> tuple:
+        stage, *rest = path.relative_to(reports).with_suffix("").parts
+        known = STAGES.index(stage) if stage in STAGES else len(STAGES)
+        return stage == ABLATIONS, known, stage, [(recipes.index(r) if r in recipes else 99, r) for r in rest]
+
+    return [_page(path, reports, titles) for path in sorted(paths, key=order)]
+
+
+def _page(path: Path, reports: Path, titles: dict[str, str]) -> Page:
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except Exception as err:
+        raise SystemExit(f"{path}: not a readable notebook ({str(err).splitlines()[0]})") from None
+    parts = path.relative_to(reports).with_suffix("").parts
+    named = [titles.get(part, part.replace("-", " ")) for part in parts]
+    text = next((c.source for c in notebook.cells if c.cell_type == "markdown"), "")
+    heading = re.search(r"^# +(.+)$", text, re.M)
+    title = re.sub(r"[*`_]", "", heading.group(1)).strip() if heading else path.stem
+    rest = text[heading.end() :] if heading else text
+    intro = next((b.strip() for b in rest.split("\n\n") if b.strip() and b.strip()[0] not in "#-*|>`"), "")
+    figure, alt = _key_figure(notebook, title)
+    return Page(
+        slug="-".join(parts),
+        label=" · ".join(named[1:] if parts[0] == ABLATIONS and len(parts) > 1 else named),
+        group=ABLATIONS if parts[0] == ABLATIONS else "pipeline",
+        title=title,
+        intro=" ".join(intro.split()),
+        answer=_answer(notebook),
+        figure=figure,
+        alt=alt,
+        notebook=notebook,
+    )
+
+
+def _answer(notebook: nbformat.NotebookNode) -> str:
+    for cell in reversed(notebook.cells):
+        for output in cell.get("outputs", []):
+            tagged = "answer" in cell.metadata.get("tags", []) or "mclip" in output.get("metadata", {})
+            if tagged and "text/plain" in output.get("data", {}):
+                return " ".join(output.data["text/plain"].split())
+    return ""
+
+
+def _key_figure(notebook: nbformat.NotebookNode, title: str) -> tuple[str, str]:
+    for cell in notebook.cells:
+        if "key-figure" in cell.metadata.get("tags", []):
+            for output in cell.get("outputs", []):
+                if "image/png" in output.get("data", {}):
+                    return "".join(output.data["image/png"].split()), _alt(output, title)
+    return "", ""
+
+
+def _alt(output: nbformat.NotebookNode, title: str) -> str:
+    text = output.data.get("text/plain", "")
+    return text.removeprefix("Figure: ") if text.startswith("Figure: ") else f"Figure of “{title}”"
+
+
+def _body(page: Page) -> str:
+    """The notebook's prose and results as HTML; title and answer are left to the page's head."""
+    from jinja2 import FileSystemLoader
+    from nbconvert import HTMLExporter
+
+    notebook = copy.deepcopy(page.notebook)
+    first = next((c for c in notebook.cells if c.cell_type == "markdown"), None)
+    if first is not None:
+        first.source = re.sub(r"^# +.+$", "", first.source, count=1, flags=re.M).strip()
+    injected = any("injected-parameters" in c.metadata.get("tags", []) for c in notebook.cells)
+    cells = []
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            shown = [o for o in cell.outputs if "mclip" not in o.get("metadata", {})]
+            if injected and "parameters" in cell.metadata.get("tags", []):
+                continue  # the defaults that the run's own parameters replace
+            if cell.outputs and not shown and "key-figure" not in cell.metadata.get("tags", []):
+                continue  # the answer stands at the head
+            cell.outputs = shown
+            for output in shown:
+                if "image/png" in output.get("data", {}):
+                    shape = {"alt": _alt(output, page.title)}
+                    if "Figure" in output.data.get("text/plain", ""):
+                        shape["width"] = _png_width(output.data["image/png"]) * 2 // 3  # 150 dpi at 100 % zoom
+                    output.metadata["image/png"] = shape
+        if cell.source.strip() or cell.get("outputs"):
+            cells.append(cell)
+    notebook.cells = cells
+    exporter = HTMLExporter(
+        template_name="basic",
+        template_file="notebook.html.j2",
+        extra_loaders=[FileSystemLoader(TEMPLATES)],
+        exclude_anchor_links=True,
+    )
+    exporter.register_preprocessor("nbconvert.preprocessors.HighlightMagicsPreprocessor", enabled=False)
+    priority = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]
+    exporter.config.NbConvertBase.display_data_priority = priority
+    body, _ = exporter.from_notebook_node(notebook)
+    return re.sub(r"<script\b.*?</script>", "", body, flags=re.S | re.I)
+
+
+def _png_width(data: str) -> int:
+    return struct.unpack(">I", base64.b64decode("".join(data.split())[:32])[16:20])[0]
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def summary_table(rows: list[Row], recipes: dict[str, str], teachers: Sequence[str] = ()) -> dict[str, Any]:
+    """The index's table: a column a set (held-out mean first), a row a recipe, then the teachers and chance."""
+    columns = list(dict.fromkeys((r.set, r.kind) for r in rows))
+    columns.sort(key=lambda c: (c[0] != HELD_OUT, c[1] == "in domain"))
+
+    def line(name: str) -> list[str]:
+        cells = {r.set: r for r in rows if r.name == name}
+        best = {c: max((r.mean for r in rows if r.set == c and r.group == "recipe"), default=None) for c, _ in columns}
+        out = []
+        for column, _ in columns:
+            row = cells.get(column)
+            if row is None:
+                out.append("–")
+                continue
+            text = f"{100 * row.mean:.1f}"
+            text = f"<strong>{text}</strong>" if row.group == "recipe" and row.mean == best[column] else text
+            out.append(text + (f"<small>±{100 * row.std:.1f}</small>" if row.std is not None else ""))
+        return out
+
+    order = {name: i for i, name in enumerate([*recipes, *teachers])}
+    groups = []
+    for group, heading in (
+        ("recipe", "Students, by recipe"),
+        ("teacher", "Teachers: the ceiling"),
+        ("chance", "Guessing"),
+    ):
+        names = sorted({r.name for r in rows if r.group == group}, key=lambda name: (order.get(name, 99), name))
+        if names:
+            groups.append((heading, [(recipes.get(name, name), line(name)) for name in names]))
+    return {"columns": columns, "groups": groups}
+
+
+def read_times(folder: Path, recipes: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """reports/times/**/*.json in the order of the pipeline: stage, what of it (the recipe), seconds, memory."""
+    out = []
+    for path in folder.rglob("*.json"):
+        entry = json.loads(path.read_text())
+        if entry["stage"] == "report":  # its own time would make the site differ from run to run
+            continue
+        values = [str(v) for k, v in entry.items() if k not in ("stage", "seconds", "peak_rss_mb")]
+        out.append({"peak_rss_mb": None, "of": ", ".join(values), **entry})
+
+    def order(entry: dict[str, Any]) -> tuple:
+        stage, of, recipe = entry["stage"], entry["of"], list(recipes)
+        known = STAGES.index(stage) if stage in STAGES else len(STAGES)
+        return known, stage, recipe.index(of) if of in recipe else 99, of
+
+    return sorted(out, key=order)
+
+
+def clock(seconds: float) -> str:
+    """9.3 s, 2 min 05 s, 1 h 02 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+# ---------------------------------------------------------------- the site
+
+
+def build(
+    reports: str | Path = "reports", out: str | Path = "reports/site", settings: str | Path = "params.yaml"
+) -> Path:
+    """Write the site, whole or not at all; returns its index.html."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    reports, out = Path(reports), Path(out)
+    p = params.load(settings)
+    recipes = {name: recipe.title for name, recipe in p.distill.recipes.items()}
+    pages = read_pages(reports, recipes)
+    if not pages:
+        raise SystemExit(f"{reports}: no executed notebook to report on: run `dvc repro` first")
+    metrics = read_metrics(reports / "metrics")
+    rows = main_rows(metrics, p.evaluate.sets) + chance_rows(read_seeds(recipes, reports / "metrics")[0])
+    missing = [name for name in p.evaluate.sets if name not in {r.set for r in rows}]
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"style": Markup((TEMPLATES / "style.css").read_text() + _code_style()), "clock": clock}
+    files = {}
+    template = environment.get_template("page.html.j2")
+    for i, page in enumerate(pages):
+        near = {"before": pages[i - 1] if i else None, "after": pages[i + 1] if i + 1 < len(pages) else None}
+        files[f"{page.slug}.html"] = template.render(page=page, body=Markup(_body(page)), **near)
+    files["index.html"] = environment.get_template("front.html.j2").render(
+        asked=ASKED,
+        pages=pages,
+        lead=next((page for page in pages if page.slug == "report"), None),
+        table=summary_table(rows, recipes, list(p.teachers.models)),
+        cells=Markup,
+        missing=missing,
+        times=read_times(reports / "times", list(recipes)),
+        recipes=recipes,
+        p=p,
+        yaml=Path(settings).read_text(),
+    )
+    _write_folder(out, files)
+    return out / "index.html"
+
+
+def _code_style() -> str:
+    from pygments.formatters import HtmlFormatter
+
+    light = HtmlFormatter(style="xcode").get_style_defs(".highlight")
+    dark = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
+    keep = [re.findall(r"^\.highlight \.\w+ \{.*\}", text, re.M) for text in (light, dark)]
+    return "\n" + "\n".join(keep[0]) + "\n@media (prefers-color-scheme: dark) {\n" + "\n".join(keep[1]) + "\n}\n"
+
+
+def _write_folder(out: Path, files: dict[str, str]) -> None:
+    fresh, old = out.with_name(out.name + ".part"), out.with_name(out.name + ".old")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    for name, text in files.items():
+        (fresh / name).write_text(text)
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.replace(out, old)
+    os.replace(fresh, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m mclip.report", description=__doc__.split("\n")[0])
+    parser.add_argument("--reports", default="reports", help="folder of executed notebooks, metrics, times")
+    parser.add_argument("--out", default="reports/site")
+    args = parser.parse_args(argv)
+    try:
+        print(f"report: {build(args.reports, args.out)}")
+    except params.ParamsError as err:
+        print(err, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""mclip.compare: the metrics files as one table, and what a difference allows to say."""
+
+import json
+import math
+
+import pandas as pd
+import pytest
+from scipy import stats
+
+from mclip import compare
+from mclip.params import EvalSet
+
+SETS = {
+    "home": EvalSet(path="a", task="classification", kind="in domain"),
+    "away": EvalSet(path="b", task="classification", kind="unseen"),
+    "pairs": EvalSet(path="c", task="retrieval", kind="unseen"),
+}
+
+
+def rows(recipe: str, gain: float) -> list[tuple]:
+    out = []
+    for seed, wobble in enumerate((-0.01, 0.0, 0.01)):
+        out += [
+            (recipe, "home", "in domain", "classification", "top1", seed, 0.5 + wobble, 0.1),
+            (recipe, "home", "in domain", "classification", "probe_top1", seed, 0.9, 0.1),
+            (recipe, "away", "unseen", "classification", "top1", seed, 0.2 + gain + wobble, 0.05),
+            (recipe, "pairs", "unseen", "retrieval", "i2t_r1", seed, 0.0, 0.01),
+            (recipe, "pairs", "unseen", "retrieval", "mean_r1", seed, 0.1 + gain + wobble, 0.01),
+        ]
+    return out
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for recipe, gain in (("clip", 0.0), ("more", 0.1)):
+        frame = pd.DataFrame(rows(recipe, gain), columns=compare.COLUMNS)
+        frame.to_csv(tmp_path / f"{recipe}.csv", index=False)
+    tree = {"more": {"away": {"top1": {"mean": 0.3, "std": 0.01}}, "mean": {"mean": 0.25, "std": 0.01, "sets": 2}}}
+    (tmp_path / "more.json").write_text(json.dumps(tree))
+    (tmp_path / "teachers.json").write_text(json.dumps({"large": {"away": {"top1": 0.6}, "pairs": {"mean_r1": 0.4}}}))
+    return tmp_path
+
+
+def test_main_metric_and_held_out_mean(folder):
+    frame, missing = compare.read_seeds(["clip", "more", "gone"], folder)
+    assert missing == [f"{folder}/gone.csv is missing: run `dvc repro evaluate@gone` first"]
+    main = compare.main_metric(frame)
+    assert set(main["set"]) == {compare.HELD_OUT, "home", "away", "pairs"} and len(main) == 2 * 3 * 4
+    head = main[main["set"] == compare.HELD_OUT].groupby("recipe")[["value", "chance"]].mean()
+    assert head.loc["clip"].tolist() == pytest.approx([0.15, 0.03])
+    assert head.loc["more", "value"] == pytest.approx(0.25)
+
+
+def test_verdicts_are_welch_intervals(folder):
+    main = compare.main_metric(compare.read_seeds(["clip", "more"], folder)[0])
+    said = compare.verdicts(main, "clip").set_index("set")
+    assert said["verdict"].to_dict() == {
+        compare.HELD_OUT: "better",
+        "home": "can't be told",
+        "away": "better",
+        "pairs": "better",
+    }
+    assert compare.verdicts(main, "more").set_index("set").loc["away", "verdict"] == "worse"
+    a, b = (main[(main["recipe"] == r) & (main["set"] == "away")]["value"] for r in ("more", "clip"))
+    expected = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    assert said.loc["away", ["low", "high"]].tolist() == pytest.approx([expected.low, expected.high])
+
+
+def test_one_seed_allows_no_verdict():
+    one = pd.Series([0.5])
+    assert compare.welch(one, one) == (-math.inf, math.inf)
+    same = pd.Series([0.5, 0.5])
+    assert compare.welch(same + 0.25, same) == (0.25, 0.25)
+
+
+def test_rows_of_recipes_teachers_and_chance(folder):
+    found = compare.main_rows(compare.read_metrics(folder), SETS)
+    means = {(r.name, r.set): r.mean for r in found}
+    assert means["large", compare.HELD_OUT] == pytest.approx(0.5) and means["more", "away"] == 0.3
+    assert {r.group for r in found} == {"recipe", "teacher"} and ("more", "home") not in means
+    chance = compare.chance_rows(compare.read_seeds(["clip"], folder)[0])
+    assert {r.set: r.mean for r in chance}["home"] == 0.1
+    assert compare.chance_rows(compare.read_seeds([], folder)[0]) == []

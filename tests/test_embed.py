@@ -1,0 +1,98 @@
+"""mclip.embed: clip-retrieval's layout, resuming, foreign folders, broken rows."""
+
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from test_models import CONFIG, tiny
+
+from mclip import embed, models
+from mclip.data import shards
+
+torch.set_num_threads(1)
+
+
+def picture(i):
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), (10 * i, 255 - 10 * i, 50)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def world(tmp_path):
+    samples = [shards.Sample(f"k{i}", picture(i), "png", f"picture {i % 3}", {}) for i in range(7)]
+    shards.write_shards(samples, tmp_path / "pairs", shard_size=3)
+    models.export(tiny(), tmp_path / "tiny", config=CONFIG)
+    return tmp_path
+
+
+def run(world, **options):
+    return embed.run({"t": f"local-dir:{world / 'tiny'}"}, pairs=world / "pairs", out=world / "emb", batch_size=2,
+                     precision="fp32", workers=0, **options)
+
+
+def test_run_and_load(world):
+    meta = run(world)["t"]
+    e = embed.load(world / "emb/t")
+    assert e.keys == [f"k{i}" for i in range(7)] and e.captions == [f"picture {i % 3}" for i in range(7)]
+    assert e.image.shape == e.text.shape == (7, 16) and e.image.dtype == np.float16
+    assert np.allclose(np.linalg.norm(e.image.astype(np.float32), axis=1), 1, atol=2e-3)
+    assert np.array_equal(e.text[0], e.text[3])
+    assert e.logit_scale == pytest.approx(1 / 0.07, rel=1e-4) and e.model == meta["model"]
+    assert sorted(p.name for p in (world / "emb/t/img_emb").iterdir()) == [f"img_emb_{i:04d}.npy" for i in range(3)]
+
+
+def test_resumes_by_shard_with_the_same_bytes(world, monkeypatch):
+    run(world)
+    files = {p: p.read_bytes() for p in (world / "emb").rglob("*") if p.is_file()}
+    gone = world / "emb/t/text_emb/text_emb_0001.npy"
+    gone.unlink()
+    with pytest.raises(embed.EmbeddingsError, match="text rows"):
+        embed.load(world / "emb/t")
+    read, plain = [], shards.iter_samples
+    monkeypatch.setattr(shards, "iter_samples", lambda f, *, shards: (read.extend(shards), plain(f, shards=shards))[1])
+    run(world)
+    assert read == [1] and {p: p.read_bytes() for p in (world / "emb").rglob("*") if p.is_file()} == files
+    models.export(tiny(seed=1), world / "tiny", config=CONFIG)  # other weights: all anew
+    run(world)
+    assert read == [1, 0, 1, 2]
+
+
+def foreign(folder, parts, **names):
+    (folder / "img_emb").mkdir(parents=True)
+    for name, rows in parts.items():
+        np.save(folder / "img_emb" / f"img_emb_{name}.npy", rows)
+
+
+def test_foreign_folder(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(11, 4)).astype(np.float32)
+    foreign(tmp_path, {str(i): rows[i:i + 1] for i in range(11)})  # img_emb_10 comes after img_emb_9
+    e = embed.load(tmp_path)
+    expected = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    assert np.allclose(e.image, expected, atol=1e-3) and e.text is None and e.keys[10] == "000000010"
+    (tmp_path / "metadata").mkdir()
+    for i in range(11):
+        pd.DataFrame({"image_path": [f"p{i}"]}).to_parquet(tmp_path / f"metadata/metadata_{i}.parquet")
+    assert embed.load(tmp_path).keys[-1] == "p10"
+
+
+@pytest.mark.parametrize(("value", "word"), [(np.nan, "not finite"), (0.0, "all zeros")])
+def test_bad_row_is_named(tmp_path, value, word):
+    rows = np.ones((5, 4), np.float16)
+    rows[3] = value
+    foreign(tmp_path, {"00": np.ones((2, 4), np.float16), "01": rows})
+    with pytest.raises(embed.EmbeddingsError, match=rf"img_emb_01.npy: row 3 .*{word}"):
+        embed.load(tmp_path)
+
+
+def test_missing_and_truncated(tmp_path):
+    with pytest.raises(embed.EmbeddingsError, match="img_emb is missing"):
+        embed.load(tmp_path)
+    foreign(tmp_path, {"0": np.ones((5, 4), np.float16)})
+    file = tmp_path / "img_emb/img_emb_0.npy"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(embed.EmbeddingsError, match=r"img_emb_0.npy: not a whole"):
+        embed.load(tmp_path)

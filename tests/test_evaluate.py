@@ -1,0 +1,279 @@
+"""mclip.evaluate and mclip.metrics against plain loops, on a tiny set in CLIP_benchmark's layout."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision import transforms
+
+from mclip import evaluate, metrics
+from mclip.params import EvalSet
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def unit(rng: np.random.Generator, n: int, d: int = 8) -> torch.Tensor:
+    return F.normalize(torch.tensor(rng.normal(size=(n, d)), dtype=torch.float32), dim=-1)
+
+
+def png(colour, noise: int = 0, size: int = 8) -> bytes:
+    rng = np.random.default_rng(noise)
+    pixels = np.clip(np.array(colour) + rng.integers(-25, 26, (size, size, 3)), 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path, files: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def write_set(folder, *, shards: int = 2, per_class: int = 4):
+    """Three colours; both .cls and .txt, where pictures of a class share a caption."""
+    for split in ("train", "test"):
+        for shard in range(shards):
+            files = {}
+            for label, (name, colour) in enumerate(COLOURS.items()):
+                for i in range(per_class):
+                    key = f"{shard}_{name}_{i}"
+                    files[f"{key}.png"] = png(colour, noise=100 * shard + i + 50 * (split == "train"))
+                    files[f"{key}.cls"] = str(label).encode()
+                    files[f"{key}.txt"] = f"{name}\na {name} square\n".encode()
+            write_tar(folder / split / f"{shard}.tar", files)
+        (folder / split / "nshards.txt").write_text(f"{shards}\n")
+    (folder / "classnames.txt").write_text("\n".join(COLOURS) + "\n")
+    (folder / "zeroshot_classification_templates.txt").write_text("a {c} square\n{c}\n")
+    return folder
+
+
+class ColourModel(torch.nn.Module):
+    """Embeds a picture by its mean colour and a text by the colour it names."""
+
+    def __init__(self, turn: float = 0.0):
+        super().__init__()
+        self.turn = torch.nn.Parameter(torch.tensor(turn))
+
+    def encode_image(self, images, normalize=False):
+        mean = images.mean((2, 3)) - 0.35
+        return mean.roll(1, 1) if self.turn > 0 else mean
+
+    def encode_text(self, tokens, normalize=False):
+        return F.one_hot(tokens[:, 0], 3).float() + 0.01 * tokens[:, 1:]
+
+
+def tokenize(texts) -> torch.Tensor:
+    names = list(COLOURS)
+    return torch.tensor([[next(i for i, n in enumerate(names) if n in t), len(t)] for t in texts])
+
+
+PREPROCESS = transforms.Compose([transforms.Resize((8, 8)), transforms.ToTensor()])
+
+
+# ---------------------------------------------------------------- metrics against loops
+
+
+def test_ranks_against_loops():
+    rng = np.random.default_rng(0)
+    queries, gallery = unit(rng, 23), unit(rng, 11)
+    pairs = np.unique(np.stack([rng.integers(0, 23, 40), rng.integers(0, 11, 40)], 1), axis=0)
+    pairs = np.unique(np.concatenate([pairs, [[i, i % 11] for i in range(23)]]), axis=0)
+    expected = []
+    for q in range(23):
+        right = {g for a, g in pairs if a == q}
+        similarity = (queries[q] @ gallery.T).numpy()
+        best = max(similarity[g] for g in right)
+        expected.append(sum(similarity[g] >= best for g in range(11) if g not in right))
+    for chunk in (1, 7, 23, 100):  # an uneven last chunk too
+        assert metrics.ranks(queries, gallery, pairs[rng.permutation(len(pairs))], chunk=chunk).tolist() == expected
+
+
+def test_classification_against_loops():
+    rng = np.random.default_rng(1)
+    images, classes, labels = unit(rng, 50), unit(rng, 9), rng.integers(0, 8, 50)  # class 8 has no picture
+    order = np.argsort(-(images @ classes.T).numpy(), axis=1)
+    top1 = [order[i, 0] == labels[i] for i in range(50)]
+    got = metrics.classification(images, classes, labels.tolist())
+    assert got["top1"] == pytest.approx(np.mean(top1))
+    assert got["top5"] == pytest.approx(np.mean([labels[i] in order[i, :5] for i in range(50)]))
+    per_class = [np.mean([t for t, y in zip(top1, labels, strict=True) if y == c]) for c in np.unique(labels)]
+    assert got["mean_per_class"] == pytest.approx(np.mean(per_class))
+
+
+def test_retrieval_shared_captions_against_loops():
+    rng = np.random.default_rng(2)
+    captions = [[f"text {rng.integers(0, 6)}", f"text {rng.integers(0, 6)}"] for _ in range(30)]
+    texts, pairs = metrics.caption_pairs(captions)
+    assert len(set(texts)) == len(texts)
+    images, embedded = unit(rng, 30), unit(rng, len(texts))
+    got = metrics.retrieval(images, embedded, pairs, ks=(1, 3))
+    similarity = (images @ embedded.T).numpy()
+    for k in (1, 3):
+        to_text = [any(texts[t] in captions[i] for t in np.argsort(-similarity[i])[:k]) for i in range(len(captions))]
+        to_image = [any(text in captions[i] for i in np.argsort(-similarity[:, t])[:k]) for t, text in enumerate(texts)]
+        assert got[f"i2t_r{k}"] == pytest.approx(np.mean(to_text))
+        assert got[f"t2i_r{k}"] == pytest.approx(np.mean(to_image))
+
+
+def test_collapsed_model_scores_zero():
+    same = F.normalize(torch.ones(6, 4), dim=-1)
+    assert metrics.classification(same, same, list(range(6)))["top1"] == 0
+    assert metrics.retrieval(same, same, np.stack([np.arange(6)] * 2, 1))["i2t_r1"] == 0
+
+
+def test_chance_is_what_random_features_score():
+    rng = np.random.default_rng(3)
+    captions = [[f"t{i % 40}"] for i in range(120)]
+    _, pairs = metrics.caption_pairs(captions)
+    chance = metrics.retrieval_chance(pairs)
+    assert chance["i2t_r1"] == pytest.approx(1 / 40)
+    assert chance["t2i_r1"] == pytest.approx(3 / 120)
+    runs = [metrics.retrieval(unit(rng, 120, 64), unit(rng, 40, 64), pairs) for _ in range(60)]
+    for name, value in chance.items():
+        assert np.mean([r[name] for r in runs]) == pytest.approx(value, abs=0.035)
+    assert metrics.classification_chance(10)["top5"] == 0.5
+    assert "top5" not in metrics.classification_chance(5)
+    assert metrics.retrieval_chance(np.array([[0, 0], [1, 1]]))["i2t_r10"] == 1  # more draws than captions
+
+
+def test_probe_separable_and_repeatable():
+    rng = np.random.default_rng(4)
+    centres, labels = unit(rng, 5, 32), rng.integers(0, 5, 300)
+    noise = torch.tensor(rng.normal(scale=0.05, size=(300, 32)), dtype=torch.float32)
+    x = F.normalize(centres[labels] + noise, dim=-1)
+    arguments = ([x[:200], -x[:200]], labels[:200], [x[200:], -x[200:]], labels[200:])
+    first = metrics.probes(*arguments, c=(0.001, 1.0))
+    assert all(score > 0.97 and c in (0.001, 1.0) for score, c in first)
+    assert metrics.probes(*arguments, c=(1.0, 0.001)) == first
+    with pytest.raises(ValueError, match="one class"):
+        metrics.probes([x[:10]], [0] * 10, [x], labels)
+
+
+# ---------------------------------------------------------------- sets
+
+
+def test_evaluate_many_on_a_tiny_set(tmp_path):
+    folder = write_set(tmp_path / "colours")
+    sets = {
+        "colours": EvalSet(path=str(folder), task="classification", probe=True, kind="in domain"),
+        "captions": EvalSet(path=str(folder), task="retrieval", kind="unseen"),
+    }
+    result = evaluate.evaluate_many(
+        [ColourModel(), ColourModel(turn=1.0)], PREPROCESS, tokenize, sets, batch_size=7, probe_c=[1.0]
+    )
+    right, wrong = result.metrics
+    assert right["colours"] == {"top1": 1.0, "mean_per_class": 1.0, "probe_top1": 1.0}
+    assert wrong["colours"]["top1"] == 0.0 and wrong["colours"]["probe_top1"] == 1.0
+    assert right["captions"]["i2t_r1"] == right["captions"]["t2i_r1"] == 1.0
+    assert wrong["captions"]["i2t_r1"] == 0.0
+    assert result.problems == []
+    assert result.chance["colours"] == pytest.approx({"top1": 1 / 3, "mean_per_class": 1 / 3, "probe_top1": 1 / 3})
+    assert result.chance["captions"]["i2t_r1"] == pytest.approx(2 / 6)  # two right captions of six
+    assert [tuple(x.shape) for x in result.images["colours"]] == [(24, 3)] * 2
+    single = evaluate.evaluate(ColourModel(), PREPROCESS, tokenize, sets, batch_size=100, probe_c=[1.0])
+    assert single == right  # one process or two, any batch size
+
+
+def test_prompt_ensemble_is_the_mean_of_unit_norm_prompts():
+    model = ColourModel()
+    got = evaluate.class_features(model, tokenize, ["red", "blue"], ["{c}", "a {c} square"])
+    for row, name in zip(got, ["red", "blue"], strict=True):
+        prompts = F.normalize(model.encode_text(tokenize([name, f"a {name} square"])), dim=-1)
+        assert torch.allclose(row, F.normalize(prompts.mean(0), dim=-1).detach(), atol=1e-6)
+
+
+def test_problems_are_named_and_nothing_else_is_lost(tmp_path):
+    folder = write_set(tmp_path / "bad", shards=1)
+    good = {"a.png": png((220, 30, 30)), "a.cls": b"0"}
+    files = good | {"b.png": b"no picture", "b.cls": b"1", "c.png": png((0, 0, 0)), "d.cls": b"1"}
+    files |= {"e.png": png((0, 0, 0)), "e.cls": b"cat"}
+    write_tar(folder / "test" / "1.tar", files)
+    data = (folder / "test" / "0.tar").read_bytes()
+    (folder / "test" / "2.tar").write_bytes(data[: len(data) // 2 + 100])
+    (folder / "test" / "nshards.txt").write_text("4")
+    sets = {
+        "bad": EvalSet(path=str(folder), task="classification"),
+        "gone": EvalSet(path=str(tmp_path / "nowhere"), task="retrieval"),
+    }
+    result = evaluate.evaluate_many([ColourModel()], PREPROCESS, tokenize, sets)
+    text = "\n".join(result.problems)
+    for part in (
+        "b: picture can't be read",
+        "c: no .cls",
+        "d: no picture",
+        "e: .cls holds 'cat'",
+        "2.tar: ",
+        "3.tar: missing",
+        "gone: ",
+        "nowhere is missing",
+    ):
+        assert part in text, part
+    assert result.metrics[0]["gone"] == {} and result.metrics[0]["bad"]["top1"] == 1.0
+    assert len(result.splits["bad"].keys) >= 13  # all of shard 0, the good one of shard 1
+    with pytest.warns(UserWarning, match="nowhere is missing"):
+        evaluate.evaluate(ColourModel(), PREPROCESS, tokenize, {"gone": sets["gone"]})
+
+
+def test_unusable_sets_say_what_to_mend(tmp_path):
+    folder = write_set(tmp_path / "set", shards=1)
+    (folder / "classnames.txt").write_text("red\n")
+    spec = EvalSet(path=str(folder), task="classification")
+    with pytest.raises(evaluate.EvalError, match=r"evaluate.sets.x: .*classnames.txt: 1 classes.* up to 2"):
+        evaluate.evaluate(ColourModel(), PREPROCESS, tokenize, {"x": spec})
+    (folder / "test" / "nshards.txt").unlink()
+    with pytest.raises(evaluate.EvalError, match=r"nshards.txt is missing"):
+        evaluate.evaluate(ColourModel(), PREPROCESS, tokenize, {"x": spec})
+
+
+def test_transparent_pictures_lie_on_white_and_load_set_keeps_order(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(buffer, "PNG")
+    write_tar(
+        tmp_path / "test" / "0.tar",
+        {"k.png": buffer.getvalue(), "k.txt": b"x", "l.png": png((0, 0, 0)), "l.txt": b"y"},
+    )
+    (tmp_path / "test" / "nshards.txt").write_text("1")
+    split, pictures = evaluate.load_set(tmp_path, "retrieval", PREPROCESS)
+    assert split.keys == ["k", "l"] and split.captions == [["x"], ["y"]]
+    assert pictures[0].min() == 1.0 and pictures[1].max() < 0.2
+
+
+def test_summary_and_headline():
+    sets = {
+        "home": EvalSet(path="a", task="classification", kind="in domain"),
+        "away": EvalSet(path="b", task="classification", kind="unseen"),
+        "pairs": EvalSet(path="c", task="retrieval", kind="unseen"),
+        "gone": EvalSet(path="d", task="retrieval", kind="unseen"),
+    }
+    runs = [
+        {
+            "home": {"top1": 0.9},
+            "away": {"top1": 0.2 + x},
+            "pairs": {"mean_r1": 0.4},
+            "gone": {},
+        }
+        for x in (0.0, 0.2)
+    ]
+    assert evaluate.headline(runs[0], sets) == pytest.approx((0.2 + 0.4) / 2)
+    out = evaluate.summary(runs, sets)
+    assert out["mean"] == {"mean": 0.35, "std": pytest.approx(0.07071, abs=1e-5), "sets": 2}
+    assert out["away"]["top1"] == {"mean": 0.3, "std": pytest.approx(0.14142, abs=1e-5)}
+    assert "gone" not in out
+    json.dumps(out)

@@ -1,0 +1,148 @@
+"""mclip.models: names, local-dir folders, folding, encoding."""
+
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from mclip import models
+
+torch.set_num_threads(1)
+CONFIG = {
+    "embed_dim": 16,
+    "custom_text": True,
+    "vision_cfg": {"timm_model_name": "resnet10t", "timm_proj": "linear", "image_size": 32},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+def tiny(seed=0):
+    torch.manual_seed(seed)
+    model = open_clip.CustomTextCLIP(**{k: v for k, v in CONFIG.items() if k != "custom_text"})
+    for m in model.modules():  # statistics of a trained model, not those of a new one
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(std=0.1)
+            m.running_var.uniform_(0.5, 2)
+    preprocess = {"mean": [0.5] * 3, "std": [0.4] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+    open_clip.model.set_model_preprocess_cfg(model, {**preprocess, "size": 32})
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return models.export(tiny(), tmp_path_factory.mktemp("m") / "tiny", config=CONFIG)
+
+
+def test_export_round_trip(folder):
+    model, _, preprocess, tokenizer = models.create(f"local-dir:{folder}")
+    alone, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    x = torch.randn(2, 3, 32, 32)
+    expected = tiny().encode_image(x)
+    assert torch.equal(model.eval().encode_image(x), expected)
+    assert torch.equal(alone.eval().encode_image(x), expected)
+    assert tokenizer(["a cat"]).shape == (1, 8)
+    assert model.visual.preprocess_cfg["mean"] == [0.5] * 3 and models.image_size(model) == 32
+    assert preprocess(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
+
+
+def test_export_keeps_other_files_and_bytes(folder, tmp_path):
+    (tmp_path / "history.csv").write_text("kept")
+    model, *_ = models.create(f"local-dir:{folder}")
+    models.export(model, tmp_path)
+    first = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    models.export(model, tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == first
+    assert set(first) == {"history.csv", "open_clip_config.json", "open_clip_model.safetensors"}
+    assert models.weights_sha256(f"local-dir:{tmp_path}") == models.weights_sha256(f"local-dir:{folder}")
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("ViT-B-33", "did you mean ViT-B-32"),
+    ("ViT-B-32/nope", "no weights 'nope'"),
+    ("local-dir:models/teachers/none", "none/open_clip_config.json is missing: run `dvc repro teachers` first"),
+    ("local-dir:models/students/clip/seed9", "run `dvc repro distill` first"),
+])
+def test_one_line_errors(name, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(models.ModelError) as err:
+        models.create(name)
+    assert message in str(err.value) and "\n" not in str(err.value)
+
+
+def test_broken_config(tmp_path):
+    (tmp_path / "open_clip_model.safetensors").write_bytes(b"")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"text_cfg": {}}))
+    with pytest.raises(models.ModelError, match="not an open_clip configuration"):
+        models.create(f"local-dir:{tmp_path}")
+
+
+def norms(model):
+    return sum(isinstance(m, nn.BatchNorm2d) for m in model.visual.modules())
+
+
+def test_folding_is_exact_and_leaves_the_model_alone():
+    model = tiny()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    fast = models.for_inference(model)
+    assert norms(model) > 0 and norms(fast) == 0 and not fast.training
+    x = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(F.normalize(fast.encode_image(x), dim=-1), F.normalize(model.encode_image(x), dim=-1),
+                              atol=1e-4)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class Net(nn.Module):
+    """conv -> bn, but the convolution's own output is read a second time."""
+
+    image_size = 8
+
+    def __init__(self, shared):
+        super().__init__()
+        self.shared, self.conv, self.bn = shared, nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.bn.running_mean.fill_(1.0)
+        self.bn.running_var.fill_(3.0)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return (self.bn(y) + (y if self.shared else 0)).mean((2, 3))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_folding_only_where_it_is_right(shared):
+    model = nn.Module()
+    model.visual = Net(shared).eval()
+    fast = models.for_inference(model)
+    assert norms(fast) == (1 if shared else 0)
+    x = torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(fast.visual(x), model.visual(x), atol=1e-4)
+
+
+def test_encode_texts_dedupes_and_keeps_order(folder):
+    model, _, _, tokenizer = models.create(f"local-dir:{folder}")
+    texts = ["dog", "a cat", "dog", "a bird"]
+    out = models.encode_texts(model.eval(), tokenizer, texts, batch_size=2)
+    with torch.no_grad():
+        expected = F.normalize(model.encode_text(tokenizer(texts)), dim=-1)
+    assert torch.allclose(out, expected, atol=1e-5) and torch.equal(out[0], out[2])
+    assert models.encode_texts(model, tokenizer, []).shape == (0, 0)
+
+
+def test_encode_images_unit_norm_with_an_uneven_last_batch(folder):
+    model, *_ = models.create(f"local-dir:{folder}")
+    x = torch.randn(5, 3, 32, 32)
+    out = models.encode_images(model.eval(), x.split(2), precision="fp32")
+    assert out.shape == (5, 16) and np.allclose(out.norm(dim=1), 1, atol=1e-5)
+
+
+def test_precision():
+    assert models.resolve_precision("fp32") == torch.float32 and models.resolve_precision("bf16") == torch.bfloat16
+    assert models.resolve_precision("auto", "cpu") in (torch.float32, torch.bfloat16)
+    with pytest.raises(ValueError, match="precision"):
+        models.resolve_precision("fp8")
