@@ -183,15 +183,18 @@ def _features(model: nn.Module, samples: list, size: int, workers: int) -> Tenso
     loader = torch.utils.data.DataLoader(
         teachers.Pictures(samples, preprocessing(size, teachers.PREPROCESS)), batch_size=64,
         num_workers=workers)
-    return torch.cat([fast.features(batch.to(memory_format=torch.channels_last)).half()
-                      for batch in progress.bar(loader, desc="captioner features", unit="batch")]).clone()
+    batches = progress.bar(loader, desc="captioner features", unit="batch")
+    return torch.cat(list(models.side_by_side(
+        lambda b: fast.features(b.to(memory_format=torch.channels_last)).half(), batches))).clone()
 
 
 def _decode(ids: list[int], tokenizer, end: int) -> str:
     ids = ids[1:ids.index(end)] if end in ids else ids[1:]
     inner = getattr(tokenizer, "tokenizer", None)
     text = inner.decode(ids, skip_special_tokens=True) if inner is not None else tokenizer.decode(ids)
-    return " ".join(text.replace("<end_of_text>", " ").split())
+    # a token may be part of a character's bytes: what is no character of its own is left out
+    text = "".join(c for c in text.replace("<end_of_text>", " ") if c.isprintable() and c != "\ufffd")
+    return " ".join(text.split())
 
 
 def _enable_sampling() -> None:

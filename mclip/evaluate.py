@@ -22,12 +22,13 @@ nothing is written to disk. A missing set or a picture that can't be decoded is 
 """
 
 import io
+import itertools
 import json
 import os
 import re
 import tarfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -217,6 +218,15 @@ def _lines(path: Path) -> list[str]:
 
 # ---------------------------------------------------------------- encoding
 
+AT_ONCE = 8  # batches held decoded, so that several are encoded side by side
+
+
+def batched(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of up to `size` items (itertools has it from Python 3.12 on)."""
+    rest = iter(items)
+    while some := list(itertools.islice(rest, size)):
+        yield some
+
 
 def image_features(
     models: Sequence[torch.nn.Module],
@@ -229,12 +239,14 @@ def image_features(
 ) -> tuple[Split, list[Tensor]]:
     """Unit-norm (n, d) float32 embeddings of every readable picture by each model, decoded once for all."""
     kept, broken, parts = [], {}, [[] for _ in models]
-    for indices, pictures, bad in batches(split, preprocess, batch_size, workers):
-        kept += indices
-        broken |= bad
-        if pictures is not None:
-            for model, out in zip(models, parts, strict=True):
-                out.append(encode_images(model, [pictures], precision=precision))
+    for several in batched(batches(split, preprocess, batch_size, workers), AT_ONCE):
+        for indices, _, bad in several:
+            kept += indices
+            broken |= bad
+        pictures = [p for _, p, _ in several if p is not None]
+        for model, out in zip(models, parts, strict=True):
+            out.append(encode_images(model, pictures, precision=precision))
+    parts = [[p for p in out if len(p)] for out in parts]
     return _keep(split, kept, broken), [torch.cat(out) if out else torch.empty(0, 0) for out in parts]
 
 

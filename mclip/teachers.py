@@ -114,11 +114,12 @@ def text_features(model: nn.Module, tokenizer, captions: list[str], *, batch_siz
     try:
         tokens = tokenizer(captions)
         length = (tokens != model.text.config.pad_token_id).sum(1)
-        order, out = length.argsort(stable=True), None
-        for rows in progress.bar(order.split(batch_size), desc="caption features", unit="batch"):
-            part = model.text(tokens[rows, :int(length[rows].max())])
-            out = part.new_empty(len(captions), part.shape[1]) if out is None else out
-            out[rows] = part
+        order = length.argsort(stable=True)
+        batches = progress.bar(order.split(batch_size), desc="caption features", unit="batch")
+        found = torch.cat(list(models.side_by_side(
+            lambda rows: model.text(tokens[rows, :int(length[rows].max())]), batches)))
+        out = torch.empty_like(found)
+        out[order] = found
         return out.clone()
     finally:
         model.text.proj = head
@@ -136,7 +137,7 @@ def image_features(model: nn.Module, samples: list[shards.Sample], size: int, *,
     loader = DataLoader(Pictures(samples, preprocessing(size, PREPROCESS)), batch_size=batch_size,
                         num_workers=workers)
     batches = progress.bar(loader, desc=f"image features {name}".strip(), unit="batch")
-    return torch.cat([fast(batch.to(memory_format=torch.channels_last)) for batch in batches])
+    return torch.cat(list(models.side_by_side(lambda b: fast(b.to(memory_format=torch.channels_last)), batches)))
 
 
 def align(model: nn.Module, image: Tensor, text: Tensor, caption_of: Tensor, p: params.Align) -> pd.DataFrame:

@@ -33,7 +33,7 @@ HISTORY_EVERY = 10  # steps a row of history.csv is the mean of
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is: written to RUN.json as {"name", "seed", "student", "train", "recipe", "data", "out", "scratch"}."""
+    """What a run is; RUN.json holds these fields by name."""
 
     name: str
     seed: int
@@ -193,7 +193,10 @@ def train(run: Run) -> None:
     """Train to the end and write `run.out` (open_clip local-dir layout and history.csv)."""
     rank, world = _join()
     t = run.train
-    device = torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
     if t.threads and device.type == "cpu":
         torch.set_num_threads(t.threads)
     torch.manual_seed(run.seed)
@@ -239,7 +242,8 @@ def train(run: Run) -> None:
         if (step + 1) % HISTORY_EVERY == 0 or step + 1 == steps:
             n = (step % HISTORY_EVERY) + 1
             history.append({"step": step + 1, "samples": (step + 1) * t.batch_size,
-                            "lr": optimizer.param_groups[0]["lr"], "logit_scale": float(student.logit_scale.detach().exp()),
+                            "lr": optimizer.param_groups[0]["lr"],
+                            "logit_scale": float(student.logit_scale.detach().exp()),
                             **{k: v / n for k, v in sums.items()}})
             sums = {}
         if (step + 1) % t.checkpoint_every == 0 and step + 1 < steps and not sums and rank == 0:

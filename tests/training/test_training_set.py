@@ -9,7 +9,7 @@ import torch
 
 from mclip.data import reinforced, shards, training
 
-from .conftest import N, PX
+from .conftest import PX, N
 
 TOKENIZER = open_clip.get_tokenizer("ViT-B-32", context_length=8)
 
@@ -58,7 +58,7 @@ def test_a_batch_holds_one_sample_a_row(training_set):
         j = at[0]
         assert int(batch["ids"][i]) == training.caption_id(side.captions[j])
         assert torch.equal(batch["tokens"][i], TOKENIZER([side.captions[j]])[0])
-        view = [v for v in range(3) if np.array_equal(pixels[j, v], batch["image"][i].numpy())][0]
+        view = next(v for v in range(3) if np.array_equal(pixels[j, v], batch["image"][i].numpy()))
         assert torch.equal(batch["ensemble_image"][i], side.arrays["ensemble_image"][j, view].float())
         syn = [int(v) for v in batch["syn_ids"]][i]
         assert syn in [training.caption_id(t) for t in side.syn_text[j]]

@@ -1,0 +1,110 @@
+"""mclip.reinforce: what is stored is what the teachers say of the replayed pictures; a killed run goes on."""
+
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+from mclip import models, reinforce
+from mclip.data import augment, reinforced, shards
+from mclip.params import Reinforce
+
+from .conftest import PX, N
+
+SETTINGS = Reinforce(ensemble=["a", "b"], n_aug=2, n_syn=0, image_px=PX, scale_min=0.08, randaugment_ops=2,
+                     randaugment_magnitude=9, caption_top_p=0.9, batch_size=3, precision="fp32", seed=0)
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory) -> dict[str, str]:
+    out = {}
+    for i, name in enumerate("ab"):
+        torch.manual_seed(i)
+        cfg = {"embed_dim": 5 + i,
+               "vision_cfg": {"image_size": 16 + 8 * i, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
+               "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1}}
+        folder = tmp_path_factory.mktemp(name)
+        preprocess = {"mean": [0.4, 0.5, 0.6], "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+        models.export(open_clip.CLIP(**cfg), folder, config=cfg, preprocess=preprocess)
+        out[name] = f"local-dir:{folder}"
+    return out
+
+
+def run(world, out, teachers, **changes):
+    kept = {f"k{i:03d}" for i in range(N)} - {"k005"}
+    return reinforce.run(SETTINGS.model_copy(update=changes), teachers, "", kept, pairs=world / "pairs", out=out, workers=0)
+
+
+def test_embeddings_are_the_teachers_of_the_replayed_pictures(world, teachers, tmp_path):
+    meta = run(world, tmp_path / "r", teachers)
+    assert meta["samples"] == N - 1 and [t["slice"] for t in meta["teachers"]] == [[0, 5], [5, 11]]
+    shard = reinforced.read_shard(tmp_path / "r", 0)
+    assert "k005" not in shard.keys and len(shard.keys) == 7
+    samples = {s.key: s for s in shards.iter_samples(world / "pairs", shards=[0])}
+    for name, t in zip("ab", meta["teachers"], strict=True):
+        model, _, _, tokenizer = models.create(teachers[name])
+        assert t["logit_scale"] == pytest.approx(models.logit_scale(model))
+        for i in (0, 4):
+            image = shards.decode(samples[shard.keys[i]])
+            views = torch.from_numpy(augment.replay_all(image, shard.augment[i], PX))
+            x = augment.to_input(views, models.image_size(model), (0.4, 0.5, 0.6), (0.5,) * 3)
+            expected = models.encode_images(model, [x], precision="fp32")
+            stored = shard.image_emb[i, :, slice(*t["slice"])].float()
+            assert torch.allclose(stored, expected, atol=5e-3)
+            text = models.encode_texts(model, tokenizer, [shard.captions[i]])
+            assert torch.allclose(shard.text_emb[i, :, slice(*t["slice"])].float(), text, atol=5e-3)
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(world, teachers, tmp_path, monkeypatch):
+    run(world, tmp_path / "whole", teachers)
+    write, written = reinforced.write_shard, []
+
+    def dies(folder, index, shard):
+        if index == 2:
+            raise KeyboardInterrupt
+        written.append(index)
+        write(folder, index, shard)
+
+    monkeypatch.setattr(reinforced, "write_shard", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(world, tmp_path / "killed", teachers)
+    assert not json.loads((tmp_path / "killed" / "meta.json").read_text())["complete"]
+    again = []
+    monkeypatch.setattr(reinforced, "write_shard", lambda f, i, s: (again.append(i), write(f, i, s)))
+    run(world, tmp_path / "killed", teachers)
+    assert written == [0, 1] and again == [2]
+    for file in sorted((tmp_path / "whole").iterdir()):
+        assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes()
+
+
+def test_other_settings_start_anew(world, teachers, tmp_path):
+    run(world, tmp_path / "r", teachers)
+    run(world, tmp_path / "r", teachers, n_aug=1)
+    assert reinforced.read_shard(tmp_path / "r", 1).augment.shape[1] == 1
+
+
+def test_nothing_kept_is_said(world, teachers, tmp_path):
+    with pytest.raises(ValueError, match="no pair is kept"):
+        reinforce.run(SETTINGS, teachers, "", set(), pairs=world / "pairs", out=tmp_path / "r", workers=0)
+
+
+def test_captions_come_from_the_captioner(world, teachers, tmp_path, monkeypatch):
+    """n_syn captions an image, in its row; the captioner itself is tested in test_teachers."""
+    from mclip import captioner
+
+    def generate(model, images, *, n, top_p, seed):
+        assert images.shape[1:] == (3, 16, 16)
+        return [[f"caption {j} of {np.asarray(im).sum():.4f}" for j in range(n)] for im in images]
+
+    monkeypatch.setattr(captioner, "generate", generate)
+    kept = {f"k{i:03d}" for i in range(N)}
+    reinforce.run(SETTINGS.model_copy(update={"n_syn": 2}), teachers, teachers["a"], kept, pairs=world / "pairs",
+                  out=tmp_path / "r", workers=0)
+    shard = reinforced.read_shard(tmp_path / "r", 0)
+    assert shard.text_emb.shape == (8, 3, 11) and len({s[0] for s in shard.syn_text}) == 8
+    assert all(s[1].startswith("caption 1") for s in shard.syn_text)
+    model, _, _, tokenizer = models.create(teachers["b"])
+    text = models.encode_texts(model, tokenizer, [shard.syn_text[3][1]])
+    assert torch.allclose(shard.text_emb[3, 2, 5:].float(), text[0], atol=5e-3)
