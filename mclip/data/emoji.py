@@ -22,7 +22,7 @@ STYLE_PHRASES = {
     "fluent": "a 3d render of {c}",
 }
 # for zero-shot classification; {c} is CLIP_benchmark's placeholder
-TEMPLATES = ["{c}", "an emoji of {c}", "a drawing of {c}", "a picture of {c}"]
+TEMPLATES = ["{c}", "an emoji of {c}"]
 
 
 class Variant(NamedTuple):
