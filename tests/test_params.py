@@ -107,7 +107,7 @@ def test_a_stage_sees_what_it_picked_and_nothing_else(tree):
     with pytest.raises(ParamsError, match="did you mean 'train'"):
         p.distill.tran  # noqa: B018
     assert not hasattr(p, "_repr_html_")
-    assert "threshold=0.07" in repr(p)
+    assert f"threshold={p.balance.threshold}" in repr(p)
 
 
 def test_a_stage_is_checked_too(tree):
