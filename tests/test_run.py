@@ -105,6 +105,7 @@ def repo(tmp_path_factory):
         report = repo / ("reports/ablations" if name == "failing" else "reports") / f"{name}.ipynb"
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text("former good report")
+    (repo / "reports/good").mkdir(parents=True)
     (repo / "reports/good/a.failed.ipynb").write_text("of an earlier try")
     return repo
 
