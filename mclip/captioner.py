@@ -122,7 +122,8 @@ def generate(model: nn.Module, images: Tensor, *, n: int, top_p: float, seed: in
     start = inner.bos_token_id if inner is not None else tokenizer.sot_token_id
     end = inner.eos_token_id if inner is not None else tokenizer.eot_token_id
     device, out = next(model.parameters()).device, []
-    encode = model._encode_image
+    training, encode = model.training, model._encode_image
+    model.eval()  # open_clip's generate does so too, but only after the picture is encoded
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         try:
@@ -138,6 +139,7 @@ def generate(model: nn.Module, images: Tensor, *, n: int, top_p: float, seed: in
                 out += [texts[i:i + n] for i in range(0, len(texts), n)]
         finally:
             del model._encode_image
+            model.train(training)
     return out
 
 

@@ -29,6 +29,7 @@ import re
 import tarfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -250,14 +251,16 @@ def image_features(
     return _keep(split, kept, broken), [torch.cat(out) if out else torch.empty(0, 0) for out in parts]
 
 
-def class_features(
-    model: torch.nn.Module, tokenizer, classes: Sequence[str], templates: Sequence[str], **options
-) -> Tensor:
-    """(classes, d): a class is the mean of the unit-norm embeddings of its prompts, normalised again."""
-    templates = list(templates) or ["{c}"]
-    prompts = [template.replace("{c}", name) for name in classes for template in templates]
-    features = encode_texts(model, tokenizer, prompts, **options)
-    return F.normalize(features.view(len(classes), len(templates), -1).mean(1), dim=-1)
+def prompts(split: Split, task: str) -> list[str]:
+    """The texts a split is scored against: the distinct captions, or every class in every template, class by class."""
+    if task == "retrieval":
+        return caption_pairs(split.captions)[0]
+    return [t.replace("{c}", name) for name in split.classes for t in split.templates or ["{c}"]]
+
+
+def class_features(features: Tensor, classes: int) -> Tensor:
+    """(classes * templates, d) unit-norm embeddings of `prompts` -> (classes, d): their mean, normalised again."""
+    return F.normalize(features.view(classes, -1, features.shape[-1]).mean(1), dim=-1)
 
 
 # ---------------------------------------------------------------- all of it
@@ -286,35 +289,43 @@ def evaluate_many(
     result = Result([{} for _ in models], {}, [], {}, {}, {}, {})
     loading = {"batch_size": batch_size, "workers": workers, "precision": precision}
     texting = {"batch_size": batch_size, "precision": precision}
+    tests, shared = {}, set()
+    for name, spec in sets.items():
+        if Path(spec.path).is_dir():
+            with _named(name):
+                tests[name] = read_split(spec.path, spec.task)
+            shared.update(prompts(tests[name], spec.task))
+    # sets have prompts in common: each text is encoded once a model
+    row = {text: i for i, text in enumerate(sorted(shared))}
+    known = [encode_texts(model, tokenizer, list(row), **texting) for model in models]
     for name, spec in bar(list(sets.items()), desc="evaluate", unit="set"):
-        if not Path(spec.path).is_dir():
+        if name not in tests:
             result.problems.append(f"{name}: {spec.path} is missing, not evaluated")
             for metrics in result.metrics:
                 metrics[name] = {}
             continue
-        try:
-            split, images = image_features(models, read_split(spec.path, spec.task), preprocess, **loading)
+        with _named(name):
+            split, images = image_features(models, tests[name], preprocess, **loading)
             _check(split, spec)
             train, train_images = None, []
             if spec.task == "classification" and spec.probe:
                 train = read_split(spec.path, spec.task, "train")
                 train, train_images = image_features(models, train, preprocess, **loading)
-        except EvalError as err:
-            raise EvalError(f"evaluate.sets.{name}: {err}") from None
         result.problems.extend(f"{name}: {line}" for line in split.problems + (train.problems if train else []))
         result.splits[name], result.images[name], result.texts[name] = split, images, []
-        captions, pairs = caption_pairs(split.captions)
+        pairs = caption_pairs(split.captions)[1]
         result.chance[name] = (
             retrieval_chance(pairs)
             if spec.task == "retrieval"
             else classification_chance(len(split.classes), spec.probe)
         )
-        for i, model in enumerate(models):
+        rows = [row[text] for text in prompts(split, spec.task)]
+        for i in range(len(models)):
+            texts = known[i][rows]
             if spec.task == "classification":
-                texts = class_features(model, tokenizer, split.classes, split.templates, **texting)
+                texts = class_features(texts, len(split.classes))
                 metrics = classification(images[i], texts, split.labels)
             else:
-                texts = encode_texts(model, tokenizer, captions, **texting)
                 metrics = retrieval(images[i], texts, pairs)
             result.texts[name].append(texts)
             result.metrics[i][name] = metrics
@@ -324,6 +335,15 @@ def evaluate_many(
                 metrics[name]["probe_top1"] = score
             result.probe_c[name] = [best for _, best in fits]
     return result
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """What is wrong with a set, under the set's name in params.yaml."""
+    try:
+        yield
+    except EvalError as err:
+        raise EvalError(f"evaluate.sets.{name}: {err}") from None
 
 
 def evaluate(model, preprocess, tokenizer, sets: Mapping[str, EvalSet], **options) -> dict[str, dict[str, float]]:

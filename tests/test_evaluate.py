@@ -193,7 +193,10 @@ def test_evaluate_many_on_a_tiny_set(tmp_path):
 
 def test_prompt_ensemble_is_the_mean_of_unit_norm_prompts():
     model = ColourModel()
-    got = evaluate.class_features(model, tokenize, ["red", "blue"], ["{c}", "a {c} square"])
+    split = evaluate.Split([], [], [], [], ["red", "blue"], ["{c}", "a {c} square"], [])
+    texts = evaluate.prompts(split, "classification")
+    assert texts == ["red", "a red square", "blue", "a blue square"]
+    got = evaluate.class_features(F.normalize(model.encode_text(tokenize(texts)), dim=-1), 2)
     for row, name in zip(got, ["red", "blue"], strict=True):
         prompts = F.normalize(model.encode_text(tokenize([name, f"a {name} square"])), dim=-1)
         assert torch.allclose(row, F.normalize(prompts.mean(0), dim=-1).detach(), atol=1e-6)

@@ -159,6 +159,10 @@ def test_captioner(world):
     assert out == captioner.generate(fast, images, n=2, top_p=0.9, seed=1, batch_size=4)
     assert torch.equal(state, torch.random.get_rng_state()) and "_encode_image" not in vars(fast)
     assert captioner.generate(fast, images, n=0, top_p=0.9, seed=1) == [[]] * 5
+    # a model in training mode writes what it would write in eval mode, and stays in training mode
+    plain = captioner.generate(model, images, n=2, top_p=0.9, seed=1, batch_size=4)
+    assert plain == captioner.generate(model.train(), images, n=2, top_p=0.9, seed=1, batch_size=4)
+    assert model.training and model.visual.training
     captioner.train(WRITER, "models/captioner", workers=0)
     assert {f.name: f.read_bytes() for f in (world / "models/captioner").iterdir()} == first
 

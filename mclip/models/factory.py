@@ -65,7 +65,8 @@ def create(name: str, *, device: str | torch.device = "cpu") -> tuple[torch.nn.M
 
     Returns
     -------
-    model, preprocess_train, preprocess_eval, tokenizer : as open_clip makes them. `model.mclip` keeps the
+    model, preprocess_train, preprocess_eval, tokenizer : as open_clip makes them, but the model in eval mode: as
+        open_clip leaves it, batch norm and dropout would change what an encoder says. `model.mclip` keeps the
         name, the configuration and the tokenizer, so that `export` can write them.
     """
     if name.startswith(LOCAL):
@@ -87,7 +88,7 @@ def create(name: str, *, device: str | torch.device = "cpu") -> tuple[torch.nn.M
     except (RuntimeError, OSError, ValueError, TypeError) as err:
         raise ModelError(f"{name}: {_first_line(err)}") from err
     model.mclip = {"name": name, "config": config, "tokenizer": tokenizer}
-    return model, train, evaluate, tokenizer
+    return model.eval(), train, evaluate, tokenizer
 
 
 def export(model: torch.nn.Module, folder: str | Path, *, config: dict[str, Any] | None = None,
