@@ -33,7 +33,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
 from mclip import progress
-from mclip.rows import Rows, RowsError, as_keys, check_keys, read_folder, whole
+from mclip.files import whole
+from mclip.rows import Rows, RowsError, as_keys, check_keys, read_folder
 
 METRICS = ("l2", "sql2", "cosine")
 CHUNK = 2048  # rows a block

@@ -29,7 +29,8 @@ from tokenizers import models as tokenizer_models
 from torch import Tensor, nn
 
 from mclip import models, params, progress, teachers
-from mclip.data import fetch
+from mclip.data import fetch, shards
+from mclip.files import write_whole
 from mclip.models.factory import preprocessing
 
 PAD, START, END = "<pad>", "<start>", "<end>"  # ids 0, 1, 2
@@ -56,7 +57,7 @@ def train(p: params.CaptionerTrain, folder: str | Path, pairs: str | Path = "dat
         wrapped = HFTokenizer(source, context_length=p.text_context)
         history = fit(model, features, wrapped([s.caption for s in samples]), p)
         models.export(model, folder, config=config, preprocess=teachers.PREPROCESS, tokenizer=wrapped)
-    teachers.write_text(Path(folder) / "history.csv", history.to_csv(index=False, float_format="%.5f"))
+    write_whole(Path(folder) / "history.csv", history.to_csv(index=False, float_format="%.5f"))
     return history
 
 
@@ -183,7 +184,7 @@ def _build(config: dict) -> nn.Module:
 def _features(model: nn.Module, samples: list, size: int, workers: int) -> Tensor:
     fast = models.for_inference(model).visual.trunk
     loader = torch.utils.data.DataLoader(
-        teachers.Pictures(samples, preprocessing(size, teachers.PREPROCESS)), batch_size=64,
+        shards.Pictures(samples, preprocessing(size, teachers.PREPROCESS)), batch_size=64,
         num_workers=workers)
     batches = progress.bar(loader, desc="captioner features", unit="batch")
     return torch.cat(list(models.side_by_side(

@@ -18,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mclip.rows import Rows, RowsError, as_keys, check_keys, whole
+from mclip.files import whole
+from mclip.rows import Rows, RowsError, as_keys, check_keys
 
 FEW = 10  # images a cluster below which a warning is due: such centres are hardly more than single images
 

@@ -17,19 +17,17 @@ metadata and text optional, rows normalised if they are not.
 
 import io
 import json
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from torch.utils.data import DataLoader, Dataset
 
-from mclip import models, progress
+from mclip import progress
 from mclip.data import shards
+from mclip.files import write_whole
 
 PARTS = {"img_emb": ".npy", "text_emb": ".npy", "metadata": ".parquet"}
 
@@ -98,21 +96,13 @@ def load(folder: str | Path) -> Embeddings:
     return Embeddings(keys, image, text, scale, meta.get("model", ""), captions)
 
 
-class _Images(Dataset):
-    """Decoded, preprocessed images of a list of samples."""
-
-    def __init__(self, samples, preprocess):
-        self.samples, self.preprocess = samples, preprocess
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, i):
-        return self.preprocess(shards.decode(self.samples[i]))
-
-
 def _embed_with(name: str, model_name: str, manifest: dict, pairs: Path, folder: Path, *, batch_size: int,
                 precision: str, workers: int, device: str | None) -> dict:
+    import torch  # here: balancing and clustering read embeddings, and do without torch's and open_clip's imports
+    from torch.utils.data import DataLoader
+
+    from mclip import models
+
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, _, preprocess, tokenizer = models.create(model_name, device=device)
     scale = models.logit_scale(model)
@@ -132,24 +122,24 @@ def _embed_with(name: str, model_name: str, manifest: dict, pairs: Path, folder:
         for file in set((folder / part).glob(f"*{suffix}")) - keep:
             file.unlink()
     # from here on meta.json says what the files are or will be; a shard is done when its three are there
-    _write(folder / "meta.json", json.dumps(meta, indent=1, sort_keys=True).encode() + b"\n")
+    write_whole(folder / "meta.json", json.dumps(meta, indent=1, sort_keys=True) + "\n")
     bar = progress.bar(desc=f"embed {name}", unit="pair", total=sum(wanted[i]["samples"] for i in todo))
     for i in todo:
         samples = list(shards.iter_samples(pairs, shards=[i]))
-        loader = DataLoader(_Images(samples, preprocess), batch_size=batch_size, num_workers=workers,
+        loader = DataLoader(shards.Pictures(samples, preprocess), batch_size=batch_size, num_workers=workers,
                             pin_memory=device.startswith("cuda"))
         image = models.encode_images(model, _counted(loader, bar), precision=precision)
         text = models.encode_texts(model, tokenizer, [s.caption for s in samples], precision=precision)
         table = pd.DataFrame({"key": [s.key for s in samples], "image_path": [s.key for s in samples],
                               "caption": [s.caption for s in samples]})
-        _write(_file(folder, "img_emb", i), _npy(image.numpy().astype(np.float16)))
-        _write(_file(folder, "text_emb", i), _npy(text.numpy().astype(np.float16)))
-        _write(_file(folder, "metadata", i), table.to_parquet(index=False))
+        write_whole(_file(folder, "img_emb", i), _npy(image.numpy().astype(np.float16)))
+        write_whole(_file(folder, "text_emb", i), _npy(text.numpy().astype(np.float16)))
+        write_whole(_file(folder, "metadata", i), table.to_parquet(index=False))
     bar.close()
     return meta
 
 
-def _counted(loader: DataLoader, bar) -> Iterator[torch.Tensor]:
+def _counted(loader: Iterable, bar) -> Iterator:
     for batch in loader:
         yield batch
         bar.update(len(batch))
@@ -163,13 +153,6 @@ def _npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
-
-
-def _write(file: Path, content: bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    part.write_bytes(content)
-    os.replace(part, file)
 
 
 def _read_json(file: Path) -> dict:

@@ -24,7 +24,6 @@ nothing is written to disk. A missing set or a picture that can't be decoded is 
 import io
 import itertools
 import json
-import os
 import re
 import tarfile
 import warnings
@@ -41,6 +40,7 @@ from PIL import Image
 from torch import Tensor
 
 from mclip.compare import COLUMNS, IN_DOMAIN, MAIN
+from mclip.files import write_whole
 from mclip.metrics import (
     caption_pairs,
     classification,
@@ -407,16 +407,9 @@ def write(
         for value in [metrics[name][metric]]
     ]
     tree = {recipe: summary(result.metrics, sets)}
-    _write_whole(folder / f"{recipe}.json", json.dumps(tree, indent=1, allow_nan=False) + "\n")
+    write_whole(folder / f"{recipe}.json", json.dumps(tree, indent=1, allow_nan=False) + "\n")
     table = pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False, lineterminator="\n")
-    _write_whole(folder / f"{recipe}.csv", table)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+    write_whole(folder / f"{recipe}.csv", table)
 
 
 def load_students(

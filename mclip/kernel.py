@@ -27,6 +27,9 @@ from jupyter_client.manager import AsyncKernelManager
 from papermill.exceptions import PapermillExecutionError
 from papermill.translators import PythonTranslator, papermill_translators
 
+# glibc gives the memory of each large tensor back to the system and faults it in again for the next one: keeping
+# it makes encoding pictures on the CPU a tenth faster
+REUSE_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(10**9), "MALLOC_TRIM_THRESHOLD_": str(10**10)}
 SIGNALS = [signal.Signals[n] for n in ("SIGINT", "SIGTERM", "SIGHUP") if n in signal.Signals.__members__]
 
 
@@ -96,7 +99,9 @@ def follow(path: Path, terminal: Terminal, every: float = 0.1):
 
 def kernel_class(folder: Path) -> type:
     """A kernel manager for one run; folder: private, for the connection file, sockets, IPython's state."""
-    env = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "PYTHONSTARTUP", "PYTHONINSPECT")}
+    # without compiled modules every kernel and every training process spends 15 s longer on its imports
+    personal = ("MPLBACKEND", "PYTHONSTARTUP", "PYTHONINSPECT", "PYTHONDONTWRITEBYTECODE")
+    env = REUSE_MEMORY | {k: v for k, v in os.environ.items() if k not in personal}
     env |= {
         "PYTHONHASHSEED": "0",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(Path.cwd()), env.get("PYTHONPATH")])),

@@ -32,6 +32,8 @@ from pydantic import (
 )
 from ruamel.yaml import YAML, YAMLError
 
+from mclip.files import write_whole
+
 Metric = Literal["l2", "sql2", "cosine"]
 Precision = Literal["auto", "fp32", "bf16"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -51,6 +53,7 @@ class DemoData(_Section):
     cifar_probe: Annotated[int, Field(ge=20, le=10_000)]
     cifar_test: Annotated[int, Field(ge=10, le=10_000)]
     holdout_every: Annotated[int, Field(ge=2)]
+    openmoji_every: PositiveInt
     max_concepts: Annotated[int, Field(ge=20)] | None
     image_px: Annotated[int, Field(ge=16, le=64)]
     seed: NonNegativeInt
@@ -430,8 +433,7 @@ def apply_overlay(overlay: str | Path, path: str | Path = "params.yaml") -> None
     buffer = io.StringIO()
     yaml.dump(tree, buffer)
     check(YAML(typ="safe").load(buffer.getvalue()), f"{path} + {overlay}")
-    Path(f"{path}.tmp").write_text(buffer.getvalue())
-    os.replace(f"{path}.tmp", path)
+    write_whole(path, buffer.getvalue())
 
 
 def main(argv: list[str] | None = None) -> int:

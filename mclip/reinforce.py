@@ -7,7 +7,6 @@ whole, and a rerun with the same settings goes on with the first missing one.
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from . import models
 from .data import augment, reinforced, shards
 from .data.reinforced import Shard
+from .files import write_whole
 from .params import Reinforce
 from .progress import bar
 
@@ -82,7 +82,11 @@ def run(
                           "sha256": models.weights_sha256(teachers[name])})
         ensemble.append((models.for_inference(model), tokenizer))
         start += width
-    writer = models.create(captioner, device=device) if settings.n_syn else None
+    writer = None
+    if settings.n_syn:
+        made = models.create(captioner, device=device)
+        writer = models.for_inference(made[0])
+        writer.mclip = made[0].mclip
     identity = {
         "settings": settings.model_dump(), "teachers": described, "ops": list(augment.OPS),
         "captioner": models.weights_sha256(captioner) if settings.n_syn else None,
@@ -110,26 +114,36 @@ def run(
 
 
 def _reinforce_shard(samples, settings, ensemble, writer, workers, progress) -> Shard:
-    loader = DataLoader(_Views(samples, settings), batch_size=settings.batch_size, num_workers=workers)
-    rows, captions = [], []
-    image_emb: list[list[torch.Tensor]] = [[] for _ in ensemble]
-    for n, (plain, augmented, parameters) in enumerate(loader):
-        flat = augmented.flatten(0, 1)
-        for out, (model, _) in zip(image_emb, ensemble, strict=True):
-            x = augment.to_input(flat, models.image_size(model), *_normalisation(model))
-            emb = models.encode_images(model, x.split(settings.batch_size), precision=settings.precision)
-            out.append(emb.unflatten(0, augmented.shape[:2]))
-        if writer is not None:
-            from .captioner import generate
+    # batch_size counts pictures
+    loader = DataLoader(_Views(samples, settings), batch_size=max(1, settings.batch_size // settings.n_aug),
+                        num_workers=workers)
+    device = next(ensemble[0][0].parameters()).device
+    encoders = [(models.image_encoder(m, settings.precision), models.image_size(m), *_normalisation(m))
+                for m, _ in ensemble]
+    plain, rows = [], []
 
-            model, _, _, _ = writer
-            x = augment.to_input(plain, models.image_size(model), *_normalisation(model))
-            first = samples[n * settings.batch_size].key
-            seed = int.from_bytes(hashlib.sha256(f"{settings.seed}\0{first}".encode()).digest()[:4], "big")
-            captions += generate(model, x, n=settings.n_syn, top_p=settings.caption_top_p, seed=seed)
-        rows.append(parameters)
-        progress.update(len(plain))
-    captions = captions or [[] for _ in samples]
+    def views():
+        for pictures, augmented, parameters in loader:
+            plain.append(pictures)
+            rows.append(parameters)
+            yield augmented
+
+    def embed(augmented: torch.Tensor) -> torch.Tensor:
+        flat = augmented.flatten(0, 1).to(device)
+        parts = [encode(augment.to_input(flat, *shape)) for encode, *shape in encoders]
+        return torch.cat(parts, dim=-1).unflatten(0, augmented.shape[:2]).bfloat16()
+
+    image_emb = []
+    for part in models.side_by_side(embed, views(), device):
+        image_emb.append(part)
+        progress.update(len(part))
+    captions = [[] for _ in samples]
+    if writer is not None and samples:
+        from .captioner import generate
+
+        seed = int.from_bytes(hashlib.sha256(f"{settings.seed}\0{samples[0].key}".encode()).digest()[:4], "big")
+        pictures = augment.to_input(torch.cat(plain), models.image_size(writer), *_normalisation(writer))
+        captions = generate(writer, pictures, n=settings.n_syn, top_p=settings.caption_top_p, seed=seed)
     texts = [t for sample, syn in zip(samples, captions, strict=True) for t in (sample.caption, *syn)]
     text_emb = [models.encode_texts(m, tokenizer, texts, precision=settings.precision) for m, tokenizer in ensemble]
     width = sum(t.shape[-1] for t in text_emb) if samples else 0
@@ -139,8 +153,7 @@ def _reinforce_shard(samples, settings, ensemble, writer, workers, progress) -> 
         captions=[s.caption for s in samples],
         syn_text=captions,
         augment=torch.cat(rows).numpy() if rows else np.zeros((0, settings.n_aug, p), np.float32),
-        image_emb=(torch.cat([torch.cat(e) for e in image_emb], dim=-1) if samples
-                   else torch.zeros(0, settings.n_aug, width)).bfloat16(),
+        image_emb=torch.cat(image_emb) if samples else torch.zeros(0, settings.n_aug, width, dtype=torch.bfloat16),
         text_emb=(torch.cat(text_emb, dim=-1).view(len(samples), 1 + settings.n_syn, -1) if samples
                   else torch.zeros(0, 1 + settings.n_syn, width)).bfloat16(),
     )
@@ -162,7 +175,5 @@ def _forget_others(out: Path, identity: dict) -> None:
 
 
 def _write_meta(out: Path, meta: dict) -> dict:
-    part = out / "meta.json.part"
-    part.write_text(json.dumps(meta, indent=1, sort_keys=True) + "\n")
-    os.replace(part, out / "meta.json")
+    write_whole(out / "meta.json", json.dumps(meta, indent=1, sort_keys=True) + "\n")
     return meta

@@ -9,6 +9,8 @@ Pages hold everything they show: pictures as data URIs, own styles, no script an
 security policy keeps it so. The same notebooks, metrics and times give the same bytes.
 """
 
+from __future__ import annotations
+
 import argparse
 import base64
 import copy
@@ -21,12 +23,13 @@ import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import nbformat
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mclip import params
 from mclip.compare import HELD_OUT, Row, chance_rows, main_rows, read_metrics, read_seeds
+
+if TYPE_CHECKING:
+    import nbformat
 
 STAGES = ["data", "teachers", "embed", "balance", "cluster", "reinforce", "distill", "evaluate", "report"]
 ABLATIONS = "ablations"  # reports/ablations/*.ipynb
@@ -80,6 +83,8 @@ def read_pages(reports: Path, titles: dict[str, str]) -> list[Page]:
 
 
 def _page(path: Path, reports: Path, titles: dict[str, str]) -> Page:
+    import nbformat  # here: every notebook imports this module, for `answer`, and nbformat takes 3 s
+
     try:
         notebook = nbformat.read(path, as_version=4)
     except Exception as err:
@@ -261,15 +266,18 @@ def build(
         lstrip_blocks=True,
     )
     environment.globals |= {"style": Markup((TEMPLATES / "style.css").read_text() + _code_style()), "clock": clock}
-    files = {}
+    files: dict[str, str | bytes] = {}
     template = environment.get_template("page.html.j2")
     for i, page in enumerate(pages):
         near = {"before": pages[i - 1] if i else None, "after": pages[i + 1] if i + 1 < len(pages) else None}
         files[f"{page.slug}.html"] = template.render(page=page, body=Markup(_body(page)), **near)
+    lead = next((page for page in pages if page.slug == "report"), None)
+    if lead and lead.figure:  # for the README
+        files["main.png"] = base64.b64decode(lead.figure)
     files["index.html"] = environment.get_template("front.html.j2").render(
         asked=ASKED,
         pages=pages,
-        lead=next((page for page in pages if page.slug == "report"), None),
+        lead=lead,
         table=summary_table(rows, recipes, list(p.teachers.models)),
         cells=Markup,
         missing=missing,
@@ -291,12 +299,12 @@ def _code_style() -> str:
     return "\n" + "\n".join(keep[0]) + "\n@media (prefers-color-scheme: dark) {\n" + "\n".join(keep[1]) + "\n}\n"
 
 
-def _write_folder(out: Path, files: dict[str, str]) -> None:
+def _write_folder(out: Path, files: dict[str, str | bytes]) -> None:
     fresh, old = out.with_name(out.name + ".part"), out.with_name(out.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    for name, text in files.items():
-        (fresh / name).write_text(text)
+    for name, content in files.items():
+        (fresh / name).write_bytes(content.encode() if isinstance(content, str) else content)
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         os.replace(out, old)

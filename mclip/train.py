@@ -24,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from . import cluster, models
 from .data import reinforced, training
 from .data.augment import to_input
+from .files import whole
 from .losses import ClusterLoss, affinity_loss, clip_loss, instance_loss
 from .params import Recipe, Train
 from .progress import bar
@@ -342,10 +343,9 @@ def _join() -> tuple[int, int]:
 
 def _checkpoint(scratch: Path, step: int, together, optimizer, averaged, history: list[dict]) -> None:
     scratch.mkdir(parents=True, exist_ok=True)
-    part = scratch / "checkpoint.pt.part"
-    torch.save({"step": step, "model": together.state_dict(), "optimizer": optimizer.state_dict(),
-                "averaged": averaged.state_dict() if averaged is not None else None, "history": history}, part)
-    os.replace(part, scratch / "checkpoint.pt")
+    with whole(scratch / "checkpoint.pt") as draft:
+        torch.save({"step": step, "model": together.state_dict(), "optimizer": optimizer.state_dict(),
+                    "averaged": averaged.state_dict() if averaged is not None else None, "history": history}, draft)
 
 
 def _resume(scratch: Path, together, optimizer, averaged) -> tuple[int, list[dict]]:
@@ -363,11 +363,10 @@ def _resume(scratch: Path, together, optimizer, averaged) -> tuple[int, list[dic
 def _finish(run: Run, student: nn.Module, history: list[dict]) -> None:
     out = Path(run.out)
     models.export(student, out)
-    with open(out / "history.csv.part", "w", newline="") as file:
+    with whole(out / "history.csv") as draft, open(draft, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(history[0]))
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in history)
-    os.replace(out / "history.csv.part", out / "history.csv")
     (Path(run.scratch) / "checkpoint.pt").unlink(missing_ok=True)
 
 

@@ -133,7 +133,7 @@ def built(tmp_path_factory):
     if missing := [name for name in demo.packages_of(styles) if fetch.cached(name) is None]:
         pytest.skip(f"not cached: {', '.join(missing)} (python -m mclip.data.fetch)")
     data = params.Data(source="demo", shards=[], shard_size=150, demo=params.DemoData(
-        styles=styles, cifar_train=40, cifar_probe=20, cifar_test=20, holdout_every=7, max_concepts=60,
+        styles=styles, cifar_train=40, cifar_probe=20, cifar_test=20, holdout_every=7, openmoji_every=1, max_concepts=60,
         image_px=32, seed=0))  # fmt: skip
     out = tmp_path_factory.mktemp("demo")
     return out, demo.build(data, out / "a"), demo.build(data, out / "b")

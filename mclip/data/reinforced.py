@@ -11,7 +11,6 @@ itself. `from_published_sample` reads a sample of Apple's published layout (pape
 
 import io
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..files import whole
 from .augment import from_published
 
 
@@ -45,18 +45,15 @@ def write_shard(folder: str | Path, index: int, shard: Shard) -> None:
     """Write a shard; the tensors appear last, so a shard with tensors is whole."""
     tensors, table = paths(folder, index)
     frame = pd.DataFrame({"key": shard.keys, "caption": shard.captions, "syn_text": shard.syn_text})
-    frame.to_parquet(table.with_suffix(".parquet.part"), index=False)
-    os.replace(table.with_suffix(".parquet.part"), table)
-    part = tensors.with_suffix(".safetensors.part")
-    save_file(
-        {
-            "augment": torch.from_numpy(np.ascontiguousarray(shard.augment)),
-            "image_emb": shard.image_emb.contiguous(),
-            "text_emb": shard.text_emb.contiguous(),
-        },
-        part,
-    )
-    os.replace(part, tensors)
+    with whole(table) as draft:
+        frame.to_parquet(draft, index=False)
+    content = {
+        "augment": torch.from_numpy(np.ascontiguousarray(shard.augment)),
+        "image_emb": shard.image_emb.contiguous(),
+        "text_emb": shard.text_emb.contiguous(),
+    }
+    with whole(tensors) as draft:
+        save_file(content, draft)
 
 
 def read_shard(folder: str | Path, index: int) -> Shard:

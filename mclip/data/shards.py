@@ -14,7 +14,7 @@ exactly that.
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from glob import glob, has_magic
 from multiprocessing import get_context
@@ -281,6 +281,19 @@ def iter_samples(folder: str | Path, *, shards: list[int] | None = None) -> Iter
             raise ShardError(
                 f"{source}: {count} samples, {shard['samples']} when it was checked: run `dvc repro -f data`"
             )
+
+
+class Pictures:
+    """Decoded, transformed images of a list of samples: a map-style dataset for torch's DataLoader."""
+
+    def __init__(self, samples: list[Sample], transform: Callable[[Image.Image], Any]):
+        self.samples, self.transform = samples, transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.transform(decode(self.samples[i]))
 
 
 def decode(sample: Sample | bytes) -> Image.Image:

@@ -14,7 +14,6 @@ with a reinforced set ensemble_image, ensemble_text, ensemble_syn (b, D).
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .. import balance, cluster, embed
+from ..files import whole
 from ..progress import bar
 from . import augment, reinforced, shards
 
@@ -243,21 +243,18 @@ def _build_cache(spec: TrainingSet, path: Path, workers: int) -> None:
     else:
         counts = [s["samples"] for s in shards.read_manifest(spec.pairs)["shards"]]
         n_views = spec.light_views
-    part = path.with_suffix(f".{os.getpid()}.part")
     shape = (sum(counts), n_views, 3, spec.image_px, spec.image_px)
-    pixels = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
     at = 0
     loader = DataLoader(_Decode(spec), batch_size=None, num_workers=workers)
-    with bar(desc="decode and augment", unit="pair", total=shape[0]) as progress:
+    with whole(path) as draft, bar(desc="decode and augment", unit="pair", total=shape[0]) as progress:
+        pixels = np.lib.format.open_memmap(draft, mode="w+", dtype=np.uint8, shape=shape)
         for views in loader:
             pixels[at : at + len(views)] = views
             at += len(views)
             progress.update(len(views))
-    if at != shape[0]:
-        part.unlink()
-        raise ValueError(f"{spec.pairs}: {at} readable pairs, the manifest says {shape[0]}: run `dvc repro data`")
-    pixels.flush()
-    os.replace(part, path)
+        if at != shape[0]:
+            raise ValueError(f"{spec.pairs}: {at} readable pairs, the manifest says {shape[0]}: run `dvc repro data`")
+        pixels.flush()
 
 
 # --- loaders ----------------------------------------------------------------------------------------------------

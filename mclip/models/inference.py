@@ -63,19 +63,11 @@ def for_inference(model: nn.Module) -> nn.Module:
     return folded if same else copy.deepcopy(model).requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-@torch.inference_mode()
-def encode_images(model: nn.Module, batches: Iterable[Tensor], *, precision: str = "auto") -> Tensor:
-    """Image embeddings of preprocessed batches.
+def image_encoder(model: nn.Module, precision: str = "auto") -> Callable[[Tensor], Tensor]:
+    """A function of preprocessed pictures, (b, 3, h, w) float -> (b, d) float32 on the CPU, unit-norm rows.
 
-    Parameters
-    ----------
-    model : an open_clip model, ideally from `for_inference`; the batches go to its device.
-    batches : (b, 3, h, w) float tensors, e.g. a DataLoader.
+    model : an open_clip model, ideally from `for_inference`; the pictures go to its device.
     precision : "auto", "fp32" or "bf16" (autocast).
-
-    Returns
-    -------
-    (n, d) float32 on the CPU, unit-norm rows.
     """
     device = next(model.parameters()).device
     dtype = resolve_precision(precision, device)
@@ -85,7 +77,14 @@ def encode_images(model: nn.Module, batches: Iterable[Tensor], *, precision: str
             images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
             return F.normalize(model.encode_image(images).float(), dim=-1).cpu()
 
-    out = list(side_by_side(encode, batches, device))
+    return encode
+
+
+@torch.inference_mode()
+def encode_images(model: nn.Module, batches: Iterable[Tensor], *, precision: str = "auto") -> Tensor:
+    """Image embeddings of preprocessed batches, e.g. of a DataLoader: (n, d), see `image_encoder`."""
+    encode = image_encoder(model, precision)
+    out = list(side_by_side(encode, batches, next(model.parameters()).device))
     return torch.cat(out) if out else torch.empty(0, 0)
 
 
