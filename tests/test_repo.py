@@ -107,6 +107,7 @@ def test_the_papers_settings():
     assert cid.distill.recipes["clip-cid"].cluster.alpha == 0.999 and cid.distill.train.betas == (0.9, 0.98)
     assert sum(s.probe for s in cid.evaluate.sets.values()) == 14 and len(cid.evaluate.sets) == 19
     assert (mobile.reinforce.n_aug, mobile.reinforce.n_syn, mobile.distill.train.ema) == (10, 5, 0.9995)
+    assert (mobile.reinforce.scale_min, mobile.reinforce.randaugment_ops) == (0.08, 2)
     assert mobile.distill.train.samples == 65_536 * 200_000 and mobile.distill.train.betas == (0.9, 0.95)
     assert not cid.teachers.assemble and cid.teachers.captioner_train is None
 
