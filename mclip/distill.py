@@ -12,13 +12,12 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
-from . import models
-from .data import shards, training
+from . import balance, models
+from .data import reinforced, shards, training
 from .data.training import TrainingSet
 from .params import Recipe, Train
 from .train import Run
@@ -123,7 +122,12 @@ def _last_words(run: Run, code: int) -> str:
 
 def pair_count(run: Run) -> int:
     """How many pairs a run trains on."""
-    return len(training.load_side(replace(run.data, teacher=None)))
+    data = run.data
+    if data.pairs_kind == "reinforced":
+        return reinforced.read_meta(data.reinforced)["samples"]
+    if data.pairs_kind == "kept":
+        return int(balance.read(data.balance).keep.sum())
+    return shards.read_manifest(data.pairs)["samples"]
 
 
 def parameters(folder: str | Path) -> dict[str, int]:

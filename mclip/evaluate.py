@@ -22,12 +22,11 @@ nothing is written to disk. A missing set or a picture that can't be decoded is 
 """
 
 import io
-import itertools
 import json
 import re
 import tarfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +48,7 @@ from mclip.metrics import (
     retrieval,
     retrieval_chance,
 )
-from mclip.models import create, encode_images, encode_texts, for_inference
+from mclip.models import create, encode_texts, for_inference, image_encoder, side_by_side
 from mclip.params import EvalSet
 from mclip.progress import bar
 
@@ -219,16 +218,6 @@ def _lines(path: Path) -> list[str]:
 
 # ---------------------------------------------------------------- encoding
 
-AT_ONCE = 8  # batches held decoded, so that several are encoded side by side
-
-
-def batched(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of up to `size` items (itertools has it from Python 3.12 on)."""
-    rest = iter(items)
-    while some := list(itertools.islice(rest, size)):
-        yield some
-
-
 def image_features(
     models: Sequence[torch.nn.Module],
     split: Split,
@@ -239,16 +228,20 @@ def image_features(
     precision: str = "fp32",
 ) -> tuple[Split, list[Tensor]]:
     """Unit-norm (n, d) float32 embeddings of every readable picture by each model, decoded once for all."""
-    kept, broken, parts = [], {}, [[] for _ in models]
-    for several in batched(batches(split, preprocess, batch_size, workers), AT_ONCE):
-        for indices, _, bad in several:
-            kept += indices
-            broken |= bad
-        pictures = [p for _, p, _ in several if p is not None]
-        for model, out in zip(models, parts, strict=True):
-            out.append(encode_images(model, pictures, precision=precision))
-    parts = [[p for p in out if len(p)] for out in parts]
-    return _keep(split, kept, broken), [torch.cat(out) if out else torch.empty(0, 0) for out in parts]
+    kept, broken = [], {}
+    encoders = [image_encoder(model, precision) for model in models]
+
+    def pictures() -> Iterator[Tensor]:
+        for indices, readable, bad in batches(split, preprocess, batch_size, workers):
+            kept.extend(indices)
+            broken.update(bad)
+            if readable is not None:
+                yield readable
+
+    device = next(models[0].parameters()).device
+    parts = list(side_by_side(lambda batch: [encode(batch) for encode in encoders], pictures(), device))
+    features = [torch.cat(own) for own in zip(*parts, strict=True)] or [torch.empty(0, 0) for _ in models]
+    return _keep(split, kept, broken), features
 
 
 def prompts(split: Split, task: str) -> list[str]:

@@ -25,7 +25,7 @@ from . import cluster, models
 from .data import reinforced, training
 from .data.augment import to_input
 from .files import whole
-from .losses import ClusterLoss, affinity_loss, clip_loss, instance_loss
+from .losses.objective import Objective, gather
 from .params import Recipe, Train
 from .progress import bar
 
@@ -54,66 +54,6 @@ class Run:
         d = json.loads(path.read_text())
         return cls(**d | {"train": Train.model_validate(d["train"]), "recipe": Recipe.model_validate(d["recipe"]),
                           "data": training.TrainingSet(**d["data"])})
-
-
-class Objective(nn.Module):
-    """A recipe's loss (papers.md 1.5 and 2.2), with the parameters that only training needs: W and projections.
-
-        L = sum over true and synthetic captions of [ c L_CLIP + lambda w_affinity L_Distill ]
-            + w_cluster L_cluster + w_instance L_inst,    c = (1 - lambda) w_clip with affinity, w_clip without
-
-    Terms of weight zero are not computed. Where the teacher is wider or narrower than the student, learned linear
-    maps take the student's embeddings to the teacher's width (reconstruction).
-    """
-
-    def __init__(self, recipe: Recipe, student_dim: int, *, ensemble: list[dict] | None = None,
-                 centres: torch.Tensor | None = None, seed: int = 0):
-        super().__init__()
-        self.recipe, self.ensemble = recipe, ensemble or []
-        w = recipe.weight
-        self.w_affinity = w.affinity * recipe.lambda_
-        self.w_clip = w.clip * (1 - recipe.lambda_ if w.affinity else 1.0)
-        self.cluster = self.to_image = self.to_text = None
-        if w.cluster or w.instance:
-            width = centres.shape[1]
-            if w.cluster:
-                c = recipe.cluster
-                self.cluster = ClusterLoss(centres, c.sample_rate, c.alpha, c.reading, c.scale,
-                                           student_dim=student_dim, seed=seed)
-            if w.instance and width != student_dim:
-                self.to_image = nn.Linear(student_dim, width, bias=False)
-                self.to_text = nn.Linear(student_dim, width, bias=False)
-
-    def forward(self, f: dict[str, torch.Tensor], logit_scale: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Features and side of the whole batch -> the weighted terms by name; their sum is the loss.
-
-        f : image, text (b, d) unit norm, and as the recipe needs syn_text, ids, syn_ids, label, teacher_image,
-            teacher_text, ensemble_image, ensemble_text, ensemble_syn.
-        """
-        r, out = self.recipe, {}
-        captions = [("text", "ids", "ensemble_text", "")]
-        if r.synthetic:
-            captions.append(("syn_text", "syn_ids", "ensemble_syn", "_syn"))
-        for text, ids, target, suffix in captions:
-            if self.w_clip:
-                ids_ = f[ids] if r.multi_positive else None
-                out[f"clip{suffix}"] = self.w_clip * clip_loss(f["image"], f[text], logit_scale, ids=ids_)
-            if self.w_affinity:
-                teachers = [(f["ensemble_image"][:, slice(*t["slice"])], f[target][:, slice(*t["slice"])],
-                             t["logit_scale"]) for t in self.ensemble]
-                loss = affinity_loss(f["image"], f[text], teachers, logit_scale)
-                out[f"affinity{suffix}"] = self.w_affinity * loss
-        if self.cluster is not None:
-            out["cluster"] = r.weight.cluster * self.cluster(f["image"], f["teacher_image"], f["label"])
-        if r.weight.instance:
-            image, text = f["image"], f["text"]
-            if self.to_image is not None:
-                image = F.normalize(self.to_image(image), dim=-1)
-                text = F.normalize(self.to_text(text), dim=-1)
-            out["instance"] = r.weight.instance * instance_loss(
-                image, text, f["teacher_image"], f["teacher_text"], logit_scale, r.instance.beta,
-                ids=f["ids"] if r.multi_positive else None)
-        return out
 
 
 class _Together(nn.Module):
@@ -147,25 +87,6 @@ class _Together(nn.Module):
             else:
                 out["text"] = self.student.encode_text(batch["tokens"])
         return {k: F.normalize(v.float(), dim=-1) for k, v in out.items()}
-
-
-def gather(f: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Every tensor of all ranks, concatenated; gradients flow back to the rank that made the row.
-
-    Each rank then computes the whole batch's loss: with DDP's averaging the gradient is that of one process.
-    """
-    if not dist.is_initialized():
-        return f
-    from torch.distributed.nn.functional import all_gather
-
-    # all_gather's backward adds up the ranks' equal gradients and DDP averages: together a factor of one
-    return {k: torch.cat(all_gather(v.contiguous())) if v.requires_grad else _gather_plain(v) for k, v in f.items()}
-
-
-def _gather_plain(v: torch.Tensor) -> torch.Tensor:
-    parts = [torch.empty_like(v) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, v.contiguous())
-    return torch.cat(parts)
 
 
 def learning_rate(step: int, steps: int, train: Train, peak: float) -> float:
@@ -206,7 +127,9 @@ def train(run: Run) -> None:
     with torch.no_grad():
         student.logit_scale.fill_(math.log(t.logit_scale_init))
     precision = models.resolve_precision(t.precision, device)
-    loader, objective = _data_and_objective(run, student, tokenizer, rank, world)
+    reinforced_pairs = run.data.pairs_kind == "reinforced"
+    ensemble = reinforced.read_meta(run.data.reinforced)["teachers"] if reinforced_pairs else []
+    objective = _objective(run, student, ensemble)
     together = _Together(student, objective).to(device)
     wrapped = nn.parallel.DistributedDataParallel(together) if world > 1 else together
     optimizer = torch.optim.AdamW(parameter_groups(together, t), lr=t.lr, betas=t.betas, fused=True)
@@ -214,8 +137,7 @@ def train(run: Run) -> None:
     steps = max(1, t.samples // t.batch_size)
     scratch = Path(run.scratch)
     start, history = _resume(scratch, together, optimizer, averaged)
-    if not t.cache_pixels and start:
-        loader = _streamed(run, student, tokenizer, rank, world, start)
+    loader = _loader(run, tokenizer, ensemble, start=start, rank=rank, world=world)
     mean, std = (tuple(student.visual.preprocess_cfg[k]) for k in ("mean", "std"))
     sums: dict[str, float] = {}
     progress = bar(desc=f"{run.name} seed {run.seed}", unit="sample", total=steps * t.batch_size) if rank == 0 else None
@@ -296,40 +218,26 @@ def _step(wrapped, together, batch, mean, std, precision, accumulate: int) -> di
     return {k: float(v.detach()) for k, v in terms.items()}
 
 
-def _data_and_objective(run: Run, student, tokenizer, rank: int, world: int):
-    w = run.recipe.weight
-    centres = ensemble = None
+def _objective(run: Run, student: nn.Module, ensemble: list[dict]) -> Objective:
+    w, centres = run.recipe.weight, None
     if w.cluster or w.instance:
         centres = torch.from_numpy(cluster.read(run.data.clusters).centres)
-    if run.data.pairs_kind == "reinforced":
-        ensemble = reinforced.read_meta(run.data.reinforced)["teachers"]
-    if run.train.cache_pixels:
-        side = training.load_side(run.data)
-        training.add_tokens(side, tokenizer, synthetic=run.recipe.synthetic)
-        pixels = training.pixel_cache(run.data, workers=run.train.workers)
-        loader = training.CachedLoader(side, pixels, run.train.batch_size, seed=run.seed, rank=rank, world=world,
-                                       teacher_slice=_teacher_slice(run, ensemble))
-    else:
-        loader = _streamed(run, student, tokenizer, rank, world, 0)
-    objective = Objective(run.recipe, _width(student), ensemble=ensemble, centres=centres, seed=run.seed)
-    return loader, objective
+    width = student.mclip["config"]["embed_dim"]
+    return Objective(run.recipe, width, ensemble=ensemble, centres=centres, seed=run.seed)
 
 
-def _streamed(run: Run, student, tokenizer, rank: int, world: int, start: int) -> training.StreamedLoader:
-    ensemble = (reinforced.read_meta(run.data.reinforced)["teachers"]
-                if run.data.pairs_kind == "reinforced" else None)
-    return training.StreamedLoader(run.data, tokenizer, run.train.batch_size, seed=run.seed, start=start, rank=rank,
-                                   world=world, workers=run.train.workers,
-                                   teacher_slice=_teacher_slice(run, ensemble))
-
-
-def _teacher_slice(run: Run, ensemble: list[dict] | None) -> list[int] | None:
-    """The cluster teacher's slice of the ensemble, if it is one of it."""
-    return next((t["slice"] for t in ensemble or [] if t["name"] == run.data.teacher), None)
-
-
-def _width(student: nn.Module) -> int:
-    return student.mclip["config"]["embed_dim"]
+def _loader(run: Run, tokenizer, ensemble: list[dict], *, start: int, rank: int, world: int):
+    """The batches from step `start` on."""
+    # where the cluster teacher is one of the ensemble: its slice, for its embedding of the augmented picture
+    its_slice = next((t["slice"] for t in ensemble if t["name"] == run.data.teacher), None)
+    common = {"seed": run.seed, "rank": rank, "world": world, "teacher_slice": its_slice}
+    if not run.train.cache_pixels:
+        return training.StreamedLoader(run.data, tokenizer, run.train.batch_size, start=start,
+                                       workers=run.train.workers, **common)
+    side = training.load_side(run.data)
+    training.add_tokens(side, tokenizer, synthetic=run.recipe.synthetic)
+    pixels = training.pixel_cache(run.data, workers=run.train.workers)
+    return training.CachedLoader(side, pixels, run.train.batch_size, **common)
 
 
 def _join() -> tuple[int, int]:

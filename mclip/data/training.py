@@ -64,6 +64,11 @@ class Side:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def n_syn(self) -> int:
+        """Synthetic captions a sample; 1 where there are none to draw."""
+        return self.arrays["syn_tokens"].shape[1] if "syn_tokens" in self.arrays else 1
+
 
 def caption_id(caption: str) -> int:
     """A 63-bit id that equal captions share."""
@@ -142,9 +147,9 @@ def add_tokens(side: Side, tokenizer: Tokenizer, *, synthetic: bool) -> None:
         side.arrays[f"{prefix}ids"] = ids[where]
 
 
-def select(side: Side, rows: np.ndarray, view: np.ndarray, rng: np.random.Generator,
+def select(side: Side, rows: np.ndarray, view: np.ndarray, pick: np.ndarray,
            teacher_slice: list[int] | None) -> dict[str, torch.Tensor]:
-    """The side of one batch: for each row its arrays, the embedding of the drawn view, one synthetic caption.
+    """The side of one batch: for each row its arrays, the embedding of its view, its synthetic caption `pick`.
 
     `teacher_slice`: where the teacher is one of the ensemble, its slice; then teacher_image is its embedding of the
     augmented picture rather than of the plain one.
@@ -160,10 +165,10 @@ def select(side: Side, rows: np.ndarray, view: np.ndarray, rng: np.random.Genera
         if teacher_slice is not None and "teacher_image" in a:
             batch["teacher_image"] = batch["ensemble_image"][:, slice(*teacher_slice)]
     if "syn_tokens" in a:
-        pick = torch.from_numpy(rng.integers(a["syn_tokens"].shape[1], size=len(rows)))
-        batch["syn_tokens"] = a["syn_tokens"][at, pick].long()
-        batch["syn_ids"] = a["syn_ids"][at, pick]
-        batch["ensemble_syn"] = a["ensemble_texts"][at, 1 + pick].float()
+        k = torch.from_numpy(pick)
+        batch["syn_tokens"] = a["syn_tokens"][at, k].long()
+        batch["syn_ids"] = a["syn_ids"][at, k]
+        batch["ensemble_syn"] = a["ensemble_texts"][at, 1 + k].float()
     return batch
 
 
@@ -281,10 +286,10 @@ class CachedLoader:
         rng = np.random.default_rng([self.seed, 2, step])
         rows = order[at * self.batch_size : (at + 1) * self.batch_size]
         view = rng.integers(self.pixels.shape[1], size=len(rows))
+        pick = rng.integers(self.side.n_syn, size=len(rows))
         share = slice(self.rank, None, self.world)
         rows, view = rows[share], view[share]
-        batch = select(self.side, rows, view, np.random.default_rng([self.seed, 3, step, self.rank]),
-                       self.teacher_slice)
+        batch = select(self.side, rows, view, pick[share], self.teacher_slice)
         batch["image"] = torch.from_numpy(self.pixels[self.side.row[rows], view])
         return batch
 
@@ -332,7 +337,8 @@ class _Stream(IterableDataset):
             if key not in at:
                 continue
             view = rng.integers(len(views), size=1)
-            item = select(side, np.asarray([at[key]]), view, rng, self.teacher_slice)
+            pick = rng.integers(side.n_syn, size=1)
+            item = select(side, np.asarray([at[key]]), view, pick, self.teacher_slice)
             item["image"] = torch.from_numpy(np.ascontiguousarray(views[view]))
             yield {name: value[0] for name, value in item.items()}
 

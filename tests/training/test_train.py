@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import shutil
 from pathlib import Path
 
@@ -74,7 +73,9 @@ def test_accumulation_has_the_gradient_of_the_whole_batch(student, training_set,
         run = dataclasses.replace(run, recipe=recipe)
         torch.manual_seed(0)
         model, _, _, tokenizer = train.models.create(student)
-        loader, objective = train._data_and_objective(run, model, tokenizer, 0, 1)
+        ensemble = train.reinforced.read_meta(run.data.reinforced)["teachers"]
+        loader = train._loader(run, tokenizer, ensemble, start=0, rank=0, world=1)
+        objective = train._objective(run, model, ensemble)
         together = train._Together(model, objective)
         generator = torch.Generator().manual_seed(1)
         for p in objective.parameters():
@@ -96,12 +97,12 @@ def test_two_processes_train_like_one(student, training_set, tmp_path):
         distill.run_recipe([run])
         results.append(open_clip.create_model_and_transforms(f"local-dir:{run.out}")[0].state_dict())
         assert not Path(run.scratch).exists()
-    history = [json.loads(distill.history([dataclasses.replace(run, out=str(tmp_path / p / "out"))]).to_json())
-               for p in ("1", "2")]
-    # each rank draws its own synthetic captions, so only what doesn't use them is compared
-    for column in ("clip", "cluster", "instance"):
-        assert history[0][column]["0"] == pytest.approx(history[1][column]["0"], rel=0.05)
-    assert results[0].keys() == results[1].keys()
+    one, two = (distill.history([dataclasses.replace(run, out=str(tmp_path / p / "out"))]) for p in ("1", "2"))
+    assert {"clip", "clip_syn", "affinity", "affinity_syn", "cluster", "instance"} < set(one.columns)
+    for column in one.columns:  # the mean of ten steps: also the gradients of the nine before the last agree
+        assert one[column][0] == pytest.approx(two[column][0], rel=1e-5), column
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_streamed_training_runs(student, training_set, tmp_path):
@@ -139,8 +140,8 @@ def test_learning_rate_warms_up_and_falls_to_its_floor():
 
 def test_groups_name_every_parameter_once(student, training_set, tmp_path):
     run = make_run(student, training_set, tmp_path, "clip-cid")
-    model, _, _, tokenizer = train.models.create(student)
-    _, objective = train._data_and_objective(run, model, tokenizer, 0, 1)
+    model, _, _, _ = train.models.create(student)
+    objective = train._objective(run, model, [])
     together = train._Together(model, objective)
     groups = train.parameter_groups(together, TRAIN.model_copy(update={"lr_centres": 0.5}))
     assert sum(len(g["params"]) for g in groups) == len(list(together.parameters()))
