@@ -19,7 +19,7 @@ test: $(STAMP)    ## ruff and all tests, the small pipeline included
 	python -m pytest
 
 lab: $(STAMP)    ## JupyterLab on the source notebooks
-	jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
+	jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 report: $(STAMP)    ## the report's pages only, from the notebooks executed so far
 	dvc repro --single-item report

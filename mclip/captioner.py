@@ -37,7 +37,7 @@ PAD, START, END = "<pad>", "<start>", "<end>"  # ids 0, 1, 2
 
 
 def train(p: params.CaptionerTrain, folder: str | Path, pairs: str | Path = "data/pairs", *,
-          workers: int = 2) -> pd.DataFrame:
+          workers: int | None = None) -> pd.DataFrame:
     """Train a captioner on the pairs and export it; returns the history (step, caption_loss, clip_loss).
 
     p : `teachers.captioner_train`. folder : where the local-dir layout goes, with history.csv.
@@ -181,11 +181,11 @@ def _build(config: dict) -> nn.Module:
 
 
 @torch.inference_mode()
-def _features(model: nn.Module, samples: list, size: int, workers: int) -> Tensor:
+def _features(model: nn.Module, samples: list, size: int, workers: int | None) -> Tensor:
     fast = models.for_inference(model).visual.trunk
     loader = torch.utils.data.DataLoader(
         shards.Pictures(samples, preprocessing(size, teachers.PREPROCESS)), batch_size=64,
-        num_workers=workers)
+        num_workers=models.decoders("cpu", workers))
     batches = progress.bar(loader, desc="captioner features", unit="batch")
     return torch.cat(list(models.side_by_side(
         lambda b: fast.features(b.to(memory_format=torch.channels_last)).half(), batches))).clone()

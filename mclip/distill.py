@@ -1,8 +1,8 @@
 """Train the student with one recipe, a run a seed (papers.md 1.5, 2.2, 2.3).
 
-`run_recipe` makes the runs, shares the decoded pixels between them and starts `mclip.train` for each: torchrun with
-`distill.train.processes` processes, `parallel_runs` of them side by side. A run that was finished by a killed stage is
-not trained again; one that was under way goes on at its checkpoint.
+`plan` says what to run, `run_recipe` starts `mclip.train` for each: torchrun with `distill.train.processes` processes,
+`parallel_runs` of them side by side. A run that was finished by a killed stage is not trained again; one that was under
+way goes on at its checkpoint. This module imports neither torch nor open_clip: the training processes do.
 """
 
 import hashlib
@@ -16,11 +16,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import balance, models
-from .data import reinforced, shards, training
-from .data.training import TrainingSet
+from .data import shards
 from .params import Recipe, Train
-from .train import Run
+from .runs import Run, TrainingSet
 
 SCRATCH = Path("data/cache/runs")
 
@@ -40,10 +38,8 @@ def plan(name: str, recipe: Recipe, student: str, train: Train, seeds: list[int]
     data : overrides of TrainingSet's folders.
     """
     t, w = train, recipe.weight
-    model_cfg = models.config(student)
     spec = TrainingSet(
         pairs_kind=recipe.pairs,
-        image_px=model_cfg["vision_cfg"]["image_size"],
         teacher=teacher if w.cluster or w.instance else None,
         synthetic=recipe.synthetic,
         light_scale_min=t.light_scale_min,
@@ -52,12 +48,21 @@ def plan(name: str, recipe: Recipe, student: str, train: Train, seeds: list[int]
     )
     runs = []
     for seed in seeds:
-        identity = json.dumps([name, seed, student, model_cfg, t.model_dump(), recipe.model_dump(),
+        identity = json.dumps([name, seed, student, _configuration(student), t.model_dump(), recipe.model_dump(),
                                shards.read_manifest(spec.pairs)["shards"]], sort_keys=True)
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
         runs.append(Run(name=name, seed=seed, student=student, train=t, recipe=recipe, data=spec,
                         out=str(Path(out) / name / f"seed{seed}"), scratch=str(scratch / f"{name}-{seed}-{digest}")))
     return runs
+
+
+def _configuration(student: str) -> str:
+    """The student's architecture where it lies in a file; it may change under the same name."""
+    folder = Path(student.removeprefix("local-dir:"))
+    for file in (folder / "open_clip_config.json", Path(__file__).parent / "models" / "configs" / f"{student}.json"):
+        if file.is_file():
+            return file.read_text()
+    return student
 
 
 def run_recipe(runs: list[Run], *, side_by_side: int | None = None) -> pd.DataFrame:
@@ -67,8 +72,6 @@ def run_recipe(runs: list[Run], *, side_by_side: int | None = None) -> pd.DataFr
     checkpoints stay.
     """
     train = runs[0].train
-    if train.cache_pixels:
-        training.pixel_cache(runs[0].data, workers=train.workers)
     waiting, running = [r for r in runs if not (Path(r.out) / "history.csv").exists()], {}
     limit = side_by_side or train.parallel_runs
     try:
@@ -120,19 +123,6 @@ def _last_words(run: Run, code: int) -> str:
     return f"{run.name} seed {run.seed} ended with exit status {code}; the whole log is {log}\n{tail}"
 
 
-def pair_count(run: Run) -> int:
-    """How many pairs a run trains on."""
-    data = run.data
-    if data.pairs_kind == "reinforced":
-        return reinforced.read_meta(data.reinforced)["samples"]
-    if data.pairs_kind == "kept":
-        return int(balance.read(data.balance).keep.sum())
-    return shards.read_manifest(data.pairs)["samples"]
-
-
-def parameters(folder: str | Path) -> dict[str, int]:
-    """Parameter counts of a trained student: image tower, text tower."""
-    model, *_ = models.create(f"local-dir:{folder}")
-    total = sum(p.numel() for p in model.parameters())
-    image = sum(p.numel() for p in model.visual.parameters())
-    return {"image": image, "text": total - image}
+def facts(run: Run) -> dict[str, int]:
+    """Of a finished run: pairs it trained on, parameters of its image and of its text tower."""
+    return json.loads((Path(run.out) / "training.json").read_text())

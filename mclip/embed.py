@@ -54,7 +54,7 @@ class Embeddings:
 
 
 def run(teachers: dict[str, str], *, pairs: str | Path = "data/pairs", out: str | Path = "data/embeddings",
-        batch_size: int = 64, precision: str = "auto", workers: int = 2,
+        batch_size: int = 64, precision: str = "auto", workers: int | None = None,
         device: str | None = None) -> dict[str, dict]:
     """Embed every pair with every teacher into OUT/<teacher>; shards that are there already are kept.
 
@@ -62,7 +62,7 @@ def run(teachers: dict[str, str], *, pairs: str | Path = "data/pairs", out: str 
     ----------
     teachers : name -> open_clip model string: the entries of `teachers.models` that `embed.teachers` names.
     pairs : folder with the manifest of stage `data`.
-    workers : decoding processes; 0 decodes in this one.
+    workers : decoding processes; 0 decodes in this one, None: see models.decoders.
 
     Returns
     -------
@@ -97,7 +97,7 @@ def load(folder: str | Path) -> Embeddings:
 
 
 def _embed_with(name: str, model_name: str, manifest: dict, pairs: Path, folder: Path, *, batch_size: int,
-                precision: str, workers: int, device: str | None) -> dict:
+                precision: str, workers: int | None, device: str | None) -> dict:
     import torch  # here: balancing and clustering read embeddings, and do without torch's and open_clip's imports
     from torch.utils.data import DataLoader
 
@@ -126,8 +126,8 @@ def _embed_with(name: str, model_name: str, manifest: dict, pairs: Path, folder:
     bar = progress.bar(desc=f"embed {name}", unit="pair", total=sum(wanted[i]["samples"] for i in todo))
     for i in todo:
         samples = list(shards.iter_samples(pairs, shards=[i]))
-        loader = DataLoader(shards.Pictures(samples, preprocess), batch_size=batch_size, num_workers=workers,
-                            pin_memory=device.startswith("cuda"))
+        loader = DataLoader(shards.Pictures(samples, preprocess), batch_size=batch_size,
+                            num_workers=models.decoders(device, workers), pin_memory=device.startswith("cuda"))
         image = models.encode_images(model, _counted(loader, bar), precision=precision)
         text = models.encode_texts(model, tokenizer, [s.caption for s in samples], precision=precision)
         table = pd.DataFrame({"key": [s.key for s in samples], "image_path": [s.key for s in samples],

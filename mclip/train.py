@@ -12,7 +12,7 @@ import csv
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,36 +24,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from . import cluster, models
 from .data import reinforced, training
 from .data.augment import to_input
-from .files import whole
+from .files import whole, write_whole
 from .losses.objective import Objective, gather
-from .params import Recipe, Train
+from .params import Train
 from .progress import bar
+from .runs import Run
 
 HISTORY_EVERY = 10  # steps a row of history.csv is the mean of
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run is; RUN.json holds these fields by name."""
-
-    name: str
-    seed: int
-    student: str
-    train: Train
-    recipe: Recipe
-    data: training.TrainingSet
-    out: str
-    scratch: str  # checkpoints
-
-    def save(self, path: Path) -> None:
-        content = asdict(self) | {"train": self.train.model_dump(), "recipe": self.recipe.model_dump(by_alias=True)}
-        path.write_text(json.dumps(content, indent=1) + "\n")
-
-    @classmethod
-    def load(cls, path: Path) -> "Run":
-        d = json.loads(path.read_text())
-        return cls(**d | {"train": Train.model_validate(d["train"]), "recipe": Recipe.model_validate(d["recipe"]),
-                          "data": training.TrainingSet(**d["data"])})
 
 
 class _Together(nn.Module):
@@ -123,6 +100,8 @@ def train(run: Run) -> None:
         torch.set_num_threads(t.threads)
     torch.manual_seed(run.seed)
     student, _, _, tokenizer = models.create(run.student, device=device)
+    if run.data.image_px is None:
+        run = replace(run, data=replace(run.data, image_px=models.image_size(student)))
     student.train().to(memory_format=torch.channels_last)
     with torch.no_grad():
         student.logit_scale.fill_(math.log(t.logit_scale_init))
@@ -271,6 +250,10 @@ def _resume(scratch: Path, together, optimizer, averaged) -> tuple[int, list[dic
 def _finish(run: Run, student: nn.Module, history: list[dict]) -> None:
     out = Path(run.out)
     models.export(student, out)
+    image = sum(p.numel() for p in student.visual.parameters())
+    facts = {"pairs": training.pair_count(run.data), "image_params": image,
+             "text_params": sum(p.numel() for p in student.parameters()) - image}
+    write_whole(out / "training.json", json.dumps(facts, indent=1) + "\n")
     with whole(out / "history.csv") as draft, open(draft, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(history[0]))
         writer.writeheader()

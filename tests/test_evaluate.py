@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision import transforms
 
 from mclip import evaluate, metrics
+from mclip.data import evalsets
 from mclip.params import EvalSet
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
@@ -193,7 +194,7 @@ def test_evaluate_many_on_a_tiny_set(tmp_path):
 
 def test_prompt_ensemble_is_the_mean_of_unit_norm_prompts():
     model = ColourModel()
-    split = evaluate.Split([], [], [], [], ["red", "blue"], ["{c}", "a {c} square"], [])
+    split = evalsets.Split([], [], [], [], ["red", "blue"], ["{c}", "a {c} square"], [])
     texts = evaluate.prompts(split, "classification")
     assert texts == ["red", "a red square", "blue", "a blue square"]
     got = evaluate.class_features(F.normalize(model.encode_text(tokenize(texts)), dim=-1), 2)
@@ -238,14 +239,14 @@ def test_unusable_sets_say_what_to_mend(tmp_path):
     folder = write_set(tmp_path / "set", shards=1)
     (folder / "classnames.txt").write_text("red\n")
     spec = EvalSet(path=str(folder), task="classification")
-    with pytest.raises(evaluate.EvalError, match=r"evaluate.sets.x: .*classnames.txt: 1 classes.* up to 2"):
+    with pytest.raises(evalsets.EvalError, match=r"evaluate.sets.x: .*classnames.txt: 1 classes.* up to 2"):
         evaluate.evaluate(ColourModel(), PREPROCESS, tokenize, {"x": spec})
     (folder / "test" / "nshards.txt").unlink()
-    with pytest.raises(evaluate.EvalError, match=r"nshards.txt is missing"):
+    with pytest.raises(evalsets.EvalError, match=r"nshards.txt is missing"):
         evaluate.evaluate(ColourModel(), PREPROCESS, tokenize, {"x": spec})
 
 
-def test_transparent_pictures_lie_on_white_and_load_set_keeps_order(tmp_path):
+def test_transparent_pictures_lie_on_white_in_the_order_of_the_tar(tmp_path):
     buffer = io.BytesIO()
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(buffer, "PNG")
     write_tar(
@@ -253,8 +254,10 @@ def test_transparent_pictures_lie_on_white_and_load_set_keeps_order(tmp_path):
         {"k.png": buffer.getvalue(), "k.txt": b"x", "l.png": png((0, 0, 0)), "l.txt": b"y"},
     )
     (tmp_path / "test" / "nshards.txt").write_text("1")
-    split, pictures = evaluate.load_set(tmp_path, "retrieval", PREPROCESS)
+    split = evalsets.read_split(tmp_path, "retrieval")
     assert split.keys == ["k", "l"] and split.captions == [["x"], ["y"]]
+    ((indices, pictures, broken),) = evalsets.batches(split, PREPROCESS)
+    assert indices == [0, 1] and not broken
     assert pictures[0].min() == 1.0 and pictures[1].max() < 0.2
 
 

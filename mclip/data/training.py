@@ -21,34 +21,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .. import balance, cluster, embed
 from ..files import whole
 from ..progress import bar
+from ..runs import TrainingSet
 from . import augment, reinforced, shards
 
 Tokenizer = Callable[[list[str]], torch.Tensor]
 SHUFFLE_BUFFER = 2000
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """Where the parts are. `teacher` names a folder of `embeddings`; None where a recipe needs no teacher."""
-
-    pairs_kind: str  # all | kept | reinforced
-    image_px: int  # side of the student's input
-    teacher: str | None = None
-    synthetic: bool = False
-    light_scale_min: float = 0.9
-    light_views: int = 4
-    seed: int = 0  # of the light augmentations
-    pairs: str = "data/pairs"
-    balance: str = "data/balance"
-    clusters: str = "data/clusters"
-    embeddings: str = "data/embeddings"
-    reinforced: str = "data/reinforced"
-    cache: str = "data/cache"
 
 
 @dataclass
@@ -68,6 +51,15 @@ class Side:
     def n_syn(self) -> int:
         """Synthetic captions a sample; 1 where there are none to draw."""
         return self.arrays["syn_tokens"].shape[1] if "syn_tokens" in self.arrays else 1
+
+
+def pair_count(spec: TrainingSet) -> int:
+    """How many pairs a set trains on."""
+    if spec.pairs_kind == "reinforced":
+        return reinforced.read_meta(spec.reinforced)["samples"]
+    if spec.pairs_kind == "kept":
+        return int(balance.read(spec.balance).keep.sum())
+    return shards.read_manifest(spec.pairs)["samples"]
 
 
 def caption_id(caption: str) -> int:
@@ -234,9 +226,10 @@ def pixel_cache(spec: TrainingSet, *, workers: int = 2) -> np.ndarray:
         made_of += [spec.light_scale_min, spec.light_views, spec.seed]
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     path = Path(spec.cache) / f"pixels-{kind}-{digest}.npy"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _build_cache(spec, path, workers)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):  # runs side by side want the same: one builds it
+        if not path.exists():
+            _build_cache(spec, path, workers)
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 

@@ -14,6 +14,7 @@
 from mclip.models import tokens  # noqa: F401 - registers towers with timm
 from mclip.models.factory import ModelError, config, create, export, image_size, logit_scale, weights_sha256
 from mclip.models.inference import (
+    decoders,
     encode_images,
     encode_texts,
     for_inference,
@@ -22,5 +23,5 @@ from mclip.models.inference import (
     side_by_side,
 )
 
-__all__ = ["ModelError", "config", "create", "encode_images", "encode_texts", "export", "for_inference",
+__all__ = ["ModelError", "config", "create", "decoders", "encode_images", "encode_texts", "export", "for_inference",
            "image_encoder", "image_size", "logit_scale", "resolve_precision", "side_by_side", "weights_sha256"]

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import open_clip
@@ -91,18 +93,20 @@ def test_accumulation_has_the_gradient_of_the_whole_batch(student, training_set,
 
 def test_two_processes_train_like_one(student, training_set, tmp_path):
     """torchrun with gloo, the global batch split over ranks: the same weights up to float32 summation order."""
-    results = []
+    outputs = []
     for processes in (1, 2):
         run = make_run(student, training_set, tmp_path / str(processes), "combined", samples=80, processes=processes)
         distill.run_recipe([run])
-        results.append(open_clip.create_model_and_transforms(f"local-dir:{run.out}")[0].state_dict())
+        model = train.models.create(f"local-dir:{run.out}")[0]
+        with torch.no_grad():
+            outputs.append(model.encode_image(torch.linspace(-1, 1, 5 * 3 * 16 * 16).view(5, 3, 16, 16)))
         assert not Path(run.scratch).exists()
     one, two = (distill.history([dataclasses.replace(run, out=str(tmp_path / p / "out"))]) for p in ("1", "2"))
     assert {"clip", "clip_syn", "affinity", "affinity_syn", "cluster", "instance"} < set(one.columns)
     for column in one.columns:  # the mean of ten steps: also the gradients of the nine before the last agree
         assert one[column][0] == pytest.approx(two[column][0], rel=1e-5), column
-    for name, value in results[0].items():
-        torch.testing.assert_close(results[1][name], value, rtol=1e-3, atol=1e-5, msg=name)
+    # not the weights: those without a gradient (the keys' biases) get AdamW's steps from rounding errors alone
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-3, atol=1e-4)
 
 
 def test_streamed_training_runs(student, training_set, tmp_path):
@@ -129,6 +133,11 @@ def test_finished_seeds_are_not_trained_again(student, training_set, tmp_path):
     stamp = (Path(run.out) / "history.csv").stat().st_mtime_ns
     assert len(distill.run_recipe([run])) == 1
     assert (Path(run.out) / "history.csv").stat().st_mtime_ns == stamp
+
+
+def test_planning_and_waiting_need_neither_torch_nor_open_clip():
+    code = "import sys, mclip.distill; print([m for m in ('torch', 'open_clip', 'torchvision') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_learning_rate_warms_up_and_falls_to_its_floor():

@@ -1,0 +1,147 @@
+"""Evaluation sets in CLIP_benchmark's webdataset layout, read as they lie: nothing is unpacked.
+
+    SET/{test,train}/{0,1,...}.tar + nshards.txt     KEY.{png,webp,jpg} + KEY.cls or .txt (a caption a line)
+    SET/classnames.txt                               one class a line; KEY.cls is its line number, from 0
+    SET/zeroshot_classification_templates.txt        one prompt a line, {c} is the class name
+"""
+
+import io
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+IMAGES = ("png", "jpg", "jpeg", "webp")
+ANSWER = {"classification": "cls", "retrieval": "txt"}
+
+
+class EvalError(ValueError):
+    """A set that is there but can't be read; the message names the file."""
+
+
+class Split(NamedTuple):
+    """One split of a set: where its pictures lie in the tars, and what is right for each."""
+
+    keys: list[str]
+    places: list[tuple[str, int, int]]  # tar, byte offset, bytes
+    labels: list[int]  # classification, else empty
+    captions: list[list[str]]  # retrieval, else empty
+    classes: list[str]
+    templates: list[str]
+    problems: list[str]
+
+
+def read_split(folder: str | Path, task: str, split: str = "test") -> Split:
+    """Index one split: labels or captions now, pictures by their place in the tar (see `read_image`).
+
+    task: "classification" reads KEY.cls, "retrieval" KEY.txt. A set may hold both.
+    """
+    folder, answer = Path(folder), ANSWER[task]
+    count = folder / split / "nshards.txt"
+    if not count.exists():
+        raise EvalError(f"{count} is missing: {folder} is not in CLIP_benchmark's webdataset layout")
+    classes, templates = (
+        _lines(folder / "classnames.txt"),
+        _lines(folder / "zeroshot_classification_templates.txt"),
+    )
+    keys, places, labels, captions, problems = [], [], [], [], []
+    for number in range(int(count.read_text())):
+        path = folder / split / f"{number}.tar"
+        if not path.exists():
+            problems.append(f"{path}: missing, nshards.txt counts {count.read_text().strip()}")
+            continue
+        samples: dict[str, dict[str, Any]] = {}
+        try:
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    if member.isfile():
+                        key, _, ext = member.name.rpartition("/")[2].partition(".")
+                        sample = samples.setdefault(key, {})
+                        if ext.lower() in IMAGES:
+                            sample["place"] = (str(path), member.offset_data, member.size)
+                        elif ext == answer:
+                            sample["answer"] = tar.extractfile(member).read().decode().strip()
+                tar.fileobj.seek(tar.offset)
+                if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                    raise tarfile.ReadError("truncated, no end-of-archive mark")  # tarfile passes over it
+        except (tarfile.TarError, OSError) as err:
+            problems.append(f"{path}: {err or type(err).__name__}, read {len(samples)} samples of it")
+        for key, sample in samples.items():
+            if "place" not in sample:
+                problems.append(f"{path}: {key}: no picture ({', '.join(IMAGES)})")
+            elif not sample.get("answer"):
+                problems.append(f"{path}: {key}: no .{answer}, or an empty one")
+            elif task == "classification" and not sample["answer"].isdigit():
+                problems.append(f"{path}: {key}: .cls holds {sample['answer']!r}, not a class number")
+            else:
+                keys.append(key)
+                places.append(sample["place"])
+                if task == "classification":
+                    labels.append(int(sample["answer"]))
+                else:
+                    captions.append([line.strip() for line in sample["answer"].splitlines() if line.strip()])
+    return Split(keys, places, labels, captions, classes, templates, problems)
+
+
+def read_image(place: tuple[str, int, int]) -> Image.Image:
+    """One picture as RGB, transparent parts on white."""
+    path, offset, size = place
+    with open(path, "rb") as file:
+        file.seek(offset)
+        image = Image.open(io.BytesIO(file.read(size)))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+class _Pictures(torch.utils.data.Dataset):
+    def __init__(self, places: list[tuple[str, int, int]], preprocess):
+        self.places, self.preprocess = places, preprocess
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor | str]:
+        try:
+            return i, self.preprocess(read_image(self.places[i]))
+        except Exception as err:  # any decoder error: the picture is named, the rest goes on
+            return i, re.sub(r" ?<.*?>", "", f"{type(err).__name__}: {err}")  # no memory address
+
+
+def _collate(items: list[tuple[int, Tensor | str]]) -> tuple[list[int], Tensor | None, dict[int, str]]:
+    good = [(i, x) for i, x in items if isinstance(x, Tensor)]
+    bad = {i: x for i, x in items if not isinstance(x, Tensor)}
+    return [i for i, _ in good], torch.stack([x for _, x in good]) if good else None, bad
+
+
+def batches(
+    split: Split, preprocess, batch_size: int = 256, workers: int = 0
+) -> Iterator[tuple[list[int], Tensor | None, dict[int, str]]]:
+    """(indices, (b, 3, h, w) pictures, {index: why} of the broken ones) in the split's order."""
+    workers = workers if len(split.places) > batch_size else 0  # starting two processes costs more than 256 pictures
+    yield from torch.utils.data.DataLoader(
+        _Pictures(split.places, preprocess), batch_size, num_workers=workers, collate_fn=_collate
+    )
+
+
+def without(split: Split, kept: list[int], broken: dict[int, str]) -> Split:
+    """The split with the samples `kept` only, and the broken ones named among its problems."""
+    pick = lambda values: [values[i] for i in kept] if len(values) == len(split.keys) else values  # noqa: E731
+    lines = [f"{split.places[i][0]}: {split.keys[i]}: picture can't be read ({why})" for i, why in broken.items()]
+    return split._replace(
+        keys=pick(split.keys),
+        places=pick(split.places),
+        labels=pick(split.labels),
+        captions=pick(split.captions),
+        problems=split.problems + lines,
+    )
+
+
+def _lines(path: Path) -> list[str]:
+    return [line.strip() for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
