@@ -84,6 +84,7 @@ def style() -> None:
         shell = get_ipython()
         if shell is not None and hasattr(shell, "kernel"):
             set_matplotlib_formats("png")
+            plt.uninstall_repl_displayhook()  # it would draw each figure once more, for windows that there are none of
             shell.display_formatter.formatters["text/plain"].for_type(
                 Figure, lambda figure, printer, cycle: printer.text(f"Figure: {describe(figure)}")
             )

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 def call(clone: Path, *command: str, check: bool = True) -> str:
     """Run a command in the clone with this interpreter's commands first; its output, both streams."""
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE")}
-    env |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]]), "OMP_NUM_THREADS": "1",
+    env |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]]),
             "GIT_CONFIG_GLOBAL": os.devnull, "DVC_NO_ANALYTICS": "1"}
     done = subprocess.run(command, cwd=clone, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                           timeout=1500)
