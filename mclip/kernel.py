@@ -199,7 +199,8 @@ def execute(
             papermill.execute_notebook(
                 str(source), str(executed), injected, kernel_name="python3", kernel_manager_class=kernel,
                 cwd=str(Path.cwd()), start_timeout=120, record_timing=False, progress_bar=False,
-                stdout_file=terminal, stderr_file=terminal, on_cell_start=heading)
+                stdout_file=terminal, stderr_file=terminal, on_cell_start=heading,
+                shutdown_kernel="immediate")  # its results are in the notebook and in files
         result = nbformat.read(executed, as_version=4)
         if any(o.output_type == "error" for c in result.cells for o in c.get("outputs", [])):
             reason = "a cell ended early"  # sys.exit(0), which papermill lets pass
