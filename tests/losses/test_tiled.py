@@ -1,0 +1,89 @@
+"""The tiled losses against the loops of tests/losses/reference.py and the plain losses."""
+
+import pytest
+import torch
+
+from mclip import losses
+from mclip.kernels import tiled
+
+from . import reference
+from .reference import unit
+
+
+def teachers(b: int, widths=(3, 9), scales=(18.0, 100.0)):
+    return [(unit(b, d, seed=10 + k), unit(b, d, seed=20 + k), s)
+            for k, (d, s) in enumerate(zip(widths, scales, strict=True))]
+
+
+def inputs(b: int, d: int, dtype=torch.float64):
+    rows = [unit(b, d, seed=s).to(dtype).requires_grad_() for s in (1, 2)]
+    return *rows, torch.tensor(14.3, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+
+
+def gradients(loss, *inputs):
+    return torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.parametrize(("b", "d", "tile"), [(1, 3, 4), (7, 4, 3), (8, 5, 4), (11, 17, 100), (5, 2, 1)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_clip_loss_against_loops(b, d, tile, shared):
+    a, t, scale = inputs(b, d)
+    ids = torch.arange(b) // 2 if shared else None
+    got = tiled.clip_loss(a, t, scale, ids=ids, tile=tile)
+    want = reference.nce(a, t, scale, None if ids is None else ids.tolist())
+    torch.testing.assert_close(got, want)
+    for x, y in zip(gradients(got, a, t, scale), gradients(want, a, t, scale), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize(("b", "d", "k", "tile"), [(1, 3, 1, 2), (7, 4, 1, 3), (8, 5, 2, 4), (11, 17, 2, 100)])
+def test_affinity_loss_against_loops(b, d, k, tile):
+    a, t, scale = inputs(b, d)
+    got = tiled.affinity_loss(a, t, teachers(b)[:k], scale, tile=tile)
+    want = reference.affinity(a, t, teachers(b)[:k], scale)
+    torch.testing.assert_close(got, want)
+    for x, y in zip(gradients(got, a, t, scale), gradients(want, a, t, scale), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_gradcheck():
+    a, t, scale = inputs(5, 3)
+    ids = torch.tensor([0, 1, 0, 2, 3])
+    assert torch.autograd.gradcheck(lambda *x: tiled.clip_loss(*x, ids=ids, tile=2), (a, t, scale))
+    assert torch.autograd.gradcheck(lambda x, y, s: tiled.affinity_loss(x, y, teachers(5), s, tile=2), (a, t, scale))
+
+
+def test_every_other_sample_shares_the_caption():
+    a, t, scale = inputs(6, 4)
+    loss = tiled.clip_loss(a, t, scale, ids=torch.zeros(6, dtype=torch.int64), tile=4)
+    assert loss.item() == pytest.approx(0, abs=1e-12)
+    assert all(g.abs().max() < 1e-12 for g in gradients(loss, a, t, scale))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_low_precision_against_float64(dtype, bound):
+    """Relative error of value and gradients, at CLIP's scale of 100 and sharp teachers."""
+    b, d = 300, 64
+    a, t, _ = inputs(b, d, dtype)
+    scale = torch.tensor(100.0, requires_grad=True)
+    wide = [x.detach().double().requires_grad_() for x in (a, t, scale)]
+    for narrow, exact in [
+        (tiled.clip_loss(a, t, scale, tile=128), losses.clip_loss(*wide)),
+        (tiled.affinity_loss(a, t, teachers(b, (8, 8)), scale, tile=128),
+         losses.affinity_loss(wide[0], wide[1], teachers(b, (8, 8)), wide[2])),
+    ]:
+        assert abs(narrow.item() - exact.item()) <= bound * abs(exact.item())
+        for x, y in zip(gradients(narrow, a, t, scale), gradients(exact, *wide), strict=True):
+            assert (x.double() - y).norm() <= bound * y.norm()
+
+
+def test_errors():
+    x = unit(3, 4)
+    with pytest.raises(ValueError, match="ids: expected one id a sample"):
+        tiled.clip_loss(x, x, 1.0, ids=torch.zeros(2))
+    with pytest.raises(ValueError, match="they must be pairs"):
+        tiled.clip_loss(x, unit(2, 4), 1.0)
+    with pytest.raises(ValueError, match=r"teachers\[0\] has 2 rows"):
+        tiled.affinity_loss(x, x, [(unit(2, 4), unit(2, 4), 1.0)], 1.0)
+    with pytest.raises(ValueError, match="at least one"):
+        tiled.affinity_loss(x, x, [], 1.0)
