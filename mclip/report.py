@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import nbformat
 
 STAGES = ["data", "teachers", "embed", "balance", "cluster", "reinforce", "distill", "evaluate", "report"]
+OF_RECIPES = ("distill", "evaluate")  # reports/STAGE/RECIPE.ipynb; what is left of a recipe that is gone is not shown
 ABLATIONS = "ablations"  # reports/ablations/*.ipynb
 TEMPLATES = Path(__file__).parent / "site"
 ASKED = (
@@ -74,12 +75,16 @@ def read_pages(reports: Path, titles: dict[str, str]) -> list[Page]:
     paths = [path for path in reports.rglob("*.ipynb") if not path.name.endswith(".failed.ipynb")]
     recipes = list(titles)
 
+    def wanted(path: Path) -> bool:
+        stage, *rest = path.relative_to(reports).with_suffix("").parts
+        return stage not in OF_RECIPES or rest[0] in titles
+
     def order(path: Path) -> tuple:
         stage, *rest = path.relative_to(reports).with_suffix("").parts
         known = STAGES.index(stage) if stage in STAGES else len(STAGES)
         return stage == ABLATIONS, known, stage, [(recipes.index(r) if r in recipes else 99, r) for r in rest]
 
-    return [_page(path, reports, titles) for path in sorted(paths, key=order)]
+    return [_page(path, reports, titles) for path in sorted(filter(wanted, paths), key=order)]
 
 
 def _page(path: Path, reports: Path, titles: dict[str, str]) -> Page:
@@ -221,6 +226,8 @@ def read_times(folder: Path, recipes: Sequence[str] = ()) -> list[dict[str, Any]
         if entry["stage"] == "report":  # its own time would make the site differ from run to run
             continue
         values = [str(v) for k, v in entry.items() if k not in ("stage", "seconds", "peak_rss_mb")]
+        if entry["stage"] in OF_RECIPES and recipes and values[0] not in recipes:
+            continue
         out.append({"peak_rss_mb": None, "of": ", ".join(values), **entry})
 
     def order(entry: dict[str, Any]) -> tuple:
@@ -256,6 +263,7 @@ def build(
     if not pages:
         raise SystemExit(f"{reports}: no executed notebook to report on: run `dvc repro` first")
     metrics = read_metrics(reports / "metrics")
+    metrics["recipe"] = {name: tree for name, tree in metrics["recipe"].items() if name in recipes}
     rows = main_rows(metrics, p.evaluate.sets) + chance_rows(read_seeds(recipes, reports / "metrics")[0])
     missing = [name for name in p.evaluate.sets if name not in {r.set for r in rows}]
     environment = Environment(

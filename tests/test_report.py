@@ -125,6 +125,17 @@ def test_times_are_summed(reports):
     assert index.index("1 min 05 s") < index.index("3.5 s") and "1 min 08 s" in index and "1,234 MB" in index
 
 
+def test_what_is_left_of_a_recipe_that_is_gone_is_not_shown(reports):
+    nbformat.write(executed("An old question?", "old answer"), reports / "evaluate" / "old.ipynb")
+    (reports / "metrics" / "old.json").write_text((reports / "metrics" / "clip.json").read_text().replace("clip", "old"))
+    (reports / "times" / "evaluate").mkdir(parents=True)
+    times = {"stage": "evaluate", "recipe": "old", "seconds": 12.5, "peak_rss_mb": 1}
+    (reports / "times" / "evaluate" / "old.json").write_text(json.dumps(times))
+    site = build(reports)
+    assert not (site / "evaluate-old.html").exists()
+    assert not re.search(r"\bold\b|12\.5 s", (site / "index.html").read_text().partition("<pre")[0])
+
+
 def test_nothing_to_report_on(tmp_path):
     with pytest.raises(SystemExit, match="run `dvc repro` first"):
         report.build(tmp_path, tmp_path / "site", ROOT / "params.yaml")
