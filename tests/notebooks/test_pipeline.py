@@ -1,6 +1,6 @@
 """The whole pipeline in small sizes, as a person runs it: a clone, the smoke overlay, `dvc repro`.
 
-    python -m pytest tests/notebooks                     # about two minutes
+    python -m pytest tests/notebooks                     # about five minutes
     python -m pytest -m "not pipeline"                   # everything else
 """
 
