@@ -30,7 +30,7 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *, ids: 
     check_pair(image, text, ("image", "text"))
     if ids is not None and ids.shape != (len(image),):
         raise ValueError(f"ids: expected one id a sample, shape ({len(image)},), found {tuple(ids.shape)}")
-    return _Tiled.apply(image, text, _scalar(logit_scale, image), ids, tile, False)
+    return _Tiled.apply(image, text, _scalar(logit_scale, image), ids, tile)
 
 
 def affinity_loss(image: Tensor, text: Tensor, teachers: Sequence[tuple[Tensor, Tensor, Tensor | float]],
@@ -44,7 +44,7 @@ def affinity_loss(image: Tensor, text: Tensor, teachers: Sequence[tuple[Tensor, 
         if len(teacher_image) != len(image):
             raise ValueError(f"teachers[{k}] has {len(teacher_image)} rows, the student's batch {len(image)}")
     flat = [x for u, v, g in teachers for x in (u.detach(), v.detach(), _scalar(g, u).detach())]
-    return _Tiled.apply(image, text, _scalar(logit_scale, image), None, tile, True, *flat)
+    return _Tiled.apply(image, text, _scalar(logit_scale, image), None, tile, *flat)
 
 
 class _Expected:
@@ -70,10 +70,10 @@ class _Expected:
 
 
 class _Tiled(torch.autograd.Function):
-    """CE (soft=False) or KL (soft=True) of the module's docstring; teachers follow as (U, V, g) triples."""
+    """KL of the module's docstring with the teachers that follow as U, V, g each; CE where there are none."""
 
     @staticmethod
-    def forward(ctx, a, b, scale, ids, tile, soft, *teachers):
+    def forward(ctx, a, b, scale, ids, tile, *teachers):
         a_, b_, triples = _wide(a), _wide(b), _triples(teachers)
         g, n = scale.to(a_.dtype), len(a)
         row, column = a_.new_full((n,), -torch.inf), a_.new_full((n,), -torch.inf)
@@ -87,7 +87,7 @@ class _Tiled(torch.autograd.Function):
                 difference = t - s
                 by_row.add(i, t, difference, 1)
                 by_column.add(j, t, difference, 0)
-        if soft:
+        if triples:
             teacher_lse = [x for pair in expected for x in (pair[0].lse(), pair[1].lse())]
             means = sum(x.mean().sum() for pair in expected for x in pair)
             total = (means - sum(x.sum() for x in teacher_lse)) / len(triples) + row.sum() + column.sum()
@@ -120,7 +120,7 @@ class _Tiled(torch.autograd.Function):
             dg += (ds * s).sum()
         factor = weight * g
         gradients = ((factor * da).to(a.dtype), (factor * db).to(b.dtype), (weight * dg / g).to(scale.dtype))
-        return (*gradients, None, None, None, *[None] * ctx.count)
+        return (*gradients, None, None, *[None] * ctx.count)
 
 
 def _tiles(n: int, tile: int) -> Iterator[tuple[slice, slice]]:
