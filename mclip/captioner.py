@@ -72,7 +72,7 @@ def fit(model: nn.Module, features: Tensor, tokens: Tensor, p: params.CaptionerT
     decay = [w for w in model.parameters() if w.requires_grad and w.ndim > 1]
     plain = [w for w in model.parameters() if w.requires_grad and w.ndim < 2]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
-                                  lr=p.lr, betas=(0.9, 0.98))
+                                  lr=p.lr, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, p.lr, total_steps=max(p.steps, 2), pct_start=0.1,
                                                    cycle_momentum=False)
     order, rows = torch.empty(0, dtype=torch.long), []

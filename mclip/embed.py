@@ -27,7 +27,7 @@ import pandas as pd
 
 from mclip import progress
 from mclip.data import shards
-from mclip.files import write_whole
+from mclip.files import write_json, write_whole
 
 PARTS = {"img_emb": ".npy", "text_emb": ".npy", "metadata": ".parquet"}
 
@@ -122,7 +122,7 @@ def _embed_with(name: str, model_name: str, manifest: dict, pairs: Path, folder:
         for file in set((folder / part).glob(f"*{suffix}")) - keep:
             file.unlink()
     # from here on meta.json says what the files are or will be; a shard is done when its three are there
-    write_whole(folder / "meta.json", json.dumps(meta, indent=1, sort_keys=True) + "\n")
+    write_json(folder / "meta.json", meta)
     bar = progress.bar(desc=f"embed {name}", unit="pair", total=sum(wanted[i]["samples"] for i in todo))
     for i in todo:
         samples = list(shards.iter_samples(pairs, shards=[i]))

@@ -1,9 +1,13 @@
-"""Files that are there whole or not at all: written under another name, then renamed."""
+"""Files and folders that are there whole or not at all: written under another name, then renamed."""
 
+import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -27,3 +31,24 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
     """Write a file whole; text as UTF-8."""
     with whole(path) as draft:
         draft.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Write JSON whole: readable, keys sorted, so the same bytes for the same data."""
+    write_whole(path, json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """A scratch folder beside `folder` that takes its place when the block ends well, else vanishes."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        scratch.chmod(0o755)
+        yield scratch
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from . import models
 from .data import augment, reinforced, shards
 from .data.reinforced import Shard
-from .files import write_whole
+from .files import write_json
 from .params import Reinforce
 from .progress import bar
 
@@ -84,9 +84,7 @@ def run(
         start += width
     writer = None
     if settings.n_syn:
-        made = models.create(captioner, device=device)
-        writer = models.for_inference(made[0])
-        writer.mclip = made[0].mclip
+        writer = models.for_inference(models.create(captioner, device=device)[0])
     identity = {
         "settings": settings.model_dump(), "teachers": described, "ops": list(augment.OPS),
         "captioner": models.weights_sha256(captioner) if settings.n_syn else None,
@@ -145,7 +143,7 @@ def _reinforce_shard(samples, settings, ensemble, writer, workers, progress) -> 
         pictures = augment.to_input(torch.cat(plain), models.image_size(writer), *_normalisation(writer))
         captions = generate(writer, pictures, n=settings.n_syn, top_p=settings.caption_top_p, seed=seed)
     texts = [t for sample, syn in zip(samples, captions, strict=True) for t in (sample.caption, *syn)]
-    text_emb = [models.encode_texts(m, tokenizer, texts, precision=settings.precision) for m, tokenizer in ensemble]
+    text_emb = models.encode_texts_with_all(ensemble, texts, precision=settings.precision)
     width = sum(t.shape[-1] for t in text_emb) if samples else 0
     p = 4 + 2 * settings.randaugment_ops
     return Shard(
@@ -175,5 +173,5 @@ def _forget_others(out: Path, identity: dict) -> None:
 
 
 def _write_meta(out: Path, meta: dict) -> dict:
-    write_whole(out / "meta.json", json.dumps(meta, indent=1, sort_keys=True) + "\n")
+    write_json(out / "meta.json", meta)
     return meta

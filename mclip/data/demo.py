@@ -22,6 +22,7 @@ from PIL import Image
 
 from mclip import params
 from mclip.data import emoji, fetch, shards, tars
+from mclip.files import whole_folder, write_json
 from mclip.progress import bar
 
 # style: package, and the folder in it that has one picture an emoji
@@ -88,7 +89,7 @@ def build(data: params.Data, out: str | Path = "data") -> dict[str, Any]:
         info={"sources": _sources([*packages])},
     )
     sets = {}
-    with tars.whole_folder(out / "eval") as scratch:
+    with whole_folder(out / "eval") as scratch:
         for name, arguments in _eval_sets(trained, unseen, shifted, styles, images, photos).items():
             sets[name] = write_eval(scratch / name, **arguments)
     return {"pairs": pairs, "eval": sets}
@@ -140,7 +141,7 @@ def write_eval(
         (folder / "classnames.txt").write_text("".join(f"{c}\n" for c in classes), encoding="utf-8")
         (folder / "zeroshot_classification_templates.txt").write_text("".join(f"{t}\n" for t in templates))
         manifest["classes"] = len(classes)
-    tars.write_json(folder / "manifest.json", manifest)
+    write_json(folder / "manifest.json", manifest)
     return manifest
 
 

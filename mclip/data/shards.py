@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from mclip.data import tars
+from mclip.files import whole_folder, write_json
 from mclip.progress import bar
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -77,7 +78,7 @@ def write_shards(
         shards.append({"file": name, "samples": count, "sha256": digest})
         batch.clear()
 
-    with tars.whole_folder(folder) as scratch:
+    with whole_folder(folder) as scratch:
         for sample in samples:
             if sample.key in seen or "." in sample.key.rpartition("/")[2]:
                 raise ShardError(f"{folder}: key {sample.key!r} {'twice' if sample.key in seen else 'has a dot'}")
@@ -95,7 +96,7 @@ def write_shards(
         if batch:
             flush()
         manifest = _manifest(shards, list(skipped), info)
-        tars.write_json(scratch / MANIFEST, manifest)
+        write_json(scratch / MANIFEST, manifest)
     return manifest
 
 
@@ -164,8 +165,8 @@ def check_shards(sources: Iterable[str], folder: str | Path, *, workers: int | N
         first = f"; {skipped[0]['file']}: {skipped[0]['reason']}" if skipped else ""
         raise ShardError(f"data.shards: no good pair in {len(sources)} shards{first}")
     manifest = _manifest(shards, skipped)
-    with tars.whole_folder(folder) as scratch:
-        tars.write_json(scratch / MANIFEST, manifest)
+    with whole_folder(folder) as scratch:
+        write_json(scratch / MANIFEST, manifest)
     return manifest
 
 

@@ -5,15 +5,10 @@ its good samples, and because webdataset imports torch, which processes that onl
 """
 
 import hashlib
-import json
-import os
 import re
-import shutil
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -126,27 +121,6 @@ def open_source(source: str) -> BinaryIO:
     # what it left out is seen from the tar itself
     stream.ignore_errors = True
     return stream
-
-
-@contextmanager
-def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """A scratch folder beside `folder` that takes its place when the block ends well, else vanishes."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        scratch.chmod(0o755)
-        yield scratch
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def write_json(path: str | Path, data: Any) -> None:
-    """JSON with sorted keys, readable and the same bytes for the same data."""
-    Path(path).write_text(json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def short(err: Exception) -> str:

@@ -138,16 +138,6 @@ def export(model: torch.nn.Module, folder: str | Path, *, config: dict[str, Any]
     return folder
 
 
-def config(name: str) -> dict[str, Any]:
-    """open_clip's model_cfg (embed_dim, vision_cfg, text_cfg) of a model string, without making the model."""
-    if name.startswith(LOCAL):
-        return _local_config(name)[0]
-    found = open_clip.get_model_config(name if name.startswith("hf-hub:") else _split(name)[0])
-    if found is None:
-        raise ModelError(f"{name}: open_clip has no configuration of this name")
-    return found
-
-
 def image_size(model: torch.nn.Module) -> int:
     """Side of the (square) input image, pixels."""
     size = model.visual.image_size

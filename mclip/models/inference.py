@@ -6,9 +6,9 @@ On 2 CPU cores folding and channels last take EfficientNet-Lite0 at 64 px from 6
 import collections
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import open_clip.hf_model
 import torch
@@ -92,7 +92,6 @@ def encode_images(model: nn.Module, batches: Iterable[Tensor], *, precision: str
     return torch.cat(out) if out else torch.empty(0, 0)
 
 
-@torch.inference_mode()
 def encode_texts(model: nn.Module, tokenizer, texts: list[str], *, batch_size: int = 256,
                  precision: str = "auto") -> Tensor:
     """Text embeddings, (n, d) float32 on the CPU, unit-norm rows.
@@ -100,8 +99,47 @@ def encode_texts(model: nn.Module, tokenizer, texts: list[str], *, batch_size: i
     Each distinct text is encoded once. Hugging Face towers mask their padding, so their batches, sorted by
     length, are cut to their longest text: two to four times faster, the same embeddings.
     """
+    return _encode_texts([model], tokenizer, texts, batch_size, precision)[0]
+
+
+def encode_texts_with_all(ensemble: Sequence[tuple[nn.Module, Any]], texts: list[str], *, batch_size: int = 256,
+                          precision: str = "auto") -> list[Tensor]:
+    """`encode_texts` by each (model, tokenizer) of an ensemble: a list of (n, d_k).
+
+    Models whose Hugging Face text encoder has the same weights, as teachers of one frozen sentence encoder have, run
+    it once and differ in their projections only.
+    """
+    out: dict[int, Tensor] = {}
+    for i, (model, tokenizer) in enumerate(ensemble):
+        if i in out:
+            continue
+        alike = [j for j in range(i + 1, len(ensemble)) if j not in out and _share_text(ensemble[i], ensemble[j])]
+        found = _encode_texts([model, *(ensemble[j][0] for j in alike)], tokenizer, texts, batch_size, precision)
+        out |= dict(zip([i, *alike], found, strict=True))
+    return [out[i] for i in range(len(ensemble))]
+
+
+def _share_text(a: tuple[nn.Module, Any], b: tuple[nn.Module, Any]) -> bool:
+    """Do two models make the same text features before their projections?"""
+    texts = [getattr(model, "text", None) for model, _ in (a, b)]
+    if not all(isinstance(text, open_clip.hf_model.HFTextEncoder) for text in texts):
+        return False
+    tokenizers = [tokenizer for _, tokenizer in (a, b)]
+    if len({(t.context_length, t.clean_fn, t.tokenizer.backend_tokenizer.to_str()) for t in tokenizers}) > 1:
+        return False
+    if len({type(text.pooler) for text in texts}) > 1:
+        return False
+    first, second = (text.transformer.state_dict() for text in texts)
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@torch.inference_mode()
+def _encode_texts(models: Sequence[nn.Module], tokenizer, texts: list[str], batch_size: int,
+                  precision: str) -> list[Tensor]:
+    """Embeddings by models that differ in their text projections only: the first one's encoder serves all."""
     if not texts:
-        return torch.empty(0, 0)
+        return [torch.empty(0, 0) for _ in models]
+    model = models[0]
     device = next(model.parameters()).device
     dtype = resolve_precision(precision, device)
     distinct = sorted(set(texts))
@@ -113,16 +151,25 @@ def encode_texts(model: nn.Module, tokenizer, texts: list[str], *, batch_size: i
         pad = model.text.config.pad_token_id
         length = tokens.shape[1] - (tokens.flip(1) != pad).int().argmax(1)
         order = length.argsort(stable=True)
+    projections = [m.text.proj for m in models] if len(models) > 1 else [nn.Identity()]
 
-    def encode(rows: Tensor) -> Tensor:
+    def encode(rows: Tensor) -> list[Tensor]:
         batch = tokens[rows, :int(length[rows].max())] if trim else tokens[rows]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return F.normalize(model.encode_text(batch.to(device)).float(), dim=-1).cpu()
+            features = model.encode_text(batch.to(device))
+            return [F.normalize(project(features).float(), dim=-1).cpu() for project in projections]
 
-    encoded = torch.cat(list(side_by_side(encode, order.split(batch_size), device)))
-    out = torch.empty_like(encoded)
-    out[order] = encoded
-    return out[[row[text] for text in texts]]
+    if len(models) > 1:
+        model.text.proj = nn.Identity()
+    try:
+        parts = list(side_by_side(encode, order.split(batch_size), device))
+    finally:
+        if len(models) > 1:
+            model.text.proj = projections[0]
+    found, back = [], order.argsort()
+    for own in zip(*parts, strict=True):
+        found.append(torch.cat(own)[back][[row[text] for text in texts]])
+    return found
 
 
 def decoders(device: str | torch.device, workers: int | None = None) -> int:
