@@ -12,17 +12,21 @@ The paper doesn't say which distance its 0.07 is, so the metric is explicit, on 
 "l2" = |x - y|, "sql2" = |x - y|^2 (faiss's convention), "cosine" = 1 - x.y. They order pairs alike and
 convert exactly: sql2 = l2^2 = 2 cosine.
 
-How: every block of rows against every other, as one float32 matrix product; pairs that float32 can't decide
-are measured again in float64, so the graph is that of the float64 distances. Memory is a few blocks and a few
-numbers a row, whatever the number of links. O(n^2 d): 20,000 x 256 takes seconds, millions want a GPU.
+How: `mclip.links` finds the links without measuring most pairs, and decides each as float64 would; they are joined
+as they are found (`mclip.unionfind`). Beside the embeddings, which stay where they are, memory is about 150 bytes a row
+and some blocks.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+import time
+import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +34,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
+from scipy.sparse.csgraph import minimum_spanning_tree
 
-from mclip import progress
+from mclip import links
 from mclip.files import whole
 from mclip.rows import Rows, RowsError, as_keys, check_keys, read_folder
+from mclip.unionfind import Sets
 
 METRICS = ("l2", "sql2", "cosine")
-CHUNK = 2048  # rows a block
-LINKS = 2_000_000  # links collected before they are merged into what is known
+CHUNK = 2048  # rows read at once for the centroids
+LINKS = 2_000_000  # links of a forest collected before they are merged
+SAVE_EVERY = 30  # seconds
 
 
 class BalanceError(ValueError):
@@ -86,7 +92,7 @@ class Balance:
 
 
 def balance(embeddings, keys: Sequence | np.ndarray | None = None, *, threshold: float, metric: str,
-            chunk: int = CHUNK, device: str | None = None) -> Balance:
+            tile: int = links.TILE, device: str | None = None, state: str | Path | None = None) -> Balance:
     """Sets of near-duplicates and the representative of each; see the module's docstring.
 
     Parameters
@@ -95,8 +101,9 @@ def balance(embeddings, keys: Sequence | np.ndarray | None = None, *, threshold:
     keys : n different strings or integers; None: the row's number
     threshold : largest distance that links two images, in `metric`
     metric : "l2" | "sql2" | "cosine"
-    chunk : rows a block; changes memory and speed, never the result
+    tile : rows that are compared at once; changes memory and speed, never the result
     device : of the matrix products; None: a GPU if there is one
+    state : a file that what was found is kept in while this runs, so that a killed run goes on there; None: none
 
     Notes
     -----
@@ -105,7 +112,7 @@ def balance(embeddings, keys: Sequence | np.ndarray | None = None, *, threshold:
     limit = convert(threshold, metric)["sql2"]
     rows = Rows(embeddings)
     keys = check_keys(keys, len(rows))
-    label = _components(rows, limit, chunk, device)
+    label = _components(rows, limit, tile, device, state)
     order = np.argsort(keys, kind="stable")
     # sets are numbered by their lowest key: by first appearance in key order
     _, first, number = np.unique(label[order], return_index=True, return_inverse=True)
@@ -113,12 +120,12 @@ def balance(embeddings, keys: Sequence | np.ndarray | None = None, *, threshold:
     rank[np.argsort(first)] = np.arange(len(first))
     set_id = np.empty(len(rows), np.int64)
     set_id[order] = rank[number]
-    distance = _centroid_distance(rows, set_id, order, chunk)
+    distance = _centroid_distance(rows, set_id, order)
     keep = _nearest(distance, set_id, order)
     return Balance(set_id, keep, distance, keys, float(threshold), metric)
 
 
-def removed_curve(embeddings, thresholds: Sequence[float], *, metric: str, chunk: int = CHUNK,
+def removed_curve(embeddings, thresholds: Sequence[float], *, metric: str, tile: int = links.TILE,
                   device: str | None = None) -> np.ndarray:
     """Fraction of the images that `balance` removes at each threshold, (len(thresholds),): one pass for all.
 
@@ -128,16 +135,17 @@ def removed_curve(embeddings, thresholds: Sequence[float], *, metric: str, chunk
     if len(thresholds) == 0:
         return np.empty(0)
     limits = [convert(t, metric)["sql2"] for t in thresholds]
-    _, _, square = spanning_forest(embeddings, max(thresholds), metric=metric, chunk=chunk, device=device)
+    _, _, square = spanning_forest(embeddings, max(thresholds), metric=metric, tile=tile, device=device)
     return np.searchsorted(np.sort(square), limits, side="right") / len(Rows(embeddings))
 
 
-def spanning_forest(embeddings, threshold: float, *, metric: str, chunk: int = CHUNK,
+def spanning_forest(embeddings, threshold: float, *, metric: str, tile: int = links.TILE,
                     device: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Edges (i, j, squared L2 distance) of a minimum spanning forest of all links up to `threshold`.
+    """Edges (i < j, squared L2 distance) of the minimum spanning forest of all links up to `threshold`, ascending;
+    of equally long edges those between the lowest rows come first.
 
-    Built block by block: an edge that is not in the forest of the edges seen so far is in no later one
-    either, so at most n - 1 edges and one batch of new ones are held.
+    An edge that is not in the forest of the edges seen so far is in no later one either, so at most n - 1
+    edges and one batch of new ones are held.
     """
     limit = convert(threshold, metric)["sql2"]
     rows = Rows(embeddings)
@@ -145,23 +153,47 @@ def spanning_forest(embeddings, threshold: float, *, metric: str, chunk: int = C
     # An edge between rows that shorter edges connect already is in no minimum spanning forest. To drop most of
     # those at once, the rows' sets at a few thresholds on the way are kept beside the forest.
     steps = limit * np.arange(1, 16) / 16
-    sets = np.tile(np.arange(n), (len(steps) + 1, 1))  # sets[0]: every row by itself
-    batch, count = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))], 0
-    for i, j, inner in _block_products(rows, chunk, device, torch.float64, "balance: curve"):
-        near = np.flatnonzero(inner >= 1 - limit / 2)
-        square = np.maximum(2 - 2 * inner.ravel()[near], 0)
-        a, b = near // inner.shape[1] + i, near % inner.shape[1] + j
-        level = np.searchsorted(steps, square, side="left")  # steps[level - 1] < square
-        new = (a < b) & (sets[level, a] != sets[level, b])
-        batch.append((a[new], b[new], square[new]))
-        count += int(new.sum())
+    sets = [Sets(n) for _ in steps]
+    forest, batch, count = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)), [], 0
+
+    def wanted(a: np.ndarray, b: np.ndarray, lower: np.ndarray) -> np.ndarray:
+        level = np.searchsorted(steps, lower, side="left") - 1  # steps[level] < lower, which is at most the length
+        out = np.ones(len(a), bool)
+        for k in range(len(steps)):
+            here = np.flatnonzero(level == k)
+            out[here] = ~sets[k].joined(a[here], b[here])
+        return out
+
+    def found(a: np.ndarray, b: np.ndarray, square: np.ndarray) -> None:
+        nonlocal forest, batch, count
+        for known, step in zip(sets, steps, strict=True):
+            short = square <= step
+            known.join(a[short], b[short])
+        batch.append((np.minimum(a, b), np.maximum(a, b), square))
+        count += len(a)
         if count > LINKS:
-            forest = _forest(batch, n)
-            batch, count = [forest], 0
-            for k, step in enumerate(steps):
-                short = forest[2] <= step
-                sets[k + 1] = _merge(np.arange(n), forest[0][short], forest[1][short])
-    return _forest(batch, n)
+            forest, batch, count = _forest([forest, *batch], n), [], 0
+
+    prepared = links.prepare(rows, tile=tile, device=device)
+    links.search(prepared, limit, wanted, found, squares=True, desc="balance: curve")
+    return _forest([forest, *batch], n)
+
+
+def representative_distance(embeddings, result: Balance, *, chunk: int = CHUNK) -> np.ndarray:
+    """(n,) float64, squared L2 distance of each unit row to the row of its set that is kept.
+
+    Single linkage chains: where this is above the threshold, the two are in one set only by way of others; complete
+    linkage, which asks it of every pair of a set, would have kept them apart.
+    """
+    rows = Rows(embeddings)
+    kept = np.empty(len(result.set_sizes), np.int64)
+    kept[result.set_id[result.keep]] = np.flatnonzero(result.keep)
+    out = np.empty(len(rows))
+    for s in range(0, len(rows), chunk):
+        index = np.arange(s, min(s + chunk, len(rows)))
+        difference = rows.unit(index) - rows.unit(kept[result.set_id[index]])
+        out[index] = (difference * difference).sum(axis=1)
+    return out
 
 
 def convert(threshold: float, metric: str) -> dict[str, float]:
@@ -208,84 +240,57 @@ def read(folder: str | Path) -> Balance:
     return Balance(*columns[:3], as_keys(columns[3]), **about)
 
 
-def _block_products(rows: Rows, chunk: int, device: str | None, dtype: torch.dtype,
-                    desc: str) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(first row i, first row j, inner products of the blocks' unit rows) for all pairs of blocks i <= j."""
-    if chunk < 1:
-        raise BalanceError(f"chunk: expected at least 1 row, found {chunk}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    starts = range(0, len(rows), chunk)
-
-    def block(start: int) -> torch.Tensor:
-        unit = rows.unit(np.arange(start, min(start + chunk, len(rows))))
-        return torch.from_numpy(unit).to(device, dtype)
-
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # no TF32: `_components` counts on float32
-    bar = progress.bar(desc=desc, unit="block", total=len(starts) * (len(starts) + 1) // 2)
-    try:
-        for i in starts:
-            left = block(i)
-            for j in starts[i // chunk:]:
-                yield i, j, (left @ (left if i == j else block(j)).T).cpu().numpy()
-                bar.update()
-    finally:
-        bar.close()
-        torch.set_float32_matmul_precision(before)
-
-
-def _components(rows: Rows, limit: float, chunk: int, device: str | None) -> np.ndarray:
+def _components(rows: Rows, limit: float, tile: int, device: str | None, state: str | Path | None) -> np.ndarray:
     """(n,) label of each row's connected component in the graph of squared distances <= limit."""
-    label = np.arange(len(rows))
-    cosine = 1 - limit / 2
-    # what float32 can be off by: rounding of the rows, and of a sum of d products that is at most 1 in all
-    margin = (rows.width + 8) * 2.0**-24
-    batch, count = [], 0
-    for i, j, inner in _block_products(rows, chunk, device, torch.float32, "balance"):
-        near = np.flatnonzero(inner >= np.float32(cosine - margin))
-        a, b = near // inner.shape[1] + i, near % inner.shape[1] + j
-        sure = inner.ravel()[near] >= cosine + margin
-        new = (a < b) & (label[a] != label[b])  # a pair once, and none that is connected already
-        sure, unsure = new & sure, new & ~sure
-        batch.append((a[sure], b[sure]))
-        label, verified = _verify(rows, label, a[unsure], b[unsure], limit)
-        batch.append(verified)
-        count += len(batch[-1][0]) + len(batch[-2][0])
-        if count > LINKS:
-            label = _merge(label, *map(np.concatenate, zip(*batch, strict=True)))
-            batch, count = [], 0
-    return _merge(label, *map(np.concatenate, zip(*batch, strict=True))) if batch else label
+    if tile < 1:
+        raise BalanceError(f"tile: expected at least 1 row, found {tile}")
+    prepared = links.prepare(rows, tile=tile, device=device)
+    sets = Sets(len(rows))
+    known = _State(state, prepared, limit, sets)
+    links.search(prepared, limit, lambda a, b, _: ~sets.joined(a, b), lambda a, b, _: sets.join(a, b),
+                 tiles=known.todo, done=known.done)
+    known.forget()
+    return sets.labels()
 
 
-def _verify(rows: Rows, label: np.ndarray, a: np.ndarray, b: np.ndarray, limit: float,
-            size: int = 8192) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Labels, and links (a, b) still to be merged, of the pairs whose float64 squared distance is <= limit.
+class _State:
+    """Which tiles a run is done with, and the sets found so far, on disk about twice a minute."""
 
-    Of many undecided pairs (exact duplicates under a tiny threshold) the first decide most others: after each
-    batch what is connected is dropped.
-    """
-    while True:
-        difference = rows.unit(a[:size]) - rows.unit(b[:size])
-        good = (difference * difference).sum(axis=1) <= limit
-        links = a[:size][good], b[:size][good]
-        if len(a) <= size:
-            return label, links
-        label = _merge(label, *links)
-        a, b = a[size:], b[size:]
-        new = label[a] != label[b]
-        a, b = a[new], b[new]
+    def __init__(self, path: str | Path | None, prepared: links.Links, limit: float, sets: Sets):
+        self.path, self.sets, self.saved = path and Path(path), sets, time.monotonic()
+        self.finished = np.zeros(prepared.count, bool)
+        about = hashlib.sha256(np.array([limit, prepared.count, prepared.rows.width]).tobytes())
+        about.update(prepared.order.tobytes())  # other rows are in another order, and have other norms
+        about.update(prepared.inverse.tobytes())
+        self.about = np.frombuffer(about.digest(), np.uint8)
+        if self.path and self.path.exists():
+            try:
+                with np.load(self.path, allow_pickle=False) as kept:
+                    if np.array_equal(kept["about"], self.about):
+                        self.finished, sets.parent = kept["finished"], kept["parent"]
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as err:
+                raise BalanceError(f"{self.path}: not the state of a balancing run; delete it ({err})") from None
 
+    @property
+    def todo(self) -> list[int]:
+        return np.flatnonzero(~self.finished).tolist()
 
-def _merge(label: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Union-find in one go: labels (n,) in 0..n-1 after linking rows a[k] and b[k]."""
-    graph = coo_array((np.ones(len(a), np.int8), (label[a], label[b])), shape=(len(label), len(label)))
-    return connected_components(graph, directed=False)[1][label]
+    def done(self, tile: int) -> None:
+        self.finished[tile] = True
+        if self.path and time.monotonic() - self.saved > SAVE_EVERY:
+            with whole(self.path) as part, open(part, "wb") as file:
+                np.savez(file, about=self.about, finished=self.finished, parent=self.sets.parent)
+            self.saved = time.monotonic()
+
+    def forget(self) -> None:
+        if self.path:
+            self.path.unlink(missing_ok=True)
 
 
 def _forest(edges: list[tuple[np.ndarray, ...]], n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Minimum spanning forest of lists of edges (i < j, length), no edge twice."""
     a, b, length = map(np.concatenate, zip(*edges, strict=True))
-    order = np.argsort(length, kind="stable")
+    order = np.lexsort((b, a, length))
     a, b, length = a[order], b[order], length[order]
     # ranks for lengths: scipy takes an edge of length 0, an exact duplicate, for no edge
     tree = minimum_spanning_tree(coo_array((np.arange(1, len(a) + 1), (a, b)), shape=(n, n)).tocsr())
@@ -293,29 +298,34 @@ def _forest(edges: list[tuple[np.ndarray, ...]], n: int) -> tuple[np.ndarray, np
     return a[chosen], b[chosen], length[chosen]
 
 
-def _centroid_distance(rows: Rows, set_id: np.ndarray, order: np.ndarray, chunk: int) -> np.ndarray:
+def _centroid_distance(rows: Rows, set_id: np.ndarray, order: np.ndarray, chunk: int = CHUNK) -> np.ndarray:
     """(n,) distance of each unit row to the mean of its set; sums run in key order, not the rows'."""
     distance = np.zeros(len(rows))
     size = np.bincount(set_id)
     members = order[np.argsort(set_id[order], kind="stable")]  # by set, then by key
     members = members[size[set_id[members]] > 1]
+    if not len(members):
+        return distance
     _, start = np.unique(set_id[members], return_index=True)
     end = np.append(start[1:], len(members))
-    s = 0
-    while s < len(start):
-        # as many whole sets as fit a block, or one that is larger than a block
-        e = max(s + 1, int(np.searchsorted(end, start[s] + chunk, side="right")))
-        index = members[start[s]:end[e - 1]]
-        if len(index) <= chunk:
-            unit, sizes = rows.unit(index), end[s:e] - start[s:e]
-            mean = np.add.reduceat(unit, start[s:e] - start[s], axis=0) / sizes[:, None]
-            distance[index] = np.linalg.norm(unit - np.repeat(mean, sizes, axis=0), axis=1)
-        else:
-            parts = [index[k:k + chunk] for k in range(0, len(index), chunk)]
-            mean = sum(rows.unit(part).sum(axis=0) for part in parts) / len(index)
-            for part in parts:
-                distance[part] = np.linalg.norm(rows.unit(part) - mean, axis=1)
-        s = e
+    cuts = [0]  # as many whole sets as fit a block, or one that is larger than a block
+    while cuts[-1] < len(start):
+        cuts.append(max(cuts[-1] + 1, int(np.searchsorted(end, start[cuts[-1]] + chunk, side="right"))))
+
+    def sets(cut: tuple[int, int]) -> None:
+        s, e = cut
+        index, sizes = members[start[s]:end[e - 1]], end[s:e] - start[s:e]
+        number = np.repeat(np.arange(e - s), sizes)
+        mean = torch.zeros(e - s, rows.width, dtype=torch.float64)
+        for k in range(0, len(index), chunk):
+            mean.index_add_(0, torch.from_numpy(number[k:k + chunk]), torch.from_numpy(rows.unit(index[k:k + chunk])))
+        mean = mean.numpy() / sizes[:, None]
+        for k in range(0, len(index), chunk):
+            difference = rows.unit(index[k:k + chunk]) - mean[number[k:k + chunk]]
+            distance[index[k:k + chunk]] = np.sqrt(np.einsum("nd,nd->n", difference, difference))
+
+    for _ in links.threads(sets, pairwise(cuts)):
+        pass
     return distance
 
 
@@ -346,7 +356,8 @@ def main(argv: list[str] | None = None) -> int:
         files, keys = read_folder(args.embeddings, args.key)
         if keys is None:
             print(f"{args.embeddings}/metadata: none; samples are named by row number", file=sys.stderr)
-        result = balance(files, keys, threshold=args.threshold, metric=args.metric)
+        result = balance(files, keys, threshold=args.threshold, metric=args.metric,
+                         state=Path(args.out) / ".balance-state.npz")
         write(args.out, result)
     except (BalanceError, RowsError) as err:
         print(err, file=sys.stderr)

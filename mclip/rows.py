@@ -4,10 +4,12 @@ Nothing is read before it is asked for, so sets larger than memory can be worked
 """
 
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 
 
 class RowsError(ValueError):
@@ -34,6 +36,9 @@ class Rows:
                 raise RowsError(f"{name}: rows are {array.shape[1]} wide, "
                                 f"those of {named[0][0]} {named[0][1].shape[1]}")
         self.names, self.arrays = zip(*named, strict=True)
+        with warnings.catch_warnings():  # a memmap is read-only: so are its tensors
+            warnings.simplefilter("ignore", UserWarning)
+            self.tensors = [torch.from_numpy(array) for array in self.arrays]
         self.starts = np.cumsum([0, *(len(array) for array in self.arrays)])
         self.width = self.arrays[0].shape[1]
 
@@ -42,17 +47,44 @@ class Rows:
 
     def unit(self, index: np.ndarray) -> np.ndarray:
         """Rows `index` (m,) as (m, d) float64 of unit norm; an error names a row that has no direction."""
-        out = np.empty((len(index), self.width))
         source = np.searchsorted(self.starts, index, side="right") - 1
+        out = torch.empty(len(index), self.width, dtype=torch.float64)
         for k in np.unique(source):
-            out[source == k] = self.arrays[k][index[source == k] - self.starts[k]]
-        norm = np.sqrt((out * out).sum(axis=1))
-        bad = np.flatnonzero(~np.isfinite(norm) | (norm == 0))
+            here = torch.from_numpy(np.flatnonzero(source == k))
+            out[here] = self.tensors[k][torch.from_numpy(index)[here] - int(self.starts[k])].double()
+        return (out / self._norms(out, index)[:, None]).numpy()
+
+    def block(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows start..stop as they are, (m, d) float64, and their norms (m,); an error as in `unit`."""
+        parts = [tensor[max(0, start - first):max(0, stop - first)].double()
+                 for tensor, first in zip(self.tensors, self.starts, strict=False)]
+        block = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return block, self._norms(block, np.arange(start, stop))
+
+    def _norms(self, rows: torch.Tensor, index: np.ndarray) -> torch.Tensor:
+        norm = torch.linalg.vector_norm(rows, dim=1)
+        bad = (~(norm > 0) | ~norm.isfinite()).nonzero()[:, 0]
         if len(bad):
             what = "all zeros" if norm[bad[0]] == 0 else "not finite (NaN or infinity)"
-            k = source[bad[0]]
-            raise RowsError(f"{self.names[k]}: row {index[bad[0]] - self.starts[k]} is {what}")
-        return out / norm[:, None]
+            row = int(index[bad[0]])
+            k = int(np.searchsorted(self.starts, row, side="right")) - 1
+            raise RowsError(f"{self.names[k]}: row {row - self.starts[k]} is {what}")
+        return norm
+
+    def unit32(self, index: np.ndarray, inverse: np.ndarray) -> torch.Tensor:
+        """Rows `index` (m,) times `inverse` (m,), one over their norms: (m, d) float32 of unit norm."""
+        out = None
+        source = np.searchsorted(self.starts, index, side="right") - 1
+        for k in np.unique(source):
+            here = np.flatnonzero(source == k) if len(self.tensors) > 1 else slice(None)
+            part = self.tensors[k][torch.from_numpy(index[here] - self.starts[k])]
+            scale = torch.from_numpy(inverse[here])[:, None]
+            part = (part * scale).float() if part.dtype == torch.float64 else part.float() * scale.float()
+            if len(part) == len(index):
+                return part
+            out = torch.empty(len(index), self.width) if out is None else out
+            out[torch.from_numpy(here)] = part
+        return torch.empty(0, self.width) if out is None else out
 
 
 def open_npy(path: str | Path) -> np.ndarray:

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from mclip import balance as module
+from mclip import links
 from mclip.balance import BalanceError, balance, convert, read, removed_curve, write
 from mclip.rows import RowsError
 
@@ -70,7 +71,7 @@ def clumps(n=70, d=9, seed=0, dtype=np.float32):
 def test_equals_brute_force(metric, threshold, dtype):
     rows = clumps(dtype=dtype)
     keys = [f"{k:05d}" for k in np.random.default_rng(1).permutation(len(rows))]
-    result = balance(rows, keys, threshold=threshold, metric=metric, chunk=16)
+    result = balance(rows, keys, threshold=threshold, metric=metric, tile=16)
     sets, distance = brute_force(rows, keys, threshold, metric)
     assert as_sets(result) == sets
     np.testing.assert_allclose(result.centroid_distance, [distance[k] for k in keys], atol=1e-12)
@@ -79,11 +80,11 @@ def test_equals_brute_force(metric, threshold, dtype):
     assert result.removed_fraction == pytest.approx(1 - len(sets) / len(rows))
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 7, 69, 70, 5000])
-def test_any_chunk_size(chunk):
+@pytest.mark.parametrize("tile", [1, 2, 7, 69, 70, 5000])
+def test_any_tile_size(tile):
     rows = clumps()
     want = balance(rows, threshold=0.1, metric="sql2")
-    got = balance(rows, threshold=0.1, metric="sql2", chunk=chunk)
+    got = balance(rows, threshold=0.1, metric="sql2", tile=tile)
     np.testing.assert_array_equal(got.set_id, want.set_id)
     np.testing.assert_array_equal(got.keep, want.keep)
     np.testing.assert_allclose(got.centroid_distance, want.centroid_distance, atol=1e-12)
@@ -94,7 +95,7 @@ def test_order_of_the_rows_does_not_matter(seed):
     rows, keys = clumps(seed=seed), np.array([f"k{i:03d}" for i in range(70)])
     want = balance(rows, keys, threshold=0.1, metric="sql2")
     shuffle = np.random.default_rng(seed).permutation(70)
-    got = balance(rows[shuffle], keys[shuffle], threshold=0.1, metric="sql2", chunk=8)
+    got = balance(rows[shuffle], keys[shuffle], threshold=0.1, metric="sql2", tile=8)
     np.testing.assert_array_equal(got.set_id, want.set_id[shuffle])
     np.testing.assert_array_equal(got.keep, want.keep[shuffle])
 
@@ -122,15 +123,14 @@ def test_exact_duplicates_under_a_tiny_threshold(dtype, monkeypatch):
     rows = np.repeat(np.random.default_rng(0).normal(size=(3, 33)), 50, axis=0).astype(dtype)
     scale = np.random.default_rng(1).uniform(0.1, 9, (150, 1))  # length does not matter
     monkeypatch.setattr(module, "LINKS", 100)
-    result = balance(rows.astype(np.float64) * scale, threshold=1e-6, metric="sql2", chunk=40)
+    result = balance(rows.astype(np.float64) * scale, threshold=1e-6, metric="sql2", tile=40)
     assert result.set_sizes.tolist() == [50, 50, 50]
     assert np.flatnonzero(result.keep).tolist() == [0, 50, 100]
     assert result.centroid_distance.max() < 1e-12
 
 
-def test_undecided_pairs_are_settled_in_batches(monkeypatch):
-    verify = module._verify
-    monkeypatch.setattr(module, "_verify", lambda *args: verify(*args, size=3))
+def test_candidates_are_measured_in_batches(monkeypatch):
+    monkeypatch.setattr(links, "BATCH", 3)
     rows = np.repeat(np.random.default_rng(0).normal(size=(4, 5)), 20, axis=0)
     assert balance(rows, threshold=1e-7, metric="sql2").set_sizes.tolist() == [20] * 4
 
@@ -167,7 +167,7 @@ def test_arrays_memmaps_and_files_are_alike(tmp_path):
         np.save(files[-1], part)
     want = balance(rows, threshold=0.1, metric="sql2")
     for source in (np.load(tmp_path / "all.npy", mmap_mode="r"), files, [str(f) for f in files]):
-        got = balance(source, threshold=0.1, metric="sql2", chunk=13)
+        got = balance(source, threshold=0.1, metric="sql2", tile=13)
         np.testing.assert_array_equal(got.set_id, want.set_id)
         np.testing.assert_array_equal(got.keep, want.keep)
 
@@ -179,7 +179,7 @@ def test_curve_equals_balancing_at_each_threshold(metric, links, monkeypatch):
     rows = clumps(n=90)
     thresholds = [0.5, 0.01, 0.03, 0.1, 0.2, 1.0]
     want = [balance(rows, threshold=t, metric=metric).removed_fraction for t in thresholds]
-    np.testing.assert_allclose(removed_curve(rows, thresholds, metric=metric, chunk=20), want, atol=1e-12)
+    np.testing.assert_allclose(removed_curve(rows, thresholds, metric=metric, tile=20), want, atol=1e-12)
     assert len(removed_curve(rows, [], metric=metric)) == 0
 
 
@@ -209,7 +209,7 @@ def changed(value, row=3):
     (clumps(), None, {"threshold": 2.1, "metric": "l2"}, BalanceError, "at most 2"),
     (clumps(), None, {"threshold": float("nan")}, BalanceError, "threshold"),
     (clumps(), None, {"metric": "euclid"}, BalanceError, "metric: expected one of l2, sql2, cosine"),
-    (clumps(), None, {"chunk": 0}, BalanceError, "chunk"),
+    (clumps(), None, {"tile": 0}, BalanceError, "tile"),
 ])
 def test_errors(rows, keys, options, error, message):
     with pytest.raises(error, match=message):
@@ -307,3 +307,47 @@ def test_cli_without_metadata_and_with_too_little(tmp_path, capsys):
     (folder / "metadata/metadata_9.parquet").unlink()
     assert module.main(args) == 0
     assert read(tmp_path / "out").keys.tolist() == list(range(70))
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
+    rows = np.concatenate([clumps(n=300, seed=s) for s in range(20)])
+    want = balance(rows, threshold=0.1, metric="sql2")
+    monkeypatch.setattr(module, "SAVE_EVERY", -1)  # after each tile
+    state, search, seen = tmp_path / "state.npz", links.search, []
+
+    def watched(prepared, *args, tiles, done, stop=None, **options):
+        def after(tile):
+            done(tile)
+            seen.append(tile)
+            if len(seen) == stop:
+                raise KeyboardInterrupt
+        return search(prepared, *args, tiles=tiles, done=after, **options)
+
+    monkeypatch.setattr(links, "search", lambda *args, **options: watched(*args, stop=4, **options))
+    with pytest.raises(KeyboardInterrupt):
+        balance(rows, threshold=0.1, metric="sql2", tile=64, state=state)
+    assert state.exists()
+    first = set(seen)
+    monkeypatch.setattr(links, "search", watched)
+    seen.clear()
+    got = balance(rows, threshold=0.1, metric="sql2", tile=64, state=state)
+    assert len(first) >= 4 and seen and len(first & set(seen)) <= 1 and not state.exists()
+    np.testing.assert_array_equal(got.set_id, want.set_id)
+    np.testing.assert_array_equal(got.keep, want.keep)
+
+
+def test_the_state_of_other_rows_is_not_taken(tmp_path, monkeypatch):
+    state = tmp_path / "state.npz"
+    np.savez(state, about=np.zeros(32, np.uint8), finished=np.ones(1, bool), parent=np.zeros(70, np.int64))
+    got = balance(clumps(), threshold=0.1, metric="sql2", state=state)
+    np.testing.assert_array_equal(got.set_id, balance(clumps(), threshold=0.1, metric="sql2").set_id)
+    state.write_bytes(b"PK nothing")
+    with pytest.raises(BalanceError, match="not the state of a balancing run; delete it"):
+        balance(clumps(), threshold=0.1, metric="sql2", state=state)
+
+
+def test_distance_to_the_representative_shows_chains():
+    rows = on_circle([0, 5, 10, 15, 20, 90])
+    result = balance(rows, threshold=2 * np.sin(np.deg2rad(2.6)), metric="l2")
+    expected = [(2 * np.sin(np.deg2rad(d / 2))) ** 2 for d in (10, 5, 0, 5, 10, 0)]
+    np.testing.assert_allclose(module.representative_distance(rows, result, chunk=4), expected, atol=1e-12)

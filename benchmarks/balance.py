@@ -1,0 +1,166 @@
+"""Time and peak extra memory of finding the sets of near-duplicates, ours beside what else is used, in one run.
+
+    python benchmarks/balance.py                                  # 25k and 50k x 1280, spectrum 1/i
+    python benchmarks/balance.py --rows 200000 --peers links products semdedup --exponent 0.5
+    python benchmarks/balance.py --data sphere --threshold 1.2    # the adversary: nothing can be ruled out
+    python benchmarks/balance.py --data data/embeddings/large --threshold 0.15
+
+Peers: `links` is mclip.balance. `products` multiplies blocks of all rows in float32 and joins what is near enough: the
+arithmetic that CLIP-CID describes. `range_search` is faiss's flat index. `semdedup` is SemDeDup's rule (k-means with
+sqrt(n) clusters, all pairs within a cluster; not exact). All but semdedup are exact; recall counts removals.
+
+Rows are made up: semantic centres with variances falling as 1/i^exponent, and 45 % near-duplicates of originals whose
+popularity is Pareto-distributed. Each case runs in a process of its own; memory is the growth of its peak resident
+size over what its memory-mapped fp16 input takes when it is read once.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+PEERS = ("links", "products", "range_search", "semdedup")
+
+
+def rows(kind: str, n: int, d: int, exponent: float, seed: int = 0) -> np.ndarray:
+    """(n, d) fp16, unit norm."""
+    if Path(kind).is_dir():
+        from mclip import embed
+
+        return np.ascontiguousarray(embed.load(kind).image[:n])
+    rng = np.random.default_rng(seed)
+    if kind == "sphere":
+        x = rng.standard_normal((n, d), dtype=np.float32)
+        return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
+    scale = np.arange(1, d + 1, dtype=np.float32) ** np.float32(-exponent / 2)
+    scale /= np.linalg.norm(scale)
+    centres = rng.standard_normal((max(1, n // 200), d), dtype=np.float32) * scale
+    originals = int(0.55 * n)
+    out = np.empty((n, d), np.float16)
+    for start in range(0, originals, 10_000):
+        m = min(10_000, originals - start)
+        x = 0.8 * centres[rng.integers(len(centres), size=m)] + 0.6 * rng.standard_normal((m, d), np.float32) * scale
+        out[start:start + m] = x / np.linalg.norm(x, axis=1, keepdims=True)
+    popularity = rng.pareto(1.5, originals) + 0.01
+    source = rng.choice(originals, size=n - originals, p=popularity / popularity.sum())
+    for start in range(0, n - originals, 10_000):
+        of = source[start:start + 10_000]
+        noise = rng.standard_normal((len(of), d), np.float32)
+        noise *= rng.uniform(0.02, 0.24, (len(of), 1)).astype(np.float32) / np.linalg.norm(noise, axis=1, keepdims=True)
+        x = out[of].astype(np.float32) + noise
+        out[originals + start:originals + start + len(of)] = x / np.linalg.norm(x, axis=1, keepdims=True)
+    return out[rng.permutation(n)]
+
+
+def products(x: np.ndarray, limit: float, block: int = 4096) -> np.ndarray:
+    from mclip.unionfind import Sets
+
+    unit = torch.from_numpy(x).float()
+    unit /= unit.norm(dim=1, keepdim=True)
+    sets = Sets(len(x))
+    for i in range(0, len(x), block):
+        for j in range(i, len(x), block):
+            a, b = (unit[i:i + block] @ unit[j:j + block].T >= 1 - limit / 2).nonzero(as_tuple=True)
+            sets.join(a.numpy() + i, b.numpy() + j)
+    return sets.labels()
+
+
+def range_search(x: np.ndarray, limit: float, block: int = 4096) -> np.ndarray:
+    import faiss
+
+    from mclip.unionfind import Sets
+
+    unit = x.astype(np.float32)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    index, sets = faiss.IndexFlatL2(x.shape[1]), Sets(len(x))
+    index.add(unit)
+    for i in range(0, len(x), block):
+        limits, _, found = index.range_search(unit[i:i + block], limit)
+        sets.join(np.repeat(np.arange(i, i + len(limits) - 1), np.diff(limits.astype(np.int64))), found)
+    return sets.labels()
+
+
+def semdedup(x: np.ndarray, limit: float) -> np.ndarray:
+    """A row is removed when a row before it in its cluster, farther from the centroid, is near; as labels: its own
+    set for a kept row, set 0 for a removed one (only the count of removals means anything)."""
+    import faiss
+
+    unit = x.astype(np.float32)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    kmeans = faiss.Kmeans(x.shape[1], round(len(x) ** 0.5), niter=10, spherical=True, seed=0,
+                          max_points_per_centroid=128)
+    kmeans.train(unit)
+    near, cluster = kmeans.index.search(unit, 1)
+    removed = np.zeros(len(x), bool)
+    for c in np.unique(cluster):
+        members = np.flatnonzero(cluster[:, 0] == c)
+        members = members[np.argsort(near[members, 0], kind="stable")]
+        part = torch.from_numpy(unit[members])
+        hit = (part @ part.T >= 1 - limit / 2).triu_(1)
+        removed[members[hit.any(0).numpy()]] = True
+    return np.where(removed, 0, np.arange(1, len(x) + 1))
+
+
+def ours(x: np.ndarray, limit: float) -> np.ndarray:
+    from mclip.balance import balance
+
+    return balance(x, threshold=limit, metric="sql2").set_id
+
+
+def measure(peer: str, file: str, limit: float) -> dict[str, float]:
+    run = {"links": ours, "products": products, "range_search": range_search, "semdedup": semdedup}[peer]
+    small = np.load(file, mmap_mode="r")[:512].copy()
+    run(small, limit)  # imports and warm-up
+    x = np.load(file, mmap_mode="r")
+    x.max()  # its pages count as resident from here on
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    labels = run(x, limit)
+    seconds = time.perf_counter() - start
+    removed = int((labels == 0).sum()) if peer == "semdedup" else len(x) - len(np.unique(labels))
+    return {"seconds": seconds, "mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+            "removed": removed}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[25_000, 50_000])
+    parser.add_argument("--width", type=int, default=1280)
+    parser.add_argument("--exponent", type=float, default=1.0)
+    parser.add_argument("--data", default="clumps", help="clumps, sphere, or a folder of embeddings")
+    parser.add_argument("--threshold", type=float, default=0.07, help="squared L2")
+    parser.add_argument("--peers", nargs="+", default=PEERS, choices=PEERS)
+    parser.add_argument("--repeats", type=int, default=1, help="processes a case, by turns; the median counts")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(*args.one, args.threshold)))
+        return
+    print(f"{'rows':>9}  {'peer':<13} {'s':>8} {'extra MB':>9} {'removed':>9}   time against links, recall")
+    for n in args.rows:
+        with tempfile.TemporaryDirectory() as folder:
+            file = f"{folder}/rows.npy"
+            np.save(file, rows(args.data, n, args.width, args.exponent))
+            found: dict[str, list[dict]] = {peer: [] for peer in args.peers}
+            for _ in range(args.repeats):
+                for peer in args.peers:
+                    command = [sys.executable, __file__, "--one", peer, file, "--threshold", str(args.threshold)]
+                    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                    found[peer].append(json.loads(done.stdout))
+        median = {peer: {k: float(np.median([one[k] for one in of])) for k in of[0]} for peer, of in found.items()}
+        for peer, one in median.items():
+            against = median.get("links", one)
+            print(f"{n:>9}  {peer:<13} {one['seconds']:>8.2f} {one['mb']:>9.0f} {one['removed']:>9.0f}   "
+                  f"{one['seconds'] / against['seconds']:.2f}, {one['removed'] / max(1, against['removed']):.4f}",
+                  flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Union-find on arrays: sets of the rows 0..n-1, joined a batch of links at a time."""
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+
+class Sets:
+    """parent[x] is x for a set's root, else a row nearer to it.
+
+    One thread at a time may `join`; others may `find` and compare meanwhile: they then see an earlier state.
+    """
+
+    def __init__(self, n: int):
+        self.parent = np.arange(n)
+
+    def find(self, x: np.ndarray) -> np.ndarray:
+        """The roots of rows x."""
+        root = self.parent[x]
+        while True:
+            up = self.parent[root]
+            if np.array_equal(up, root):
+                return root
+            root = up
+
+    def joined(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Are a[k] and b[k] in one set?"""
+        return self.find(a) == self.find(b)
+
+    def join(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Join the sets of a[k] and b[k], for all k; the lowest root of those that meet becomes the root."""
+        both = np.concatenate([a, b])
+        roots, place = np.unique(self.find(both), return_inverse=True)
+        x, y = np.split(place, 2)
+        graph = coo_array((np.ones(len(a), np.int8), (x, y)), shape=(len(roots), len(roots)))
+        label = connected_components(graph, directed=False)[1]
+        lowest = np.full(label.max(initial=-1) + 1, len(roots))
+        np.minimum.at(lowest, label, np.arange(len(roots)))
+        # the roots last: a reader in between finds its way by the old ones
+        new = roots[lowest[label]]
+        self.parent[both] = new[place]
+        self.parent[roots] = new
+
+    def labels(self) -> np.ndarray:
+        """(n,) the root of each row; the rows point to it from now on."""
+        self.parent[:] = self.find(np.arange(len(self.parent)))
+        return self.parent.copy()

@@ -1,0 +1,28 @@
+import numpy as np
+import pytest
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from mclip.unionfind import Sets
+
+
+@pytest.mark.parametrize("batch", [1, 7, 1000])
+def test_sets_equal_connected_components(batch):
+    rng = np.random.default_rng(0)
+    n = 500
+    a, b = rng.integers(n, size=(2, 300))
+    sets = Sets(n)
+    for i in range(0, len(a), batch):
+        sets.join(a[i:i + batch], b[i:i + batch])
+        assert sets.joined(a[:i + batch], b[:i + batch]).all()
+    expected = connected_components(coo_array((np.ones(300), (a, b)), shape=(n, n)), directed=False)[1]
+    labels = sets.labels()
+    assert len(np.unique(labels)) == expected.max() + 1
+    assert len(np.unique(labels * n + expected)) == expected.max() + 1
+    np.testing.assert_array_equal(labels, [np.flatnonzero(expected == e)[0] for e in expected])  # its lowest row
+
+
+def test_no_links():
+    sets = Sets(3)
+    sets.join(np.empty(0, np.int64), np.empty(0, np.int64))
+    assert sets.labels().tolist() == [0, 1, 2] and sets.find(np.array([2])).tolist() == [2]
