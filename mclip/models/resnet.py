@@ -4,8 +4,8 @@ open_clip then makes it from `{"timm_model_name": "mclip_resnet_s16", "timm_pool
 
 timm's ResNets end at stride 32: their last stage sees 32 pixels as a map of 1 x 1, where eight ninths of a 3 x 3
 convolution multiply padding. That stage is a third of resnet10t's training step and is worth about a point at equal
-samples; a narrower stem saves as much again. What was tried (18,432 samples, 2 seeds, resnet10t 3; ms: the image tower's
-part of a step of 128 on one CPU thread; then CIFAR-10 zero-shot and unseen concepts R@1 of two recipes):
+samples; a narrower stem saves as much again. What was tried (18,432 samples, 2 seeds, resnet10t 3; ms: the image
+tower's part of a step of 128 on one CPU thread; then CIFAR-10 zero-shot and unseen concepts R@1 of two recipes):
 
     resnet10t           383 ms   clip 33.8, 11.1   combined 42.4, 13.0
     this one            183 ms   clip 32.5,  9.8   combined 41.4, 12.0
