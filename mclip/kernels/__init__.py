@@ -1,6 +1,7 @@
-"""The losses over pairs without their (b, b) matrices: `tiled.clip_loss` and `tiled.affinity_loss`, plain torch.
+"""The losses over pairs without their (b, b) matrices, that over clusters without (b, centres): plain torch.
 
-They take the places of `mclip.losses.clip_loss` and `affinity_loss`, in any training loop:
+`tiled.clip_loss`, `affinity_loss` and `instance_loss` take the places of those in `mclip.losses`, in any training loop,
+`clusters.cluster_loss(module, ...)` that of calling a `mclip.losses.ClusterLoss`:
 
     from mclip.kernels import tiled
     loss = tiled.clip_loss(image, text, logit_scale)                    # unit-norm (b, d) rows, scale exponentiated

@@ -1,4 +1,4 @@
-"""Contrastive and affinity losses in memory that grows linearly with the batch: tiles of similarity, made twice.
+"""Contrastive, affinity and instance losses in memory linear in the batch: tiles of similarity, made twice.
 
 With S = g A B^T for unit-norm rows A, B (n, d) and teachers T_k = g_k U_k V_k^T,
 
@@ -15,6 +15,7 @@ All sums are float32 or wider, whatever the inputs are. Known before for hard la
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -47,7 +48,18 @@ def affinity_loss(image: Tensor, text: Tensor, teachers: Sequence[tuple[Tensor, 
     return _Tiled.apply(image, text, _scalar(logit_scale, image), None, tile, *flat)
 
 
-class _Expected:
+def instance_loss(image: Tensor, text: Tensor, teacher_image: Tensor, teacher_text: Tensor,
+                  logit_scale: Tensor | float, beta: float = 0.5, *, ids: Tensor | None = None,
+                  tile: int = TILE) -> Tensor:
+    """`mclip.losses.instance_loss`, the same value and gradients; the teacher gets none."""
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta: expected a number from 0 to 1, found {beta}")
+    from_image = clip_loss(teacher_image.detach(), text, logit_scale, ids=ids, tile=tile)
+    from_text = clip_loss(image, teacher_text.detach(), logit_scale, ids=ids, tile=tile)
+    return beta * from_image + (1 - beta) * from_text
+
+
+class Expected:
     """Running log-sum-exp of T along one axis, and the mean of D under its softmax, for n rows."""
 
     def __init__(self, like: Tensor, n: int):
@@ -74,10 +86,10 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, a, b, scale, ids, tile, *teachers):
-        a_, b_, triples = _wide(a), _wide(b), _triples(teachers)
+        a_, b_, triples = wide(a), wide(b), _triples(teachers)
         g, n = scale.to(a_.dtype), len(a)
         row, column = a_.new_full((n,), -torch.inf), a_.new_full((n,), -torch.inf)
-        expected = [(_Expected(a_, n), _Expected(a_, n)) for _ in triples]
+        expected = [(Expected(a_, n), Expected(a_, n)) for _ in triples]
         for i, j in _tiles(n, tile):
             s = _similarity(a_, b_, g, i, j, ids)
             row[i] = torch.logaddexp(row[i], s.logsumexp(1))
@@ -101,7 +113,7 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         a, b, scale, ids, row, column, *rest = ctx.saved_tensors
-        a_, b_, triples = _wide(a), _wide(b), _triples(rest[: ctx.count])
+        a_, b_, triples = wide(a), wide(b), _triples(rest[: ctx.count])
         lse = list(zip(rest[ctx.count :: 2], rest[ctx.count + 1 :: 2], strict=True))
         g, n, weight = scale.to(a_.dtype), len(a), upstream / (2 * len(a))
         da, db, dg = torch.zeros_like(a_), torch.zeros_like(b_), a_.new_zeros(())
@@ -113,8 +125,10 @@ class _Tiled(torch.autograd.Function):
                 ds -= (torch.exp(t - by_row[i, None]) + torch.exp(t - by_column[None, j])) / len(triples)
             if not triples and i == j:
                 ds.diagonal().sub_(2)
-            da[i] += ds @ b_[j]
-            db[j] += ds.T @ a_[i]
+            if ctx.needs_input_grad[0]:
+                da[i] += ds @ b_[j]
+            if ctx.needs_input_grad[1]:
+                db[j] += ds.T @ a_[i]
             if ids is not None:  # -inf times a gradient of zero
                 s = s.masked_fill(s == -torch.inf, 0)
             dg += (ds * s).sum()
@@ -123,9 +137,13 @@ class _Tiled(torch.autograd.Function):
         return (*gradients, None, None, *[None] * ctx.count)
 
 
+def cuts(n: int, tile: int) -> list[slice]:
+    """0..n in slices of `tile`."""
+    return [slice(at, min(at + tile, n)) for at in range(0, n, tile)]
+
+
 def _tiles(n: int, tile: int) -> Iterator[tuple[slice, slice]]:
-    cuts = [slice(at, min(at + tile, n)) for at in range(0, n, tile)]
-    return ((i, j) for i in cuts for j in cuts)
+    return product(cuts(n, tile), cuts(n, tile))
 
 
 def _similarity(a: Tensor, b: Tensor, scale: Tensor, i: slice, j: slice, ids: Tensor | None) -> Tensor:
@@ -139,12 +157,13 @@ def _similarity(a: Tensor, b: Tensor, scale: Tensor, i: slice, j: slice, ids: Te
     return s
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """x without its history, in float32 or wider."""
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _triples(flat: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    return [(_wide(flat[k]), _wide(flat[k + 1]), _wide(flat[k + 2])) for k in range(0, len(flat), 3)]
+    return [(wide(flat[k]), wide(flat[k + 1]), wide(flat[k + 2])) for k in range(0, len(flat), 3)]
 
 
 def _scalar(scale: Tensor | float, like: Tensor) -> Tensor:

@@ -46,6 +46,21 @@ def test_affinity_loss_against_loops(b, d, k, tile):
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize(("b", "d", "tile"), [(1, 3, 2), (7, 4, 3), (9, 6, 100)])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("shared", [False, True])
+def test_instance_loss_against_loops(b, d, tile, beta, shared):
+    a, t, scale = inputs(b, d)
+    u, v = unit(b, d, seed=3).requires_grad_(), unit(b, d, seed=4).requires_grad_()
+    ids = torch.arange(b) // 2 if shared else None
+    got = tiled.instance_loss(a, t, u, v, scale, beta, ids=ids, tile=tile)
+    want = reference.instance(a, t, u.detach(), v.detach(), scale, beta, None if ids is None else ids.tolist())
+    torch.testing.assert_close(got, want)
+    for x, y in zip(gradients(got, a, t, scale), gradients(want, a, t, scale), strict=True):
+        torch.testing.assert_close(x, y)
+    assert torch.autograd.grad(tiled.instance_loss(a, t, u, v, scale), u, allow_unused=True) == (None,)
+
+
 def test_gradcheck():
     a, t, scale = inputs(5, 3)
     ids = torch.tensor([0, 1, 0, 2, 3])
@@ -87,3 +102,5 @@ def test_errors():
         tiled.affinity_loss(x, x, [(unit(2, 4), unit(2, 4), 1.0)], 1.0)
     with pytest.raises(ValueError, match="at least one"):
         tiled.affinity_loss(x, x, [], 1.0)
+    with pytest.raises(ValueError, match="beta: expected a number from 0 to 1, found 1.5"):
+        tiled.instance_loss(x, x, x, x, 1.0, 1.5)
