@@ -18,12 +18,9 @@ and some blocks.
 """
 
 import argparse
-import hashlib
 import json
 import re
 import sys
-import time
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -36,7 +33,8 @@ import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import minimum_spanning_tree
 
-from mclip import links
+from mclip import engine, links
+from mclip.components import StateError, components
 from mclip.files import whole
 from mclip.rows import Rows, RowsError, as_keys, check_keys, read_folder
 from mclip.unionfind import Sets
@@ -44,7 +42,6 @@ from mclip.unionfind import Sets
 METRICS = ("l2", "sql2", "cosine")
 CHUNK = 2048  # rows read at once for the centroids
 LINKS = 2_000_000  # links of a forest collected before they are merged
-SAVE_EVERY = 30  # seconds
 
 
 class BalanceError(ValueError):
@@ -92,7 +89,8 @@ class Balance:
 
 
 def balance(embeddings, keys: Sequence | np.ndarray | None = None, *, threshold: float, metric: str,
-            tile: int = links.TILE, device: str | None = None, state: str | Path | None = None) -> Balance:
+            tile: int = links.TILE, device: str | None = None, state: str | Path | None = None,
+            workers: int = 1, backend: str = "processes") -> Balance:
     """Sets of near-duplicates and the representative of each; see the module's docstring.
 
     Parameters
@@ -104,6 +102,8 @@ def balance(embeddings, keys: Sequence | np.ndarray | None = None, *, threshold:
     tile : rows that are compared at once; changes memory and speed, never the result
     device : of the matrix products; None: a GPU if there is one
     state : a file that what was found is kept in while this runs, so that a killed run goes on there; None: none
+    workers : processes that search for links; 1: this one, with as many threads as torch has
+    backend : of several workers, see mclip.engine; with "ray" the embeddings must be files that all workers see
 
     Notes
     -----
@@ -112,7 +112,9 @@ def balance(embeddings, keys: Sequence | np.ndarray | None = None, *, threshold:
     limit = convert(threshold, metric)["sql2"]
     rows = Rows(embeddings)
     keys = check_keys(keys, len(rows))
-    label = _components(rows, limit, tile, device, state)
+    if tile < 1:
+        raise BalanceError(f"tile: expected at least 1 row, found {tile}")
+    label = components(embeddings, limit, tile=tile, device=device, state=state, workers=workers, backend=backend)
     order = np.argsort(keys, kind="stable")
     # sets are numbered by their lowest key: by first appearance in key order
     _, first, number = np.unique(label[order], return_index=True, return_inverse=True)
@@ -240,53 +242,6 @@ def read(folder: str | Path) -> Balance:
     return Balance(*columns[:3], as_keys(columns[3]), **about)
 
 
-def _components(rows: Rows, limit: float, tile: int, device: str | None, state: str | Path | None) -> np.ndarray:
-    """(n,) label of each row's connected component in the graph of squared distances <= limit."""
-    if tile < 1:
-        raise BalanceError(f"tile: expected at least 1 row, found {tile}")
-    prepared = links.prepare(rows, tile=tile, device=device)
-    sets = Sets(len(rows))
-    known = _State(state, prepared, limit, sets)
-    links.search(prepared, limit, lambda a, b, _: ~sets.joined(a, b), lambda a, b, _: sets.join(a, b),
-                 tiles=known.todo, done=known.done)
-    known.forget()
-    return sets.labels()
-
-
-class _State:
-    """Which tiles a run is done with, and the sets found so far, on disk about twice a minute."""
-
-    def __init__(self, path: str | Path | None, prepared: links.Links, limit: float, sets: Sets):
-        self.path, self.sets, self.saved = path and Path(path), sets, time.monotonic()
-        self.finished = np.zeros(prepared.count, bool)
-        about = hashlib.sha256(np.array([limit, prepared.count, prepared.rows.width]).tobytes())
-        about.update(prepared.order.tobytes())  # other rows are in another order, and have other norms
-        about.update(prepared.inverse.tobytes())
-        self.about = np.frombuffer(about.digest(), np.uint8)
-        if self.path and self.path.exists():
-            try:
-                with np.load(self.path, allow_pickle=False) as kept:
-                    if np.array_equal(kept["about"], self.about):
-                        self.finished, sets.parent = kept["finished"], kept["parent"]
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as err:
-                raise BalanceError(f"{self.path}: not the state of a balancing run; delete it ({err})") from None
-
-    @property
-    def todo(self) -> list[int]:
-        return np.flatnonzero(~self.finished).tolist()
-
-    def done(self, tile: int) -> None:
-        self.finished[tile] = True
-        if self.path and time.monotonic() - self.saved > SAVE_EVERY:
-            with whole(self.path) as part, open(part, "wb") as file:
-                np.savez(file, about=self.about, finished=self.finished, parent=self.sets.parent)
-            self.saved = time.monotonic()
-
-    def forget(self) -> None:
-        if self.path:
-            self.path.unlink(missing_ok=True)
-
-
 def _forest(edges: list[tuple[np.ndarray, ...]], n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Minimum spanning forest of lists of edges (i < j, length), no edge twice."""
     a, b, length = map(np.concatenate, zip(*edges, strict=True))
@@ -350,6 +305,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threshold", type=float, required=True, help="largest distance that links images")
     parser.add_argument("--metric", choices=METRICS, required=True, help="what the threshold is measured in")
     parser.add_argument("--key", help="metadata column that names a sample (default: uid, key or image_path)")
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: this one, with threads)")
+    parser.add_argument("--backend", choices=engine.BACKENDS, default="processes", help="of several workers")
     args = parser.parse_args(argv)
     try:
         convert(args.threshold, args.metric)
@@ -357,9 +314,9 @@ def main(argv: list[str] | None = None) -> int:
         if keys is None:
             print(f"{args.embeddings}/metadata: none; samples are named by row number", file=sys.stderr)
         result = balance(files, keys, threshold=args.threshold, metric=args.metric,
-                         state=Path(args.out) / ".balance-state.npz")
+                         state=Path(args.out) / ".balance-state.npz", workers=args.workers, backend=args.backend)
         write(args.out, result)
-    except (BalanceError, RowsError) as err:
+    except (BalanceError, RowsError, StateError, engine.EngineError) as err:
         print(err, file=sys.stderr)
         return 2
     print(result.summary())

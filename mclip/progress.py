@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from tqdm import tqdm
 
 
-def bar(iterable: Iterable | None = None, *, desc: str, unit: str = "it", total: int | None = None) -> tqdm:
-    """A tqdm bar over `iterable` (or `total` manual `.update()` steps)."""
+def bar(iterable: Iterable | None = None, *, desc: str, unit: str = "it", total: int | None = None,
+        hidden: bool = False) -> tqdm:
+    """A tqdm bar over `iterable` (or `total` manual `.update()` steps); hidden: it counts and shows nothing."""
     path = os.environ.get("MCLIP_PROGRESS")
     stream = open(path, "a", buffering=1) if path else sys.stderr  # noqa: SIM115 - lives as long as the bar
     return tqdm(iterable, desc=desc, unit=unit, total=total, file=stream, mininterval=0.5, dynamic_ncols=not path,
-                ncols=100 if path else None, leave=True)
+                ncols=100 if path else None, leave=True, disable=hidden)

@@ -41,7 +41,11 @@ class Sets:
         self.parent[both] = new[place]
         self.parent[roots] = new
 
+    def roots(self) -> np.ndarray:
+        """(n,) the root of each row."""
+        return self.find(np.arange(len(self.parent)))
+
     def labels(self) -> np.ndarray:
         """(n,) the root of each row; the rows point to it from now on."""
-        self.parent[:] = self.find(np.arange(len(self.parent)))
+        self.parent[:] = self.roots()
         return self.parent.copy()

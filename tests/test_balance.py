@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from mclip import balance as module
-from mclip import links
+from mclip import components, engine, links
 from mclip.balance import BalanceError, balance, convert, read, removed_curve, write
 from mclip.rows import RowsError
 
@@ -312,7 +312,7 @@ def test_cli_without_metadata_and_with_too_little(tmp_path, capsys):
 def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     rows = np.concatenate([clumps(n=300, seed=s) for s in range(20)])
     want = balance(rows, threshold=0.1, metric="sql2")
-    monkeypatch.setattr(module, "SAVE_EVERY", -1)  # after each tile
+    monkeypatch.setattr(components, "SAVE_EVERY", -1)  # after each tile
     state, search, seen = tmp_path / "state.npz", links.search, []
 
     def watched(prepared, *args, tiles, done, stop=None, **options):
@@ -342,7 +342,7 @@ def test_the_state_of_other_rows_is_not_taken(tmp_path, monkeypatch):
     got = balance(clumps(), threshold=0.1, metric="sql2", state=state)
     np.testing.assert_array_equal(got.set_id, balance(clumps(), threshold=0.1, metric="sql2").set_id)
     state.write_bytes(b"PK nothing")
-    with pytest.raises(BalanceError, match="not the state of a balancing run; delete it"):
+    with pytest.raises(components.StateError, match="not the state of a balancing run; delete it"):
         balance(clumps(), threshold=0.1, metric="sql2", state=state)
 
 
@@ -351,3 +351,26 @@ def test_distance_to_the_representative_shows_chains():
     result = balance(rows, threshold=2 * np.sin(np.deg2rad(2.6)), metric="l2")
     expected = [(2 * np.sin(np.deg2rad(d / 2))) ** 2 for d in (10, 5, 0, 5, 10, 0)]
     np.testing.assert_allclose(module.representative_distance(rows, result, chunk=4), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(("workers", "files"), [(2, False), (3, True)])
+def test_many_workers_find_the_same_sets(workers, files, tmp_path):
+    rows = np.concatenate([clumps(n=300, seed=s) for s in range(10)])
+    want = balance(rows, threshold=0.1, metric="sql2")
+    if files:
+        paths = [tmp_path / f"{k}.npy" for k in range(2)]
+        for path, part in zip(paths, np.split(rows, [900]), strict=True):
+            np.save(path, part)
+    got = balance(paths if files else rows, threshold=0.1, metric="sql2", tile=64, workers=workers)
+    np.testing.assert_array_equal(got.set_id, want.set_id)
+    np.testing.assert_array_equal(got.keep, want.keep)
+
+
+def test_wrong_workers(monkeypatch):
+    with pytest.raises(engine.EngineError, match="workers: expected at least 1, found 0"):
+        balance(clumps(), threshold=0.1, metric="sql2", workers=0)
+    with pytest.raises(engine.EngineError, match="backend: expected one of processes, ray, found 'spark'"):
+        balance(clumps(), threshold=0.1, metric="sql2", workers=2, backend="spark")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(engine.EngineError, match="ray is not installed"):
+        balance(clumps(), threshold=0.1, metric="sql2", workers=2, backend="ray")

@@ -1,0 +1,110 @@
+"""Connected components of the links up to a distance: by threads here or by many workers, and over a killed run."""
+
+import hashlib
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mclip import engine, links, progress
+from mclip.files import whole
+from mclip.rows import Rows
+from mclip.unionfind import Sets
+
+SAVE_EVERY = 30  # seconds
+
+
+class StateError(ValueError):
+    """The file of an earlier run can't be read; the message names it."""
+
+
+def components(embeddings, limit: float, *, tile: int = links.TILE, device: str | None = None,
+               state: str | Path | None = None, workers: int = 1, backend: str = "processes") -> np.ndarray:
+    """(n,) label of each row's component in the graph of squared distances <= limit: its lowest row.
+
+    The other arguments are those of `mclip.balance.balance`.
+    """
+    rows = Rows(embeddings)
+    prepared, sets = links.prepare(rows, tile=tile, device=device), Sets(len(rows))
+    known = _State(state, prepared, limit, sets)
+    if workers == 1 and backend == "processes":
+        _search(prepared, limit, sets, tiles=known.todo, done=known.done)
+    else:
+        _search_by_many(embeddings, prepared, limit, sets, known, workers, backend)
+    known.forget()
+    return sets.labels()
+
+
+def _search(prepared: links.Links, limit: float, sets: Sets, **options) -> None:
+    links.search(prepared, limit, lambda a, b, _: ~sets.joined(a, b), lambda a, b, _: sets.join(a, b), **options)
+
+
+def _search_by_many(embeddings, prepared: links.Links, limit: float, sets: Sets, known: "_State", workers: int,
+                    backend: str) -> None:
+    """Lots of tiles go to workers; each returns its rows' sets, a forest as good as all links that it found."""
+    with tempfile.TemporaryDirectory(prefix="mclip-balance-") as folder:
+        links.save(prepared, folder)
+        if not _are_files(embeddings):
+            np.save(Path(folder) / "rows.npy", np.asanyarray(embeddings))
+            embeddings = [f"{folder}/rows.npy"]
+        # a tile is compared with all later ones: dealt out like this, lots cost about the same
+        lots = [lot for k in range(8 * workers) if (lot := known.todo[k::8 * workers])]
+        tasks = [(embeddings, folder, limit, lot) for lot in lots]
+        with progress.bar(desc="balance", unit="tile", total=len(known.todo)) as bar:
+            for lot, roots in engine.run(_search_lot, tasks, workers=workers, backend=backend):
+                moved = np.flatnonzero(roots != np.arange(len(roots)))
+                sets.join(moved, roots[moved])
+                for tile in lot:
+                    known.done(tile)
+                bar.update(len(lot))
+
+
+def _search_lot(embeddings: list, folder: str, limit: float, lot: list[int]) -> tuple[list[int], np.ndarray]:
+    """One worker's part: the tiles again, and the root of every row by what they link."""
+    torch.set_num_threads(1)
+    rows = Rows(embeddings)
+    sets = Sets(len(rows))
+    _search(links.load(folder, rows), limit, sets, tiles=lot, desc=None)
+    return lot, sets.roots()
+
+
+def _are_files(embeddings) -> bool:
+    return isinstance(embeddings, str | Path) or (
+        isinstance(embeddings, list | tuple) and all(isinstance(x, str | Path) for x in embeddings))
+
+
+class _State:
+    """Which tiles a run is done with, and the sets found so far, on disk about twice a minute."""
+
+    def __init__(self, path: str | Path | None, prepared: links.Links, limit: float, sets: Sets):
+        self.path, self.sets, self.saved = path and Path(path), sets, time.monotonic()
+        self.finished = np.zeros(prepared.count, bool)
+        about = hashlib.sha256(np.array([limit, prepared.count, prepared.rows.width]).tobytes())
+        about.update(prepared.order.tobytes())  # other rows are in another order, and have other norms
+        about.update(prepared.inverse.tobytes())
+        self.about = np.frombuffer(about.digest(), np.uint8)
+        if self.path and self.path.exists():
+            try:
+                with np.load(self.path, allow_pickle=False) as kept:
+                    if np.array_equal(kept["about"], self.about):
+                        self.finished, sets.parent = kept["finished"], kept["parent"]
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as err:
+                raise StateError(f"{self.path}: not the state of a balancing run; delete it ({err})") from None
+
+    @property
+    def todo(self) -> list[int]:
+        return np.flatnonzero(~self.finished).tolist()
+
+    def done(self, tile: int) -> None:
+        self.finished[tile] = True
+        if self.path and time.monotonic() - self.saved > SAVE_EVERY:
+            with whole(self.path) as part, open(part, "wb") as file:
+                np.savez(file, about=self.about, finished=self.finished, parent=self.sets.parent)
+            self.saved = time.monotonic()
+
+    def forget(self) -> None:
+        if self.path:
+            self.path.unlink(missing_ok=True)
