@@ -222,10 +222,13 @@ def _candidates(links: Links, t: int, limit: float, reach: torch.Tensor, wanted:
             continue
         right = links.z[first:last]
 
-        def pairs(product: torch.Tensor, least: float, off: float, rows=rows, first=first) -> tuple:
+        def pairs(product: torch.Tensor, least: float, off: float, most: float, rows=rows, first=first) -> tuple | None:
             some = (product.amax(1) >= least).nonzero()[:, 0]  # few rows have any: the rest is read once only
-            part = product[some]
-            i, j = (part >= least).nonzero(as_tuple=True)
+            part = product[some] if len(some) < len(product) else product
+            hit = part >= least
+            if int(hit.count_nonzero()) > most:
+                return None
+            i, j = hit.nonzero(as_tuple=True)
             a, b = start + rows[some[i]], first + j
             new = (b > a).nonzero()[:, 0]  # a pair once, and no row with itself
             value = part[i[new], j[new]].double().cpu().numpy()
@@ -235,20 +238,23 @@ def _candidates(links: Links, t: int, limit: float, reach: torch.Tensor, wanted:
                 a, b, value = a[keep], b[keep], value[keep]
             return a, b, value
 
-        product = left[rows] @ right.T
-        a, b, value = pairs(product, 1 - limit / 2 - slack, slack)
-        if 0 < len(a) <= product.numel() // 16:
-            value = _second_look(links, a, b, value)
-            near = value >= 1 - limit / 2 - 2 * slack2
-            a, b, value = a[near], b[near], value[near]
-        if len(a) <= product.numel() * links.rows.width * MEASURE:
-            if len(a):
-                yield links.order[a], links.order[b], 2 - 2 * (value + 2 * slack2), None, 0
-            continue
+        everything = len(rows) == len(left)
+        product = (left if everything else left[rows]) @ right.T
+        left_over = pairs(product, 1 - limit / 2 - slack, slack, product.numel() / 8)
+        if left_over is not None:
+            a, b, value = left_over
+            if 0 < len(a) <= product.numel() // 16:
+                value = _second_look(links, a, b, value)
+                near = value >= 1 - limit / 2 - 2 * slack2
+                a, b, value = a[near], b[near], value[near]
+            if len(a) <= product.numel() * links.rows.width * MEASURE:
+                if len(a):
+                    yield links.order[a], links.order[b], 2 - 2 * (value + 2 * slack2), None, 0
+                continue
         if full_left is None:
             full_left = _unit(links, links.order[start:stop])
-        product = full_left[rows] @ _unit(links, links.order[first:last]).T
-        a, b, value = pairs(product, 1 - limit / 2 - links.margin, links.margin)
+        product = (full_left if everything else full_left[rows]) @ _unit(links, links.order[first:last]).T
+        a, b, value = pairs(product, 1 - limit / 2 - links.margin, links.margin, product.numel())
         yield (links.order[a], links.order[b], 2 - 2 * (value + links.margin), 2 - 2 * (value - links.margin),
                product.numel())
 
