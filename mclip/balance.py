@@ -112,8 +112,7 @@ def balance(embeddings, keys: Sequence | np.ndarray | None = None, *, threshold:
     limit = convert(threshold, metric)["sql2"]
     rows = Rows(embeddings)
     keys = check_keys(keys, len(rows))
-    if tile < 1:
-        raise BalanceError(f"tile: expected at least 1 row, found {tile}")
+    _check_tile(tile)
     label = components(embeddings, limit, tile=tile, device=device, state=state, workers=workers, backend=backend)
     order = np.argsort(keys, kind="stable")
     # sets are numbered by their lowest key: by first appearance in key order
@@ -150,6 +149,7 @@ def spanning_forest(embeddings, threshold: float, *, metric: str, tile: int = li
     edges and one batch of new ones are held.
     """
     limit = convert(threshold, metric)["sql2"]
+    _check_tile(tile)
     rows = Rows(embeddings)
     n = len(rows)
     # An edge between rows that shorter edges connect already is in no minimum spanning forest. To drop most of
@@ -240,6 +240,11 @@ def read(folder: str | Path) -> Balance:
     except (pa.ArrowException, KeyError, ValueError) as err:
         raise BalanceError(f"{path} is no file of mclip.balance: run `dvc repro -f balance` ({err})") from None
     return Balance(*columns[:3], as_keys(columns[3]), **about)
+
+
+def _check_tile(tile: int) -> None:
+    if tile < 1:
+        raise BalanceError(f"tile: expected at least 1 row, found {tile}")
 
 
 def _forest(edges: list[tuple[np.ndarray, ...]], n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

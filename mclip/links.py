@@ -197,10 +197,15 @@ def search(links: Links, limit: float, wanted: Wanted, found: Found, *, squares:
                 done(t)
 
     todo = list(range(links.count) if tiles is None else tiles)
-    with progress.bar(desc=desc or "", unit="tile", total=len(todo), hidden=desc is None) as bar:
-        for _ in threads(one, todo):
-            bar.set_postfix_str(f"{full:,} pairs measured", refresh=False)
-            bar.update()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # no TF32: the margins count on float32
+    try:
+        with progress.bar(desc=desc or "", unit="tile", total=len(todo), hidden=desc is None) as bar:
+            for _ in threads(one, todo):
+                bar.set_postfix_str(f"{full:,} pairs measured", refresh=False)
+                bar.update()
+    finally:
+        torch.set_float32_matmul_precision(before)
     return full / total
 
 

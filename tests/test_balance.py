@@ -216,6 +216,11 @@ def test_errors(rows, keys, options, error, message):
         balance(rows, keys, **{"threshold": 0.1, "metric": "sql2", **options})
 
 
+def test_the_curve_checks_its_options_too():
+    with pytest.raises(BalanceError, match="tile: expected at least 1 row, found 0"):
+        removed_curve(clumps(), [0.1], metric="sql2", tile=0)
+
+
 def test_errors_name_the_file(tmp_path):
     good, narrow, bad, cut = (tmp_path / f"{name}.npy" for name in ("good", "narrow", "bad", "cut"))
     np.save(good, clumps())

@@ -1,5 +1,6 @@
 """The search for links against all pairs in float64: same links, whatever the bounds, tiles and threads."""
 
+import contextlib
 import threading
 
 import numpy as np
@@ -113,6 +114,24 @@ def test_only_some_tiles():
         links.search(prepared, 0.1, lambda a, b, lower: np.ones(len(a), bool),
                      lambda a, b, square: parts.extend(zip(a.tolist(), b.tolist(), strict=True)), tiles=some)
     assert {(min(p), max(p)) for p in parts} == all_links(rows, 0.1).keys() and len(parts) == len(set(parts))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_products_are_float32_whatever_the_process_has_chosen(fails):
+    prepared, seen = links.prepare(Rows(spectrum())), []
+    torch.set_float32_matmul_precision("medium")
+
+    def found(a, b, square):
+        seen.append(torch.get_float32_matmul_precision())
+        if fails:
+            raise RuntimeError("stop")
+
+    try:
+        with pytest.raises(RuntimeError, match="stop") if fails else contextlib.nullcontext():
+            links.search(prepared, 0.1, lambda a, b, lower: np.ones(len(a), bool), found)
+        assert seen and set(seen) == {"highest"} and torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_an_error_in_a_thread_ends_the_search():
