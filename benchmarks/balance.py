@@ -69,7 +69,7 @@ def products(x: np.ndarray, limit: float, block: int = 4096) -> np.ndarray:
         for j in range(i, len(x), block):
             a, b = (unit[i:i + block] @ unit[j:j + block].T >= 1 - limit / 2).nonzero(as_tuple=True)
             sets.join(a.numpy() + i, b.numpy() + j)
-    return sets.labels()
+    return sets.roots()
 
 
 def range_search(x: np.ndarray, limit: float, block: int = 4096) -> np.ndarray:
@@ -84,7 +84,7 @@ def range_search(x: np.ndarray, limit: float, block: int = 4096) -> np.ndarray:
     for i in range(0, len(x), block):
         limits, _, found = index.range_search(unit[i:i + block], limit)
         sets.join(np.repeat(np.arange(i, i + len(limits) - 1), np.diff(limits.astype(np.int64))), found)
-    return sets.labels()
+    return sets.roots()
 
 
 def semdedup(x: np.ndarray, limit: float) -> np.ndarray:

@@ -113,7 +113,7 @@ def balance(embeddings, keys: Sequence | np.ndarray | None = None, *, threshold:
     rows = Rows(embeddings)
     keys = check_keys(keys, len(rows))
     _check_tile(tile)
-    label = components(embeddings, limit, tile=tile, device=device, state=state, workers=workers, backend=backend)
+    label = components(rows, limit, tile=tile, device=device, state=state, workers=workers, backend=backend)
     order = np.argsort(keys, kind="stable")
     # sets are numbered by their lowest key: by first appearance in key order
     _, first, number = np.unique(label[order], return_index=True, return_inverse=True)
@@ -193,8 +193,7 @@ def representative_distance(embeddings, result: Balance, *, chunk: int = CHUNK) 
     out = np.empty(len(rows))
     for s in range(0, len(rows), chunk):
         index = np.arange(s, min(s + chunk, len(rows)))
-        difference = rows.unit(index) - rows.unit(kept[result.set_id[index]])
-        out[index] = (difference * difference).sum(axis=1)
+        out[index] = rows.squares(index, kept[result.set_id[index]])
     return out
 
 

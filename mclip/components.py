@@ -21,39 +21,39 @@ class StateError(ValueError):
     """The file of an earlier run can't be read; the message names it."""
 
 
-def components(embeddings, limit: float, *, tile: int = links.TILE, device: str | None = None,
+def components(rows: Rows, limit: float, *, tile: int = links.TILE, device: str | None = None,
                state: str | Path | None = None, workers: int = 1, backend: str = "processes") -> np.ndarray:
     """(n,) label of each row's component in the graph of squared distances <= limit: its lowest row.
 
     The other arguments are those of `mclip.balance.balance`.
     """
-    rows = Rows(embeddings)
     prepared, sets = links.prepare(rows, tile=tile, device=device), Sets(len(rows))
     known = _State(state, prepared, limit, sets)
     if workers == 1 and backend == "processes":
         _search(prepared, limit, sets, tiles=known.todo, done=known.done)
     else:
-        _search_by_many(embeddings, prepared, limit, sets, known, workers, backend)
+        _search_by_many(prepared, limit, sets, known, workers, backend)
     known.forget()
-    return sets.labels()
+    return sets.roots()
 
 
 def _search(prepared: links.Links, limit: float, sets: Sets, **options) -> None:
     links.search(prepared, limit, lambda a, b, _: ~sets.joined(a, b), lambda a, b, _: sets.join(a, b), **options)
 
 
-def _search_by_many(embeddings, prepared: links.Links, limit: float, sets: Sets, known: "_State", workers: int,
+def _search_by_many(prepared: links.Links, limit: float, sets: Sets, known: "_State", workers: int,
                     backend: str) -> None:
     """Lots of tiles go to workers; each returns its rows' sets, a forest as good as all links that it found."""
     with tempfile.TemporaryDirectory(prefix="mclip-balance-") as folder:
         links.save(prepared, folder)
-        if not _are_files(embeddings):
-            np.save(Path(folder) / "rows.npy", np.asanyarray(embeddings))
-            embeddings = [f"{folder}/rows.npy"]
+        files = list(prepared.rows.names)
+        if not prepared.rows.in_files:
+            files = [f"{folder}/rows.npy"]
+            np.save(files[0], prepared.rows.arrays[0])
         # a tile is compared with all later ones: dealt out like this, lots cost about the same
-        lots = [lot for k in range(8 * workers) if (lot := known.todo[k::8 * workers])]
-        tasks = [(embeddings, folder, limit, lot) for lot in lots]
-        with progress.bar(desc="balance", unit="tile", total=len(known.todo)) as bar:
+        todo, parts = known.todo, 8 * workers
+        tasks = [(files, folder, limit, lot) for k in range(parts) if (lot := todo[k::parts])]
+        with progress.bar(desc="balance", unit="tile", total=len(todo)) as bar:
             for lot, roots in engine.run(_search_lot, tasks, workers=workers, backend=backend):
                 moved = np.flatnonzero(roots != np.arange(len(roots)))
                 sets.join(moved, roots[moved])
@@ -62,18 +62,13 @@ def _search_by_many(embeddings, prepared: links.Links, limit: float, sets: Sets,
                 bar.update(len(lot))
 
 
-def _search_lot(embeddings: list, folder: str, limit: float, lot: list[int]) -> tuple[list[int], np.ndarray]:
+def _search_lot(files: list[str], folder: str, limit: float, lot: list[int]) -> tuple[list[int], np.ndarray]:
     """One worker's part: the tiles again, and the root of every row by what they link."""
     torch.set_num_threads(1)
-    rows = Rows(embeddings)
+    rows = Rows(files)
     sets = Sets(len(rows))
     _search(links.load(folder, rows), limit, sets, tiles=lot, desc=None)
     return lot, sets.roots()
-
-
-def _are_files(embeddings) -> bool:
-    return isinstance(embeddings, str | Path) or (
-        isinstance(embeddings, list | tuple) and all(isinstance(x, str | Path) for x in embeddings))
 
 
 class _State:

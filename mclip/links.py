@@ -225,27 +225,9 @@ def _candidates(links: Links, t: int, limit: float, reach: torch.Tensor, wanted:
         first, last = links.groups[g + which], links.groups[g + which + 1]
         if first == last or not len(rows := visits[which].nonzero()[:, 0]):
             continue
-        right = links.z[first:last]
-
-        def pairs(product: torch.Tensor, least: float, off: float, most: float, rows=rows, first=first) -> tuple | None:
-            some = (product.amax(1) >= least).nonzero()[:, 0]  # few rows have any: the rest is read once only
-            part = product[some] if len(some) < len(product) else product
-            hit = part >= least
-            if int(hit.count_nonzero()) > most:
-                return None
-            i, j = hit.nonzero(as_tuple=True)
-            a, b = start + rows[some[i]], first + j
-            new = (b > a).nonzero()[:, 0]  # a pair once, and no row with itself
-            value = part[i[new], j[new]].double().cpu().numpy()
-            a, b = a[new].cpu().numpy(), b[new].cpu().numpy()
-            if len(a):
-                keep = wanted(links.order[a], links.order[b], 2 - 2 * (value + off))
-                a, b, value = a[keep], b[keep], value[keep]
-            return a, b, value
-
         everything = len(rows) == len(left)
-        product = (left if everything else left[rows]) @ right.T
-        left_over = pairs(product, 1 - limit / 2 - slack, slack, product.numel() / 8)
+        product = (left if everything else left[rows]) @ links.z[first:last].T
+        left_over = _near(links, product, start + rows, first, limit, slack, wanted, most=product.numel() / 8)
         if left_over is not None:
             a, b, value = left_over
             if 0 < len(a) <= product.numel() // 16:
@@ -259,9 +241,30 @@ def _candidates(links: Links, t: int, limit: float, reach: torch.Tensor, wanted:
         if full_left is None:
             full_left = _unit(links, links.order[start:stop])
         product = (full_left if everything else full_left[rows]) @ _unit(links, links.order[first:last]).T
-        a, b, value = pairs(product, 1 - limit / 2 - links.margin, links.margin, product.numel())
+        a, b, value = _near(links, product, start + rows, first, limit, links.margin, wanted, most=product.numel())
         yield (links.order[a], links.order[b], 2 - 2 * (value + links.margin), 2 - 2 * (value - links.margin),
                product.numel())
+
+
+def _near(links: Links, product: torch.Tensor, rows: torch.Tensor, first: int, limit: float, off: float,
+          wanted: Wanted, *, most: float) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Wanted pairs that a product of the places `rows` with those from `first` on, right to `off`, does not rule out:
+    both places and the product's value; None where it leaves more than `most` pairs."""
+    least = 1 - limit / 2 - off
+    some = (product.amax(1) >= least).nonzero()[:, 0]  # few rows have any: the rest is read once only
+    part = product[some] if len(some) < len(product) else product
+    hit = part >= least
+    if int(hit.count_nonzero()) > most:
+        return None
+    i, j = hit.nonzero(as_tuple=True)
+    a, b = rows[some[i]], first + j
+    new = (b > a).nonzero()[:, 0]  # a pair once, and no row with itself
+    value = part[i[new], j[new]].double().cpu().numpy()
+    a, b = a[new].cpu().numpy(), b[new].cpu().numpy()
+    if len(a):
+        keep = wanted(links.order[a], links.order[b], 2 - 2 * (value + off))
+        a, b, value = a[keep], b[keep], value[keep]
+    return a, b, value
 
 
 def _second_look(links: Links, a: np.ndarray, b: np.ndarray, value: np.ndarray) -> np.ndarray:
@@ -322,7 +325,7 @@ def _measure(links: Links, a, b, lower, upper, limit: float, wanted: Wanted, fou
         now, later = slice(None, BATCH), slice(BATCH, None)
         count += len(a[now])
         if squares:
-            square = _squares(links.rows, a[now], b[now])
+            square = links.rows.squares(a[now], b[now])
             good = square <= limit
         else:
             square, good = None, _within(links, a[now], b[now], limit)
@@ -340,14 +343,8 @@ def _within(links: Links, a: np.ndarray, b: np.ndarray, limit: float) -> np.ndar
     good = square <= limit
     unsure = np.abs(square - limit) <= 2 * links.margin
     if unsure.any():
-        good[unsure] = _squares(links.rows, a[unsure], b[unsure]) <= limit
+        good[unsure] = links.rows.squares(a[unsure], b[unsure]) <= limit
     return good
-
-
-def _squares(rows: Rows, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Squared distances in float64."""
-    difference = rows.unit(a) - rows.unit(b)
-    return (difference * difference).sum(axis=1)
 
 
 def _unit(links: Links, index: np.ndarray) -> torch.Tensor:

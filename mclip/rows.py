@@ -17,12 +17,16 @@ class RowsError(ValueError):
 
 
 class Rows:
-    """(n, d) floats: an array or memmap, or a list of .npy files, one after the other."""
+    """(n, d) floats: an array or memmap, or a list of .npy files, one after the other.
+
+    names : of the parts, for messages; where they are `in_files`, the files' paths.
+    """
 
     def __init__(self, embeddings):
         if isinstance(embeddings, str | Path):
             embeddings = [embeddings]
-        if isinstance(embeddings, list | tuple) and all(isinstance(x, str | Path) for x in embeddings):
+        self.in_files = isinstance(embeddings, list | tuple) and all(isinstance(x, str | Path) for x in embeddings)
+        if self.in_files:
             named = [(str(path), open_npy(path)) for path in embeddings]
         else:
             named = [("embeddings", np.asanyarray(embeddings))]
@@ -53,6 +57,11 @@ class Rows:
             here = torch.from_numpy(np.flatnonzero(source == k))
             out[here] = self.tensors[k][torch.from_numpy(index)[here] - int(self.starts[k])].double()
         return (out / self._norms(out, index)[:, None]).numpy()
+
+    def squares(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Squared L2 distances of unit rows a[k] and b[k], (m,) float64."""
+        difference = self.unit(a) - self.unit(b)
+        return (difference * difference).sum(axis=1)
 
     def block(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows start..stop as they are, (m, d) float64, and their norms (m,); an error as in `unit`."""

@@ -44,8 +44,3 @@ class Sets:
     def roots(self) -> np.ndarray:
         """(n,) the root of each row."""
         return self.find(np.arange(len(self.parent)))
-
-    def labels(self) -> np.ndarray:
-        """(n,) the root of each row; the rows point to it from now on."""
-        self.parent[:] = self.roots()
-        return self.parent.copy()

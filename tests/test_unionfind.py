@@ -16,7 +16,7 @@ def test_sets_equal_connected_components(batch):
         sets.join(a[i:i + batch], b[i:i + batch])
         assert sets.joined(a[:i + batch], b[:i + batch]).all()
     expected = connected_components(coo_array((np.ones(300), (a, b)), shape=(n, n)), directed=False)[1]
-    labels = sets.labels()
+    labels = sets.roots()
     assert len(np.unique(labels)) == expected.max() + 1
     assert len(np.unique(labels * n + expected)) == expected.max() + 1
     np.testing.assert_array_equal(labels, [np.flatnonzero(expected == e)[0] for e in expected])  # its lowest row
@@ -25,4 +25,4 @@ def test_sets_equal_connected_components(batch):
 def test_no_links():
     sets = Sets(3)
     sets.join(np.empty(0, np.int64), np.empty(0, np.int64))
-    assert sets.labels().tolist() == [0, 1, 2] and sets.find(np.array([2])).tolist() == [2]
+    assert sets.roots().tolist() == [0, 1, 2] and sets.find(np.array([2])).tolist() == [2]
