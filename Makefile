@@ -11,7 +11,7 @@ help:    ## list these commands
 
 repro: $(STAMP)    ## run what is missing or changed, data to report; OVERLAY=smoke: with params/smoke.yaml
 	@if [ -n "$(OVERLAY)" ]; then python -m mclip.params apply params/$(OVERLAY).yaml; fi
-	dvc repro
+	python -m mclip.warm dvc repro
 	@echo "The report: $(CURDIR)/reports/site/index.html"
 
 test: $(STAMP)    ## ruff and all tests, the small pipeline included

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from . import warm
 from .data import shards
 from .params import Recipe, Train
 from .runs import Run, TrainingSet
@@ -104,10 +105,11 @@ def _start(run: Run) -> subprocess.Popen:
     scratch = Path(run.scratch)
     scratch.mkdir(parents=True, exist_ok=True)
     run.save(scratch / "run.json")
-    command = [sys.executable, "-m", "mclip.train", str(scratch / "run.json")]
+    arguments = ["mclip.train", str(scratch / "run.json")]
+    command = warm.command(*arguments)
     if run.train.processes > 1:
-        command[1:3] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={run.train.processes}",
-                        "-m", "mclip.train"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   f"--nproc_per_node={run.train.processes}", "-m", *arguments]
     env = dict(os.environ)
     if run.train.threads:
         # before torch starts: its pool, and OpenMP's, are sized once; no busy waiting where runs share cores

@@ -5,9 +5,9 @@ It talks over sockets in a private folder, so that concurrent runs never meet; i
 are stopped when the run ends, is interrupted or is terminated.
 """
 
+import asyncio
 import contextlib
 import logging
-import os
 import re
 import shutil
 import signal
@@ -27,9 +27,8 @@ from jupyter_client.manager import AsyncKernelManager
 from papermill.exceptions import PapermillExecutionError
 from papermill.translators import PythonTranslator, papermill_translators
 
-# glibc gives the memory of each large tensor back to the system and faults it in again for the next one: keeping
-# it makes encoding pictures on the CPU a tenth faster
-REUSE_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(10**9), "MALLOC_TRIM_THRESHOLD_": str(10**10)}
+from mclip import warm
+
 SIGNALS = [signal.Signals[n] for n in ("SIGINT", "SIGTERM", "SIGHUP") if n in signal.Signals.__members__]
 
 
@@ -99,22 +98,9 @@ def follow(path: Path, terminal: Terminal, every: float = 0.1):
 
 def kernel_class(folder: Path) -> type:
     """A kernel manager for one run; folder: private, for the connection file, sockets, IPython's state."""
-    # without compiled modules every kernel and every training process spends 15 s longer on its imports
-    personal = ("MPLBACKEND", "PYTHONSTARTUP", "PYTHONINSPECT", "PYTHONDONTWRITEBYTECODE")
-    env = REUSE_MEMORY | {k: v for k, v in os.environ.items() if k not in personal}
-    env |= {
-        "PYTHONHASHSEED": "0",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path.cwd()), env.get("PYTHONPATH")])),
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)]),
-        # tqdm.auto, which others import, misses the widgets that a stage's terminal has no use for
-        "PYTHONWARNINGS": ",".join(filter(None, [env.get("PYTHONWARNINGS"), "ignore:IProgress not found"])),
-        "IPYTHONDIR": str(folder / "ipython"),
-        "MATPLOTLIBRC": str(folder / "matplotlibrc"),
-        "MCLIP_PROGRESS": str(folder / "progress"),
-        "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # else the kernel's debugger warns on each start
-    }
-    for name in ("matplotlibrc", "progress"):
-        (folder / name).touch()
+    env = warm.environment(folder) | {"IPYTHONDIR": str(folder / "ipython"), "MCLIP_PROGRESS": str(folder / "progress")}
+    (folder / "progress").touch()
+    forked = warm.is_on()
 
     class StageKernel(AsyncKernelManager):
         process: psutil.Process | None = None
@@ -127,27 +113,38 @@ def kernel_class(folder: Path) -> type:
 
         @property
         def kernel_spec(self) -> KernelSpec:
-            return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-                              display_name="Python 3 (ipykernel)", language="python")
+            argv = warm.command("ipykernel_launcher", "-f", "{connection_file}", notes=folder)
+            return KernelSpec(argv=argv, display_name="Python 3 (ipykernel)", language="python")
 
         async def start_kernel(self, **kwargs: Any) -> None:
             await super().start_kernel(**kwargs | {"env": env, "cwd": str(Path.cwd())})
-            type(self).process = psutil.Process(self.provisioner.pid)
+            pid = self.provisioner.pid
+            while forked and psutil.pid_exists(pid):  # what was started only stands for the fork
+                if (folder / "pid").exists():
+                    pid = int((folder / "pid").read_text())
+                    break
+                await asyncio.sleep(0.05)
+            with contextlib.suppress(psutil.NoSuchProcess):  # papermill says so of a kernel that died at once
+                type(self).process = psutil.Process(pid)
 
     return StageKernel
 
 
-def end_processes(process: psutil.Process | None, grace: float = 3.0) -> None:
-    """Stop a process and all below it (torchrun's workers too, which are in sessions of their own)."""
-    if process is None or not process.is_running():
-        return
-    with contextlib.suppress(psutil.Error):
-        family = [*process.children(recursive=True), process]
-        for signal_name in ("terminate", "kill"):
-            for member in family:
-                with contextlib.suppress(psutil.Error):
-                    getattr(member, signal_name)()
-            family = psutil.wait_procs(family, timeout=grace)[1]
+def peak_rss_mb(folder: Path) -> int | None:
+    """Peak memory of the kernel that has ended, or of the largest process below it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+    if (folder / "pid").exists():  # a fork: no child of this process
+        for _ in range(40):
+            if (folder / "peak_rss").exists():
+                peak = int((folder / "peak_rss").read_text())
+                break
+            time.sleep(0.05)
+    return round(peak / 2**20)
 
 
 class _Readable(PythonTranslator):
@@ -170,8 +167,8 @@ def readable(value: Any, indent: int = 0) -> str:
 
 def execute(
     nb: nbformat.NotebookNode, injected: dict[str, Any], terminal: Terminal
-) -> tuple[nbformat.NotebookNode, str | None]:
-    """Run nb with parameters; the notebook as far as it ran, and None or the reason why it stopped.
+) -> tuple[nbformat.NotebookNode, str | None, int | None]:
+    """Run nb with parameters; the notebook as far as it ran, None or the reason why it stopped, peak memory in MiB.
 
     A signal stops the kernel and all below it and then raises KeyboardInterrupt(number of the signal).
     """
@@ -189,7 +186,7 @@ def execute(
     def stop(signum: int, frame: Any) -> None:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        end_processes(kernel.process)
+        warm.end_family(kernel.process)
         raise KeyboardInterrupt(signum)
 
     former = {number: signal.signal(number, stop) for number in SIGNALS}
@@ -209,10 +206,11 @@ def execute(
     except RuntimeError as err:  # nbclient's DeadKernelError, and a kernel that doesn't start
         reason = f"the kernel died ({err}); was the machine short of memory?"
     finally:
-        end_processes(kernel.process)
+        warm.end_family(kernel.process)
         terminal.close()
         for number, handler in former.items():
             signal.signal(number, handler)
         result = nbformat.read(executed, as_version=4) if executed.exists() else nb
+        peak = peak_rss_mb(folder)
         shutil.rmtree(folder, ignore_errors=True)
-    return result, reason
+    return result, reason, peak

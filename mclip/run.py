@@ -228,7 +228,7 @@ def run(stage: Stage) -> Path:
     terminal = Terminal()
     terminal.write(f"{stage.title}: running {stage.notebook}\n")
     start = time.perf_counter()
-    result, reason = execute(nb, injected, terminal)
+    result, reason, peak = execute(nb, injected, terminal)
     seconds = time.perf_counter() - start
     failed = stage.report(".failed.ipynb")
     if reason is not None:
@@ -239,20 +239,10 @@ def run(stage: Stage) -> Path:
         raise StageError(f"{stage.title}: {edited[0]} was edited while it ran; nothing is kept, run it again")
     save(cleaned(result), stage.report())
     failed.unlink(missing_ok=True)
-    times = {"stage": stage.name, **stage.values, "seconds": round(seconds, 2), "peak_rss_mb": _peak_rss_mb()}
+    times = {"stage": stage.name, **stage.values, "seconds": round(seconds, 2), "peak_rss_mb": peak}
     write_whole(stage.report(".json", "reports/times"), json.dumps(times, indent=1) + "\n")
     terminal.write(f"{stage.title}: {stage.report()} written, {seconds:.1f} s\n")
     return stage.report()
-
-
-def _peak_rss_mb() -> int | None:
-    """Peak memory of the largest process that this one has waited for: the kernel, or one below it."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 2**20)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,123 @@
+"""mclip.warm: forks of one process that has the libraries, and nothing left when the command ends."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mclip import warm
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux" or Path("/dev/nvidiactl").exists(),
+                                reason="forks are for Linux without a GPU")
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with modules to run, in the place of the repository."""
+    (tmp_path / "says.py").write_text(
+        "import os, sys, json\n"
+        "print(json.dumps([sys.argv[1:], os.environ.get('GIVEN'), os.getcwd(), 'wave' in sys.modules, __name__]))\n"
+        "sys.exit(3)\n")
+    (tmp_path / "sleeps.py").write_text(
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
+        "open(sys.argv[1], 'w').write(str(child.pid))\n"
+        "time.sleep(60)\n")
+    (tmp_path / "outer.py").write_text(
+        "import subprocess, sys, os\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from mclip import warm\n"
+        "os.environ['GIVEN'] = 'yes'\n"
+        "process = subprocess.Popen(warm.command(*sys.argv[1:], notes=os.environ.get('NOTES')))\n"
+        "open('stands_for', 'w').write(str(process.pid))\n"
+        "sys.exit(process.wait() % 256)\n")
+    return tmp_path
+
+
+def started(folder, *argv, **env):
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | env
+    return subprocess.Popen([sys.executable, "-m", "mclip.warm", "--import", "wave", sys.executable, "outer.py", *argv],
+                            cwd=folder, env=env, stdout=subprocess.PIPE, text=True)
+
+
+def content(file, seconds=20):
+    """What is in a file that appears soon."""
+    for _ in range(int(seconds / 0.05)):
+        if file.exists() and file.read_text():
+            return file.read_text()
+        time.sleep(0.05)
+    raise AssertionError(f"{file} did not appear")
+
+
+def gone(pid, seconds=15):
+    for _ in range(int(seconds / 0.05)):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_fork_is_what_was_asked_for(folder):
+    (folder / "notes").mkdir()
+    process = started(folder, "says", "one", "two words", NOTES=str(folder / "notes"))
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert out.strip() == f'[["one", "two words"], "yes", "{folder}", true, "__main__"]'
+    assert int(content(folder / "notes" / "peak_rss")) > 2**20
+    assert gone(int(content(folder / "notes" / "pid")))
+
+
+def test_without_the_wrapper_the_same_command_imports_for_itself(folder):
+    env = {k: v for k, v in os.environ.items() if k != warm.SOCKET}
+    done = subprocess.run([sys.executable, "outer.py", "says", "one"], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 3
+    assert done.stdout.strip() == f'[["one"], "yes", "{folder}", false, "__main__"]'
+
+
+def test_a_warm_process_that_is_gone_is_done_without(folder):
+    (folder / "of").write_text(f"{sys.executable}\n{folder}")
+    env = os.environ | {warm.SOCKET: str(folder / "socket")}
+    done = subprocess.run([sys.executable, "outer.py", "says", "one"], cwd=folder, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout[:8]) == (3, '[["one"]')
+
+
+def test_another_repository_s_warm_process_is_not_ours(folder, monkeypatch):
+    monkeypatch.setenv(warm.SOCKET, str(folder / "socket"))
+    (folder / "of").write_text(f"{sys.executable}\n{folder}")
+    assert not warm.is_on()
+    monkeypatch.chdir(folder)
+    assert warm.is_on()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_fork_ends_with_what_stands_for_it(folder, number):
+    process = started(folder, "sleeps", "below")
+    below = int(content(folder / "below"))
+    os.kill(int(content(folder / "stands_for")), number)
+    assert process.wait(30) == -number % 256
+    if number == signal.SIGKILL:  # SIGTERM went to the fork alone, as it would without the wrapper
+        assert gone(below)
+    else:
+        os.kill(below, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_when_the_wrapper_ends(folder, number):
+    process = started(folder, "sleeps", "below")
+    below = int(content(folder / "below"))
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    process.wait(30)
+    for member in family:
+        with contextlib.suppress(psutil.Error):
+            if "outer.py" in member.cmdline():
+                member.kill()  # the command is the user's own where the wrapper is killed
+    assert gone(below)
+    assert all(gone(member.pid) for member in family)
