@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 SOCKET = "MCLIP_WARM"  # names the socket to the processes below
-LIBRARIES = ("torch", "torch._dynamo", "torchvision", "timm", "open_clip", "transformers", "safetensors.torch",
+LIBRARIES = ("torch", "torch._dynamo", "torchvision", "timm", "open_clip", "safetensors.torch",
+             "transformers.modeling_utils", "transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert",
              "scipy.stats", "scipy.optimize", "sklearn.linear_model", "pandas", "pyarrow.parquet", "faiss",
              "webdataset", "PIL.Image", "matplotlib.pyplot", "seaborn", "pydantic", "ruamel.yaml",
              "ipykernel.kernelapp", "matplotlib_inline.backend_inline", "tqdm.auto")
@@ -62,10 +63,10 @@ def command(module: str, *arguments: str, notes: Path | None = None) -> list[str
 
 
 def is_on() -> bool:
-    """Is there a warm process, of this interpreter and this repository?"""
+    """Is there a warm process that is ready, of this interpreter and this repository?"""
     address = os.environ.get(SOCKET)
     with contextlib.suppress(OSError):
-        return bool(address) and Path(address).with_name("of").read_text() == _whose()
+        return bool(address) and Path(address).exists() and Path(address).with_name("of").read_text() == _whose()
     return False
 
 
@@ -115,14 +116,16 @@ def serve(address: str, libraries: list[str]) -> dict[str, Any] | None:
     import importlib
     import selectors
 
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(address)
-    listener.listen(64)  # who asks before the imports are done waits
     stop = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     for name in libraries:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    # only now: who asks earlier does better to import for itself, on another core, than to wait
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(f"{address}.draft")
+    listener.listen(64)
+    os.replace(f"{address}.draft", address)
     gc.collect()
     gc.freeze()  # a fork's collector doesn't go through, and so copy, what all share
     woken, wake = os.pipe()

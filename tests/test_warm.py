@@ -31,9 +31,11 @@ def folder(tmp_path):
         "open(sys.argv[1], 'w').write(str(child.pid))\n"
         "time.sleep(60)\n")
     (tmp_path / "outer.py").write_text(
-        "import subprocess, sys, os\n"
+        "import os, subprocess, sys, time\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "from mclip import warm\n"
+        "while 'WAIT' in os.environ and not warm.is_on():\n"
+        "    time.sleep(0.05)\n"
         "os.environ['GIVEN'] = 'yes'\n"
         "process = subprocess.Popen(warm.command(*sys.argv[1:], notes=os.environ.get('NOTES')))\n"
         "open('stands_for', 'w').write(str(process.pid))\n"
@@ -42,7 +44,7 @@ def folder(tmp_path):
 
 
 def started(folder, *argv, **env):
-    env = os.environ | {"PYTHONPATH": str(ROOT)} | env
+    env = os.environ | {"PYTHONPATH": str(ROOT), "WAIT": "1"} | env
     return subprocess.Popen([sys.executable, "-m", "mclip.warm", "--import", "wave", sys.executable, "outer.py", *argv],
                             cwd=folder, env=env, stdout=subprocess.PIPE, text=True)
 
@@ -83,6 +85,7 @@ def test_without_the_wrapper_the_same_command_imports_for_itself(folder):
 
 def test_a_warm_process_that_is_gone_is_done_without(folder):
     (folder / "of").write_text(f"{sys.executable}\n{folder}")
+    (folder / "socket").touch()
     env = os.environ | {warm.SOCKET: str(folder / "socket")}
     done = subprocess.run([sys.executable, "outer.py", "says", "one"], cwd=folder, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout[:8]) == (3, '[["one"]')
@@ -91,9 +94,12 @@ def test_a_warm_process_that_is_gone_is_done_without(folder):
 def test_another_repository_s_warm_process_is_not_ours(folder, monkeypatch):
     monkeypatch.setenv(warm.SOCKET, str(folder / "socket"))
     (folder / "of").write_text(f"{sys.executable}\n{folder}")
+    (folder / "socket").touch()
     assert not warm.is_on()
     monkeypatch.chdir(folder)
     assert warm.is_on()
+    (folder / "socket").unlink()  # not ready yet
+    assert not warm.is_on()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
