@@ -25,7 +25,8 @@ from typing import Any
 
 SOCKET = "MCLIP_WARM"  # names the socket to the processes below
 LIBRARIES = ("torch", "torch._dynamo", "torchvision", "timm", "open_clip", "safetensors.torch",
-             "transformers.modeling_utils", "transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert",
+             "transformers.modeling_utils", "transformers.models.auto.modeling_auto",
+             "transformers.models.bert.modeling_bert",
              "scipy.stats", "scipy.optimize", "sklearn.linear_model", "pandas", "pyarrow.parquet", "faiss",
              "webdataset", "PIL.Image", "matplotlib.pyplot", "seaborn", "pydantic", "ruamel.yaml",
              "ipykernel.kernelapp", "matplotlib_inline.backend_inline", "tqdm.auto")
