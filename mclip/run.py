@@ -16,6 +16,11 @@ notebook must add none. Wall time and peak memory go to reports/times/STAGE[/val
 Exit codes: 0 done, 1 the notebook failed, 2 wrong call or parameters, 128 + n stopped by signal n.
 """
 
+from mclip import warm
+
+if __name__ == "__main__":
+    warm.hand_over("mclip.run")
+
 import argparse
 import ast
 import difflib

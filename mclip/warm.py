@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 SOCKET = "MCLIP_WARM"  # names the socket to the processes below
+FORK = "MCLIP_WARM_FORK"  # a fork's own process id
 LIBRARIES = ("torch", "torch._dynamo", "torchvision", "timm", "open_clip", "safetensors.torch",
              "transformers.modeling_utils", "transformers.models.auto.modeling_auto",
              "transformers.models.bert.modeling_bert",
              "scipy.stats", "scipy.optimize", "sklearn.linear_model", "pandas", "pyarrow.parquet", "faiss",
              "webdataset", "PIL.Image", "matplotlib.pyplot", "seaborn", "pydantic", "ruamel.yaml",
-             "ipykernel.kernelapp", "matplotlib_inline.backend_inline", "tqdm.auto")
+             "papermill", "ipykernel.ipkernel", "ipykernel.zmqshell", "matplotlib_inline.backend_inline", "tqdm.auto")
 
 # glibc gives the memory of each large tensor back to the system and faults it in again for the next one: keeping
 # it makes encoding pictures on the CPU a tenth faster
@@ -61,6 +62,12 @@ def command(module: str, *arguments: str, notes: Path | None = None) -> list[str
     if not is_on():
         return [sys.executable, "-m", module, *arguments]
     return [sys.executable, "-I", "-S", __file__, "--attach", str(notes or ""), module, *arguments]
+
+
+def hand_over(module: str) -> None:
+    """Called first thing by a `python -m MODULE`: where there is a warm process, a fork of it goes on in its place."""
+    if os.environ.get(FORK) != str(os.getpid()) and is_on():
+        os.execv(sys.executable, command(module, *sys.argv[1:]))
 
 
 def is_on() -> bool:
@@ -119,6 +126,7 @@ def serve(address: str, libraries: list[str]) -> dict[str, Any] | None:
 
     stop = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type] - see mclip.run
     for name in libraries:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -224,7 +232,7 @@ def become(request: dict[str, Any]) -> None:
 
     os.setsid()
     os.environ.clear()
-    os.environ.update(request["env"])
+    os.environ.update(request["env"] | {FORK: str(os.getpid())})
     os.chdir(request["cwd"])
     module, *arguments = request["argv"]
     sys.argv = [module, *arguments]
