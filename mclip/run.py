@@ -35,9 +35,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-# jsonschema, below nbformat, spends 3 s building a grammar with it for a format that notebooks have none of
-sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
-
 import nbformat
 
 from mclip import params, strip

@@ -30,7 +30,10 @@ LIBRARIES = ("torch", "torch._dynamo", "torchvision", "timm", "open_clip", "safe
              "transformers.models.bert.modeling_bert",
              "scipy.stats", "scipy.optimize", "sklearn.linear_model", "pandas", "pyarrow.parquet", "faiss",
              "webdataset", "PIL.Image", "matplotlib.pyplot", "seaborn", "pydantic", "ruamel.yaml",
-             "papermill", "ipykernel.ipkernel", "ipykernel.zmqshell", "matplotlib_inline.backend_inline", "tqdm.auto")
+             "papermill", "nbconvert", "bs4", "ipykernel.ipkernel", "ipykernel.zmqshell",
+             "matplotlib_inline.backend_inline", "tqdm.auto")
+# jsonschema, below nbformat, spends 3 s building a grammar with it for a format that notebooks have none of
+NEEDLESS = "rfc3987_syntax"
 
 # glibc gives the memory of each large tensor back to the system and faults it in again for the next one: keeping
 # it makes encoding pictures on the CPU a tenth faster
@@ -66,6 +69,7 @@ def command(module: str, *arguments: str, notes: Path | None = None) -> list[str
 
 def hand_over(module: str) -> None:
     """Called first thing by a `python -m MODULE`: where there is a warm process, a fork of it goes on in its place."""
+    sys.modules.setdefault(NEEDLESS, None)  # type: ignore[arg-type]
     if os.environ.get(FORK) != str(os.getpid()) and is_on():
         os.execv(sys.executable, command(module, *sys.argv[1:]))
 
@@ -126,7 +130,7 @@ def serve(address: str, libraries: list[str]) -> dict[str, Any] | None:
 
     stop = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type] - see mclip.run
+    sys.modules.setdefault(NEEDLESS, None)  # type: ignore[arg-type]
     for name in libraries:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -226,9 +230,12 @@ def _note(folder: str, name: str, value: int) -> None:
 
 
 def become(request: dict[str, Any]) -> None:
-    """A fork turns into what was asked for."""
-    import random
+    """A fork turns into what was asked for, and ends as a child of multiprocessing does: not through the teardown of
+    all the libraries, which takes a second and lets some of them complain."""
+    import atexit
     import runpy
+    import threading
+    import traceback
 
     os.setsid()
     os.environ.clear()
@@ -236,8 +243,22 @@ def become(request: dict[str, Any]) -> None:
     os.chdir(request["cwd"])
     module, *arguments = request["argv"]
     sys.argv = [module, *arguments]
-    random.seed()
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    status: Any = 0
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        status = end.code
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 def end_family(process: Any, grace: float = 3.0) -> None:

@@ -102,6 +102,13 @@ def test_another_repository_s_warm_process_is_not_ours(folder, monkeypatch):
     assert not warm.is_on()
 
 
+def test_an_exception_and_what_was_to_run_at_the_end(folder):
+    (folder / "fails.py").write_text("import atexit\natexit.register(print, 'at the end')\nprint('so far', end=' ')\n1 / 0")
+    process = started(folder, "fails")
+    assert process.communicate(timeout=60)[0] == "so far at the end\n"
+    assert process.returncode == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_fork_ends_with_what_stands_for_it(folder, number):
     process = started(folder, "sleeps", "below")
