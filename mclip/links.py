@@ -40,7 +40,7 @@ TILE = 4096  # rows that are gone through at once, about
 MORE = 16  # the part of the width that the second look takes
 SAMPLE = 8192  # rows that the axes are computed from
 BATCH = 2048  # pairs measured at once
-BLOCK = 8192  # rows read at once
+BLOCK = 2048  # rows read at once
 ROUNDING = 1e-4  # of cells' scores, far above what float32 is off by
 MEASURE = 1e-5  # measuring a pair takes as long as this part of a full product's elements, for each column
 
@@ -107,12 +107,15 @@ def prepare(rows: Rows, *, axes: int = AXES, tile: int = TILE, cell: int = CELL,
             bar.update(min(BLOCK, n - bar.n))
     centres, label = _cells(z, max(1, n // cell))
     order = np.argsort(label, kind="stable")
+    for part in (z, tail):  # a few columns at a time: a second copy of all would double what this takes
+        for at in range(0, part.shape[1], 8):
+            part[:, at:at + 8] = part[order, at:at + 8]
     size = np.bincount(label, minlength=len(centres))
     groups = np.append(np.cumsum(size) - size, n)[np.append(np.arange(0, len(centres), GROUP), len(centres))]
     # tiles: whole groups, of about `tile` rows together
     number = np.minimum(groups[:-1] // tile, n)
     tiles = np.append(np.unique(number, return_index=True)[1], len(groups) - 1)
-    return Links(rows, order, torch.from_numpy(z[order]).to(where), torch.from_numpy(tail[order]).to(where),
+    return Links(rows, order, torch.from_numpy(z).to(where), torch.from_numpy(tail).to(where),
                  torch.from_numpy(label[order]).to(where),
                  torch.from_numpy(centres).to(where), groups, tiles, inverse)
 
@@ -183,13 +186,11 @@ def search(links: Links, limit: float, wanted: Wanted, found: Found, *, squares:
     """
     n = len(links.order)
     lock, total, full = threading.Lock(), max(1, n * (n - 1) / 2), 0
-    distance = torch.cdist(links.centres, links.centres, compute_mode="donot_use_mm_for_euclid_dist")
-    reach = distance.mul_(limit**0.5).add_(ROUNDING)
 
     def one(t: int) -> None:
         nonlocal full
         read = 0
-        for a, b, lower, upper, products in _batched(_candidates(links, t, limit, reach, wanted)):
+        for a, b, lower, upper, products in _batched(_candidates(links, t, limit, wanted)):
             read += products + _measure(links, a, b, lower, upper, limit, wanted, found, lock, squares)
         with lock:
             full += read
@@ -209,7 +210,7 @@ def search(links: Links, limit: float, wanted: Wanted, found: Found, *, squares:
     return full / total
 
 
-def _candidates(links: Links, t: int, limit: float, reach: torch.Tensor, wanted: Wanted) -> Iterator[tuple]:
+def _candidates(links: Links, t: int, limit: float, wanted: Wanted) -> Iterator[tuple]:
     """Pairs of tile t with itself and later ones that the bounds leave, a group at a time: rows a and b, lower and
     upper bounds of their squared distances (upper: None where only short rows were multiplied), and how many products
     of full rows that took."""
@@ -220,7 +221,7 @@ def _candidates(links: Links, t: int, limit: float, reach: torch.Tensor, wanted:
     left, full_left = links.z[start:stop], None
     slack = (left.shape[1] + 8) * 2.0**-24
     slack2 = slack + (links.tail.shape[1] + 8) * 2.0**-24
-    visits = _visits(links, start, stop, g, reach)
+    visits = _visits(links, start, stop, g, limit)
     for which in range(visits.shape[0]):
         first, last = links.groups[g + which], links.groups[g + which + 1]
         if first == last or not len(rows := visits[which].nonzero()[:, 0]):
@@ -275,19 +276,22 @@ def _second_look(links: Links, a: np.ndarray, b: np.ndarray, value: np.ndarray) 
     return value + found.double().cpu().numpy()
 
 
-def _visits(links: Links, start: int, stop: int, group: int, reach: torch.Tensor) -> torch.Tensor:
+def _visits(links: Links, start: int, stop: int, group: int, limit: float) -> torch.Tensor:
     """(groups from `group` on, rows of the tile) bool: which rows may have a neighbour in which group."""
     first = group * GROUP
     centres = links.centres[first:]
     bias = (centres * centres).sum(1) / -2
+    mine = centres[:int(links.cell[stop - 1]) + 1 - first]  # the tile's own cells come first
+    reach = torch.cdist(mine, centres, compute_mode="donot_use_mm_for_euclid_dist").mul_(limit**0.5).add_(ROUNDING)
     groups = -(-len(centres) // GROUP)
     out = torch.zeros(groups, stop - start, dtype=torch.bool, device=centres.device)
     for at in range(start, stop, 512):
         until = min(at + 512, stop)
         own = links.cell[at:until]
         score = torch.addmm(bias, links.z[at:until], centres.T)
-        least = score.gather(1, (own - first)[:, None])
-        may = score.add_(reach[own, first:]) >= least
+        own = own - first
+        least = score.gather(1, own[:, None])
+        may = score.add_(reach[own]) >= least
         may = torch.nn.functional.pad(may, (0, groups * GROUP - len(centres)))
         out[:, at - start:until - start] = may.view(len(may), groups, GROUP).any(2).T
     return out
