@@ -13,11 +13,9 @@ from itertools import product
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mclip.kernels.tiled import TILE, Expected, cuts, wide
 from mclip.losses.cluster import ClusterLoss
-from mclip.losses.contrastive import check_pair
 
 
 def cluster_loss(loss: ClusterLoss, image: Tensor, teacher_image: Tensor, labels: Tensor, *,
@@ -29,16 +27,9 @@ def cluster_loss(loss: ClusterLoss, image: Tensor, teacher_image: Tensor, labels
     loss : holds W, the projection and all options.
     image (b, d or student_dim), teacher_image (b, d) : unit norm. labels : (b,) int64.
     """
-    loss._check_labels(labels, len(image))
-    if loss.project is not None:
-        image = F.normalize(loss.project(image), dim=1)
-    check_pair(image, teacher_image, ("image", "teacher_image"))
-    if image.shape[1] != loss.weight.shape[1]:
-        raise ValueError(f"image is {image.shape[1]} wide, the cluster centres {loss.weight.shape[1]}: "
-                         "give student_dim so that the student is projected")
-    discrimination = 1 - loss.alpha if loss.reading == "convex" else 1.0
+    image = loss.projected(image, teacher_image, labels)
     return _Clusters.apply(image, loss.weight, teacher_image.detach(), labels, loss.sample(labels), loss,
-                           (discrimination, loss.alpha), tile)
+                           loss.weights, tile)
 
 
 class _Clusters(torch.autograd.Function):

@@ -20,7 +20,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from mclip.losses.contrastive import check_pair
+from mclip.losses.affinity import check_teachers
+from mclip.losses.contrastive import check_ids, check_pair
+from mclip.losses.instance import cross
 
 TILE = 1024  # rows and columns of a tile: 4 MB a matrix in float32
 
@@ -29,21 +31,14 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *, ids: 
               tile: int = TILE) -> Tensor:
     """`mclip.losses.clip_loss`, the same value and gradients."""
     check_pair(image, text, ("image", "text"))
-    if ids is not None and ids.shape != (len(image),):
-        raise ValueError(f"ids: expected one id a sample, shape ({len(image)},), found {tuple(ids.shape)}")
+    check_ids(ids, len(image))
     return _Tiled.apply(image, text, _scalar(logit_scale, image), ids, tile)
 
 
 def affinity_loss(image: Tensor, text: Tensor, teachers: Sequence[tuple[Tensor, Tensor, Tensor | float]],
                   logit_scale: Tensor | float, *, tile: int = TILE) -> Tensor:
     """`mclip.losses.affinity_loss`, the same value and gradients; teachers get none."""
-    if not teachers:
-        raise ValueError("teachers: at least one (image, text, logit scale) is needed")
-    check_pair(image, text, ("image", "text"))
-    for k, (teacher_image, teacher_text, _) in enumerate(teachers):
-        check_pair(teacher_image, teacher_text, (f"teachers[{k}] image", f"teachers[{k}] text"))
-        if len(teacher_image) != len(image):
-            raise ValueError(f"teachers[{k}] has {len(teacher_image)} rows, the student's batch {len(image)}")
+    check_teachers(image, text, teachers)
     flat = [x for u, v, g in teachers for x in (u.detach(), v.detach(), _scalar(g, u).detach())]
     return _Tiled.apply(image, text, _scalar(logit_scale, image), None, tile, *flat)
 
@@ -52,11 +47,7 @@ def instance_loss(image: Tensor, text: Tensor, teacher_image: Tensor, teacher_te
                   logit_scale: Tensor | float, beta: float = 0.5, *, ids: Tensor | None = None,
                   tile: int = TILE) -> Tensor:
     """`mclip.losses.instance_loss`, the same value and gradients; the teacher gets none."""
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta: expected a number from 0 to 1, found {beta}")
-    from_image = clip_loss(teacher_image.detach(), text, logit_scale, ids=ids, tile=tile)
-    from_text = clip_loss(image, teacher_text.detach(), logit_scale, ids=ids, tile=tile)
-    return beta * from_image + (1 - beta) * from_text
+    return cross(clip_loss, image, text, teacher_image, teacher_text, beta, logit_scale, ids=ids, tile=tile)
 
 
 class Expected:

@@ -27,18 +27,24 @@ def affinity_loss(image: Tensor, text: Tensor, teachers: Sequence[tuple[Tensor, 
 
     Each KL is a divergence, so the loss is >= 0 and 0 where the student's matrix equals every teacher's.
     """
-    if not teachers:
-        raise ValueError("teachers: at least one (image, text, logit scale) is needed")
-    check_pair(image, text, ("image", "text"))
+    check_teachers(image, text, teachers)
     logits = similarity(image, text, logit_scale)
     student = F.log_softmax(logits, 1), F.log_softmax(logits.T, 1)
     total = logits.new_zeros(())
-    for k, (teacher_image, teacher_text, teacher_scale) in enumerate(teachers):
-        check_pair(teacher_image, teacher_text, (f"teachers[{k}] image", f"teachers[{k}] text"))
-        if len(teacher_image) != len(image):
-            raise ValueError(f"teachers[{k}] has {len(teacher_image)} rows, the student's batch {len(image)}")
+    for teacher_image, teacher_text, teacher_scale in teachers:
         target = similarity(teacher_image, teacher_text, teacher_scale).detach()
         for log_student, log_target in zip(student, (target, target.T), strict=True):
             total = total + F.kl_div(log_student, F.log_softmax(log_target, 1), reduction="batchmean",
                                      log_target=True)
     return total / (2 * len(teachers))
+
+
+def check_teachers(image: Tensor, text: Tensor, teachers: Sequence[tuple[Tensor, Tensor, Tensor | float]]) -> None:
+    """ValueError unless image and text are pairs, and each teacher's are pairs of as many rows."""
+    if not teachers:
+        raise ValueError("teachers: at least one (image, text, logit scale) is needed")
+    check_pair(image, text, ("image", "text"))
+    for k, (teacher_image, teacher_text, _) in enumerate(teachers):
+        check_pair(teacher_image, teacher_text, (f"teachers[{k}] image", f"teachers[{k}] text"))
+        if len(teacher_image) != len(image):
+            raise ValueError(f"teachers[{k}] has {len(teacher_image)} rows, the student's batch {len(image)}")

@@ -65,16 +65,7 @@ class ClusterLoss(nn.Module):
 
     def forward(self, image: Tensor, teacher_image: Tensor, labels: Tensor) -> Tensor:
         """image (b, d or student_dim), teacher_image (b, d), both unit norm; labels (b,) int64 in 0..k-1."""
-        self._check_labels(labels, len(image))
-        if self.project is not None:
-            if image.ndim != 2 or image.shape[1] != self.project.in_features:
-                raise ValueError(f"image: expected width student_dim = {self.project.in_features}, "
-                                 f"found {tuple(image.shape)}")
-            image = F.normalize(self.project(image), dim=1)
-        check_pair(image, teacher_image, ("image", "teacher_image"))
-        if image.shape[1] != self.weight.shape[1]:
-            raise ValueError(f"image is {image.shape[1]} wide, the cluster centres {self.weight.shape[1]}: "
-                             "give student_dim so that the student is projected")
+        image = self.projected(image, teacher_image, labels)
         omega = self.sample(labels)
         w = self.weight if omega is None else self.weight[omega]
         w = F.normalize(w, dim=1) if self.normalise else w
@@ -85,8 +76,26 @@ class ClusterLoss(nn.Module):
         discrimination = F.cross_entropy(self.scale * student, position)
         distribution = F.kl_div(F.log_softmax(student / self.tau, 1), F.log_softmax(teacher / self.tau, 1),
                                 reduction="batchmean", log_target=True)
-        weight = 1 - self.alpha if self.reading == "convex" else 1.0
-        return weight * discrimination + self.alpha * distribution
+        return self.weights[0] * discrimination + self.weights[1] * distribution
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Of L_CD and of L_KL."""
+        return (1 - self.alpha if self.reading == "convex" else 1.0), self.alpha
+
+    def projected(self, image: Tensor, teacher_image: Tensor, labels: Tensor) -> Tensor:
+        """The student's rows as wide as the centres, once all arguments of `forward` are found to fit."""
+        self._check_labels(labels, len(image))
+        if self.project is not None:
+            if image.ndim != 2 or image.shape[1] != self.project.in_features:
+                raise ValueError(f"image: expected width student_dim = {self.project.in_features}, "
+                                 f"found {tuple(image.shape)}")
+            image = F.normalize(self.project(image), dim=1)
+        check_pair(image, teacher_image, ("image", "teacher_image"))
+        if image.shape[1] != self.weight.shape[1]:
+            raise ValueError(f"image is {image.shape[1]} wide, the cluster centres {self.weight.shape[1]}: "
+                             "give student_dim so that the student is projected")
+        return image
 
     def sample(self, labels: Tensor) -> Tensor | None:
         """Omega as sorted cluster indices: every positive, and round(r * others) of the others; None: all."""

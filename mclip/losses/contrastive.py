@@ -48,10 +48,15 @@ def similarity(a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
 
 def shared(ids: Tensor, size: int) -> Tensor:
     """(b, b) mask: True where two different samples have the same id."""
-    if ids.shape != (size,):
-        raise ValueError(f"ids: expected one id a sample, shape ({size},), found {tuple(ids.shape)}")
+    check_ids(ids, size)
     same = ids[:, None] == ids[None, :]
     return same.fill_diagonal_(False)
+
+
+def check_ids(ids: Tensor | None, size: int) -> None:
+    """ValueError unless ids is None or has one id for each of `size` samples."""
+    if ids is not None and ids.shape != (size,):
+        raise ValueError(f"ids: expected one id a sample, shape ({size},), found {tuple(ids.shape)}")
 
 
 def check_pair(a: Tensor, b: Tensor, names: tuple[str, str]) -> None:
