@@ -13,6 +13,7 @@ The paper gives alpha = 0.999; L_KL's form, g, tau and r are reconstructions or 
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -56,6 +57,7 @@ class ClusterLoss(nn.Module):
         if scale <= 0 or (tau is not None and tau <= 0):
             raise ValueError(f"scale and tau must be above 0, found scale {scale}, tau {tau}")
         self.weight = nn.Parameter(centres.detach().clone())
+        self.clusters, self.first, self.group = len(centres), 0, None  # until `shard`: all rows are here
         width = centres.shape[1]
         self.project = None if student_dim in (None, width) else nn.Linear(student_dim, width, bias=False)
         self.sample_rate, self.alpha, self.reading = sample_rate, alpha, reading
@@ -63,8 +65,22 @@ class ClusterLoss(nn.Module):
         self.normalise, self.teacher_grad = normalise, teacher_grad
         self.generator = torch.Generator().manual_seed(seed)
 
+    def shard(self, group: dist.ProcessGroup) -> "ClusterLoss":
+        """Keep this rank's part of W only: rows `first` to `first + len(weight)`, contiguous, by rank.
+
+        Omega does not depend on the number of ranks. `mclip.kernels.clusters.cluster_loss` then takes the ranks' parts
+        of the batch; `weight` is a new parameter, for an optimizer made after this call. DDP must leave it alone.
+        """
+        rank, world = dist.get_rank(group), dist.get_world_size(group)
+        self.first = part(self.clusters, rank, world).start
+        self.weight = nn.Parameter(self.weight.detach()[part(self.clusters, rank, world)].clone())
+        self.group = group
+        return self
+
     def forward(self, image: Tensor, teacher_image: Tensor, labels: Tensor) -> Tensor:
         """image (b, d or student_dim), teacher_image (b, d), both unit norm; labels (b,) int64 in 0..k-1."""
+        if self.group is not None:
+            raise RuntimeError("W is spread over ranks: call mclip.kernels.clusters.cluster_loss(module, ...)")
         image = self.projected(image, teacher_image, labels)
         omega = self.sample(labels)
         w = self.weight if omega is None else self.weight[omega]
@@ -101,12 +117,11 @@ class ClusterLoss(nn.Module):
         """Omega as sorted cluster indices: every positive, and round(r * others) of the others; None: all."""
         if self.sample_rate == 1 or not self.training:
             return None
-        clusters = len(self.weight)
         positive = labels.unique().cpu()
         # every cluster draws a number; positives are always in, of the others the largest numbers win
-        draw = torch.rand(clusters, generator=self.generator)
+        draw = torch.rand(self.clusters, generator=self.generator)
         draw[positive] = 2.0
-        count = len(positive) + round(self.sample_rate * (clusters - len(positive)))
+        count = len(positive) + round(self.sample_rate * (self.clusters - len(positive)))
         return draw.topk(count).indices.sort().values.to(labels.device)
 
     def get_extra_state(self) -> Tensor:
@@ -122,7 +137,12 @@ class ClusterLoss(nn.Module):
             raise ValueError(f"labels: expected shape ({size},) int64, "
                              f"found {tuple(labels.shape)} {labels.dtype}")
         low, high = (int(v) for v in labels.aminmax())
-        if low < 0 or high >= len(self.weight):
+        if low < 0 or high >= self.clusters:
             bad = low if low < 0 else high
-            raise ValueError(f"labels: cluster {bad} is out of range, there are {len(self.weight)} centres "
-                             f"(0 to {len(self.weight) - 1}); are labels and centres of one `cluster` run?")
+            raise ValueError(f"labels: cluster {bad} is out of range, there are {self.clusters} centres "
+                             f"(0 to {self.clusters - 1}); are labels and centres of one `cluster` run?")
+
+
+def part(n: int, rank: int, world: int) -> slice:
+    """The rank's of 0..n, cut into `world` parts as equal as can be."""
+    return slice(n * rank // world, n * (rank + 1) // world)

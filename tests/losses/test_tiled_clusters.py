@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mclip.kernels import clusters
+from mclip.kernels.tiled import How
 from mclip.losses import ClusterLoss
 
 from .reference import unit
@@ -59,7 +60,7 @@ def test_gradcheck():
     omega = loss.sample(labels)
     w = (1.7 * loss.weight).detach().requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x, w: clusters._Clusters.apply(x, w, teacher, labels, omega, loss, (0.5, 0.7), 2), (image, w))
+        lambda x, w: clusters._Clusters.apply(x, w, teacher, labels, omega, loss, How(2, "torch", None)), (image, w))
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
