@@ -31,7 +31,7 @@ class Ring:
             yield (self.rank - step) % self.world, here, moving
             if coming is not None:
                 here = self._arrived(coming)
-            if self.world > 1:
+            if moving and self.world > 1:
                 moving = self._arrived(self._pass_on(moving))
         for home, back in zip(running, moving, strict=True):
             if home is not back:
