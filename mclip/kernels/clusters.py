@@ -127,13 +127,9 @@ class _Clusters(torch.autograd.Function):
                         tiles.accumulate(dcentres, dx.T, a_[i])
                     if loss.normalise:
                         dcentres = (dcentres - (dcentres * centres).sum(1, keepdim=True) * centres) / norm
-                    if omega is None:
-                        dw[j] += dcentres
-                    else:
-                        dw[omega[j]] += dcentres
-            # da: the mean over ranks that DDP takes is of `world` shares
-            da, dw = (da * (upstream / n)).to(a.dtype), dw.mul_(upstream / (n * ring.world)).to(w.dtype)
-        return da, dw, *[None] * 5
+                    dw[j if omega is None else omega[j]] += dcentres.mul_(upstream / (n * ring.world))
+        # da: the mean over ranks that DDP takes is of `world` shares
+        return da.mul_(upstream / n).to(a.dtype), dw.to(w.dtype), *[None] * 5
 
 
 def _count(w: Tensor, omega: Tensor | None) -> int:

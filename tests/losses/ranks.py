@@ -1,6 +1,7 @@
 """What each process of test_distributed.py does; with world 1 what it is compared with."""
 
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ import torch.distributed as dist
 
 from mclip import losses
 from mclip.kernels import clusters, tiled
-from mclip.losses import ClusterLoss
+from mclip.losses import ClusterLoss, sharding
 from mclip.losses.cluster import part
 from mclip.losses.objective import gather
 
@@ -65,10 +66,61 @@ def results(rank: int, world: int) -> dict[str, list[torch.Tensor]]:
     return out
 
 
+class Small(torch.nn.Module):
+    """A student of one matrix and the cluster loss."""
+
+    def __init__(self, world: int):
+        super().__init__()
+        torch.manual_seed(0)
+        self.student = torch.nn.Linear(D, D)
+        self.cluster = ClusterLoss(unit(CLUSTERS, D, seed=5), 0.3, alpha=0.6, seed=8)
+        self.double()
+        if world > 1:
+            self.cluster.shard(dist.group.WORLD)
+
+    def forward(self, x, teacher, labels):
+        return clusters.cluster_loss(self.cluster, torch.nn.functional.normalize(self.student(x)), teacher, labels)
+
+
+def trained(rank: int, world: int, steps: range, state=None) -> tuple[dict, dict] | None:
+    """The whole state after AdamW's steps from `state`, gradients clipped hard."""
+    own = part(B, rank, world)
+    model = wrapped = Small(world)
+    if world > 1:
+        ddp = torch.nn.parallel.DistributedDataParallel
+        ddp._set_params_and_buffers_to_ignore_for_model(model, sharding.sharded_names(model))
+        wrapped = ddp(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    if state is not None:
+        sharding.own(model, optimizer, *state)
+    for step in steps:
+        labels = (torch.arange(B) * 11 + step) % CLUSTERS
+        wrapped(unit(B, D, seed=step)[own], unit(B, D, seed=50 + step)[own], labels[own]).backward()
+        sharding.clip_gradients(model, 0.1)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return sharding.whole(model, optimizer)
+
+
+def resumed(folder: Path, rank: int, world: int) -> None:
+    """Two steps into a checkpoint; then two more from the checkpoint of each number of ranks."""
+    if (state := trained(rank, world, range(2))) is not None:
+        torch.save(state, folder / "draft" / str(world))
+        (folder / "draft" / str(world)).rename(folder / f"checkpoint-{world}.pt")
+    for origin in (1, 2, 4):
+        file = folder / f"checkpoint-{origin}.pt"
+        while not file.exists():  # its processes run beside these
+            time.sleep(0.05)
+        state = trained(rank, world, range(2, 4), torch.load(file, weights_only=True))
+        if state is not None:
+            torch.save(state, folder / f"{origin}-then-{world}.pt")
+
+
 def main(folder: str, rank: int, world: int) -> None:
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world)
     torch.save(results(rank, world), Path(folder) / f"{world}-{rank}.pt")
+    resumed(Path(folder), rank, world)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

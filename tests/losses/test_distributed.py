@@ -8,9 +8,10 @@ import torch
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """{world: [each rank's results]}"""
+def folder(tmp_path_factory):
+    """Where all processes left what they found."""
     folder = tmp_path_factory.mktemp("ranks")
+    (folder / "draft").mkdir()
     running = [subprocess.Popen([sys.executable, "-m", "tests.losses.ranks", str(folder), str(rank), str(world)])
                for world in (1, 2, 4) for rank in range(world)]
     try:
@@ -18,13 +19,12 @@ def found(tmp_path_factory):
     finally:
         for p in running:
             p.kill()
-    return {world: [torch.load(folder / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
-            for world in (1, 2, 4)}
+    return folder
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_loss_and_gradients_of_one_process(found, world):
-    one, ranks = found[1][0], found[world]
+def test_loss_and_gradients_of_one_process(folder, world):
+    one, *ranks = (torch.load(folder / f"{w}-{rank}.pt", weights_only=True) for w in (1, world) for rank in range(w))
     for name, (loss, *want) in one.items():
         assert loss > 0, name
         for other in ranks:
@@ -38,3 +38,18 @@ def test_loss_and_gradients_of_one_process(found, world):
             else:
                 got = torch.stack(parts).mean(0)  # a scalar, a projection
             torch.testing.assert_close(got, g, rtol=1e-7, atol=1e-12, msg=f"{name}, gradient {i} of {len(want)}")
+
+
+@pytest.mark.parametrize("origin", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_checkpoint_goes_on_with_any_number_of_ranks(folder, origin, world):
+    """W, its moments, the state of Omega's generator: as if one process had made all four steps."""
+    model, optimizer = torch.load(folder / f"{origin}-then-{world}.pt", weights_only=True)
+    want, want_optimizer = torch.load(folder / "1-then-1.pt", weights_only=True)
+    start = torch.load(folder / "checkpoint-1.pt", weights_only=True)[0]
+    assert model["cluster.weight"].shape == (43, 5) and not torch.equal(want["cluster.weight"], start["cluster.weight"])
+    for name, value in want.items():
+        torch.testing.assert_close(model[name], value, rtol=1e-8, atol=1e-10, msg=name)
+    for i, moments in want_optimizer["state"].items():
+        for name, value in moments.items():
+            torch.testing.assert_close(optimizer["state"][i][name], value, rtol=1e-6, atol=1e-12, msg=f"{i} {name}")
