@@ -35,7 +35,8 @@ from mclip.losses.instance import cross
 
 
 def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *, ids: Tensor | None = None,
-              tile: int | None = None, backend: str = "auto", group: dist.ProcessGroup | None = None) -> Tensor:
+              check_norm: bool = False, tile: int | None = None, backend: str = "auto",
+              group: dist.ProcessGroup | None = None) -> Tensor:
     """`mclip.losses.clip_loss`, the same value and gradients.
 
     Parameters
@@ -46,26 +47,27 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *, ids: 
         gets the whole batch's loss, and gradients such that their *mean* over ranks (as DDP takes it) is that of one
         process with the whole batch.
     """
-    check_pair(image, text, ("image", "text"))
+    check_pair(image, text, ("image", "text"), norm=check_norm)
     check_ids(ids, len(image))
     return _Pairs.apply(image, text, _scalar(logit_scale, image), ids, How.of(image, tile, backend, group))
 
 
 def affinity_loss(image: Tensor, text: Tensor, teachers: Sequence[tuple[Tensor, Tensor, Tensor | float]],
-                  logit_scale: Tensor | float, *, ids: Tensor | None = None, tile: int | None = None,
-                  backend: str = "auto", group: dist.ProcessGroup | None = None) -> Tensor:
+                  logit_scale: Tensor | float, *, ids: Tensor | None = None, check_norm: bool = False,
+                  tile: int | None = None, backend: str = "auto", group: dist.ProcessGroup | None = None) -> Tensor:
     """`mclip.losses.affinity_loss`, the same value and gradients; teachers get none. Options as in `clip_loss`."""
-    check_teachers(image, text, teachers)
+    check_teachers(image, text, teachers, norm=check_norm)
     flat = [x for u, v, g in teachers for x in (u.detach(), v.detach(), _scalar(g, u).detach())]
     return _Pairs.apply(image, text, _scalar(logit_scale, image), None, How.of(image, tile, backend, group), *flat)
 
 
 def instance_loss(image: Tensor, text: Tensor, teacher_image: Tensor, teacher_text: Tensor,
                   logit_scale: Tensor | float, beta: float = 0.5, *, ids: Tensor | None = None,
-                  tile: int | None = None, backend: str = "auto", group: dist.ProcessGroup | None = None) -> Tensor:
+                  check_norm: bool = False, tile: int | None = None, backend: str = "auto",
+                  group: dist.ProcessGroup | None = None) -> Tensor:
     """`mclip.losses.instance_loss`, the same value and gradients; the teacher gets none. Options as in `clip_loss`."""
-    return cross(clip_loss, image, text, teacher_image, teacher_text, beta, logit_scale, ids=ids, tile=tile,
-                 backend=backend, group=group)
+    return cross(clip_loss, image, text, teacher_image, teacher_text, beta, check_norm, logit_scale, ids=ids,
+                 tile=tile, backend=backend, group=group)
 
 
 @dataclass(frozen=True)

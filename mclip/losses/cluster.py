@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mclip.losses.contrastive import check_pair, similarity
+from mclip.losses.contrastive import check_pair, check_unit, similarity
 
 
 class ClusterLoss(nn.Module):
@@ -37,13 +37,14 @@ class ClusterLoss(nn.Module):
         letter: rows start at unit norm and may then grow
     teacher_grad : let L_KL's target W t_i carry gradient into W; False: it is a fixed target, so that
         flattening W is no way to make both sides alike
+    check_norm : refuse samples, student's or teacher's, that are not of unit norm (as in `clip_loss`)
     seed : of the generator that draws Omega; its state is part of state_dict(): a resumed run draws the same
     """
 
     def __init__(self, centres: Tensor, sample_rate: float = 0.1, alpha: float = 0.999,
                  reading: str = "convex", scale: float = 20.0, *, tau: float | None = None,
                  student_dim: int | None = None, normalise: bool = False, teacher_grad: bool = False,
-                 seed: int = 0):
+                 check_norm: bool = False, seed: int = 0):
         super().__init__()
         centres = torch.as_tensor(centres)
         if centres.ndim != 2 or 0 in centres.shape:
@@ -62,7 +63,7 @@ class ClusterLoss(nn.Module):
         self.project = None if student_dim in (None, width) else nn.Linear(student_dim, width, bias=False)
         self.sample_rate, self.alpha, self.reading = sample_rate, alpha, reading
         self.scale, self.tau = scale, 1 / scale if tau is None else tau
-        self.normalise, self.teacher_grad = normalise, teacher_grad
+        self.normalise, self.teacher_grad, self.check_norm = normalise, teacher_grad, check_norm
         self.generator = torch.Generator().manual_seed(seed)
 
     def shard(self, group: dist.ProcessGroup) -> "ClusterLoss":
@@ -106,8 +107,10 @@ class ClusterLoss(nn.Module):
             if image.ndim != 2 or image.shape[1] != self.project.in_features:
                 raise ValueError(f"image: expected width student_dim = {self.project.in_features}, "
                                  f"found {tuple(image.shape)}")
+            if self.check_norm:
+                check_unit(image, "image")
             image = F.normalize(self.project(image), dim=1)
-        check_pair(image, teacher_image, ("image", "teacher_image"))
+        check_pair(image, teacher_image, ("image", "teacher_image"), norm=self.check_norm)
         if image.shape[1] != self.weight.shape[1]:
             raise ValueError(f"image is {image.shape[1]} wide, the cluster centres {self.weight.shape[1]}: "
                              "give student_dim so that the student is projected")

@@ -88,3 +88,17 @@ def test_errors():
         clusters.cluster_loss(loss, image[:0], teacher[:0], labels[:0])
     with pytest.raises(ValueError, match="the cluster centres 3: give student_dim"):
         clusters.cluster_loss(loss, unit(4, 5), unit(4, 5), labels)
+    with pytest.raises(ValueError, match="image is 3 wide, teacher_image is 4"):
+        clusters.cluster_loss(loss, image, unit(4, 4), labels)
+
+
+@pytest.mark.parametrize("options", [{}, {"student_dim": 5}])
+def test_rows_off_the_sphere_are_refused_when_asked(options):
+    labels, width = torch.tensor([0, 1]), options.get("student_dim", 3)
+    loss = ClusterLoss(unit(9, 3, seed=3), check_norm=True, **options).double()
+    for call in (loss, lambda *args: clusters.cluster_loss(loss, *args)):
+        with pytest.raises(ValueError, match="image: row 0 has norm 3, expected 1"):
+            call(3 * unit(2, width), unit(2, 3), labels)
+        with pytest.raises(ValueError, match="teacher_image: row 0 has norm 3, expected 1"):
+            call(unit(2, width), 3 * unit(2, 3), labels)
+        assert call(unit(2, width), unit(2, 3), labels).isfinite()
