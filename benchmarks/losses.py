@@ -5,7 +5,7 @@
     python benchmarks/losses.py --sizes 4096 --centres 100000 --peers "plain cluster" "tiled cluster"
 
 Each case runs in a process of its own; time is the median over repeats of forward and backward, the peers by turns.
-Memory on the CPU is the growth of the process's peak resident size over its inputs, without W's gradient, which any
+Memory on the CPU (Linux) is the growth of the process's peak resident size over its inputs, without W's gradient, which any
 training holds; on CUDA it is the allocator's peak. What cannot run here says so. Inf-CLIP (inf-cl) and
 Cut-Cross-Entropy are no dependencies: `uv pip install --no-deps inf-cl cut-cross-entropy` puts them beside the others.
 """
@@ -13,15 +13,14 @@ Cut-Cross-Entropy are no dependencies: `uv pip install --no-deps inf-cl cut-cros
 import argparse
 import importlib
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 OTHERS = ["open_clip ClipLoss", "Inf-CLIP", "Cut-Cross-Entropy"]  # contrastive losses
 PEERS = OTHERS + [f"{kind} {loss}" for loss in ("clip", "affinity", "cluster") for kind in ("plain", "tiled")]
@@ -60,7 +59,8 @@ def make(peer: str, b: int, d: int, centres: int) -> tuple[Callable, torch.Tenso
     from mclip.kernels import clusters, tiled
 
     def rows(n: int, width: int) -> torch.Tensor:
-        return F.normalize(torch.randn(n, width, device=DEVICE), dim=-1)
+        x = torch.randn(n, width, device=DEVICE)
+        return x.div_(x.norm(dim=1, keepdim=True))  # in place: no memory freed that a step could use unseen
 
     image, text = rows(b, d).requires_grad_(), rows(b, d).requires_grad_()
     scale = torch.tensor(50.0, requires_grad=True, device=DEVICE)
@@ -79,27 +79,29 @@ def make(peer: str, b: int, d: int, centres: int) -> tuple[Callable, torch.Tenso
     return lambda: module.clip_loss(image, text, scale).backward(), None
 
 
-def peak() -> float:
-    """MB."""
+def memory(what: str) -> float:
+    """MB, now ("VmRSS") or at most since `forget` ("VmHWM")."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return (torch.cuda.max_memory_allocated() if what == "VmHWM" else torch.cuda.memory_allocated()) / 2**20
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) / 1024
 
 
-def resident() -> float:
-    """MB."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+def forget() -> None:
+    """Start the peak anew."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure(peer: str, b: int, d: int, centres: int, repeats: int) -> dict[str, float]:
     torch.manual_seed(0)
     make(peer, 64, d, 100)[0]()  # imports and warm-up
     step, w = make(peer, b, d, centres)
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    before, seconds = peak(), []
+    forget()
+    before, seconds = memory("VmRSS"), []
     for n in range(repeats):
         if w is not None:
             w.grad = None
@@ -109,14 +111,12 @@ def measure(peer: str, b: int, d: int, centres: int, repeats: int) -> dict[str, 
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         if n == 0:
-            mb = peak() - before
+            mb = memory("VmHWM") - before
             if w is not None:  # rows of the gradient that nothing was written to are not resident yet
                 held = w.grad.numel() * 4 / 2**20
-                if DEVICE.type == "cpu":
-                    now = resident()
-                    w.grad.add_(0)
-                    held -= resident() - now
-                mb -= held
+                now = memory("VmRSS")
+                w.grad.add_(0)
+                mb -= held - (memory("VmRSS") - now)
     return {"seconds": statistics.median(seconds), "mb": mb}
 
 
