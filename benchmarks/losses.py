@@ -5,7 +5,7 @@
     python benchmarks/losses.py --sizes 4096 --centres 100000 --peers "plain cluster" "tiled cluster"
 
 Each case runs in a process of its own; time is the median over repeats of forward and backward, the peers by turns.
-Memory on the CPU (Linux) is the growth of the process's peak resident size over its inputs, without W's gradient, which any
+Memory on the CPU (Linux) is the growth of the peak resident size over its inputs, without W's gradient, which any
 training holds; on CUDA it is the allocator's peak. What cannot run here says so. Inf-CLIP (inf-cl) and
 Cut-Cross-Entropy are no dependencies: `uv pip install --no-deps inf-cl cut-cross-entropy` puts them beside the others.
 """
