@@ -195,6 +195,7 @@ class Train(_Section):
     samples: PositiveInt
     batch_size: Annotated[int, Field(ge=2)]
     accumulate: PositiveInt
+    loss_kernel: Literal["auto", "plain", "tiled", "triton"]
     lr: PositiveFloat
     lr_min: NonNegativeFloat
     lr_centres: PositiveFloat
@@ -214,6 +215,12 @@ class Train(_Section):
     threads: NonNegativeInt
     workers: NonNegativeInt
     checkpoint_every: PositiveInt
+
+    @pydantic.model_validator(mode="after")
+    def _equal_shares(self):
+        if self.batch_size % self.processes:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of processes {self.processes}")
+        return self
 
 
 class Distill(_Section):

@@ -91,11 +91,13 @@ def test_accumulation_has_the_gradient_of_the_whole_batch(student, training_set,
     assert grads[0][1] == pytest.approx(grads[1][1], rel=1e-5)
 
 
-def test_two_processes_train_like_one(student, training_set, tmp_path):
+@pytest.mark.parametrize("kernel", ["plain", "tiled"])
+def test_two_processes_train_like_one(kernel, student, training_set, tmp_path):
     """torchrun with gloo, the global batch split over ranks: the same weights up to float32 summation order."""
     outputs = []
     for processes in (1, 2):
-        run = make_run(student, training_set, tmp_path / str(processes), "combined", samples=80, processes=processes)
+        run = make_run(student, training_set, tmp_path / str(processes), "combined", samples=80, processes=processes,
+                       loss_kernel="plain" if processes == 1 else kernel)
         distill.run_recipe([run])
         model = train.models.create(f"local-dir:{run.out}")[0]
         with torch.no_grad():
