@@ -195,6 +195,7 @@ class Train(_Section):
     samples: PositiveInt
     batch_size: Annotated[int, Field(ge=2)]
     accumulate: PositiveInt
+    grad_checkpoint: bool
     lr: PositiveFloat
     lr_min: NonNegativeFloat
     lr_centres: PositiveFloat

@@ -12,6 +12,7 @@ import csv
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,6 +104,8 @@ def train(run: Run) -> None:
     if run.data.image_px is None:
         run = replace(run, data=replace(run.data, image_px=models.image_size(student)))
     student.train().to(memory_format=torch.channels_last)
+    if t.grad_checkpoint:
+        student.set_grad_checkpointing()
     with torch.no_grad():
         student.logit_scale.fill_(math.log(t.logit_scale_init))
     precision = models.resolve_precision(t.precision, device)
@@ -126,7 +129,7 @@ def train(run: Run) -> None:
         batch = {k: v.to(device, non_blocking=True) for k, v in loader.batch(step).items()}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, t, group["peak"])
-        terms = _step(wrapped, together, batch, mean, std, precision, t.accumulate)
+        terms = _step(wrapped, together, batch, mean, std, precision, t.accumulate, t.grad_checkpoint)
         loss = sum(terms.values())
         if not math.isfinite(loss):
             raise FloatingPointError(f"{run.name} seed {run.seed}: the loss is {loss} at step {step}; "
@@ -162,20 +165,24 @@ def train(run: Run) -> None:
         dist.destroy_process_group()
 
 
-def _step(wrapped, together, batch, mean, std, precision, accumulate: int) -> dict[str, float]:
+def _step(wrapped, together, batch, mean, std, precision, accumulate: int,
+          grad_checkpoint: bool = False) -> dict[str, float]:
     """Forward and backward of one batch; the terms' values.
 
     With accumulate > 1 the batch goes through the towers in parts: first without gradients to collect all features,
     then each part again with them, its rows replaced in the whole, so that the contrastive batch is the whole one.
     """
+    # what goes through the towers a second time, in accumulation or a checkpoint's backward, was counted before
+    again = _statistics_kept if grad_checkpoint else contextlib.nullcontext
     if accumulate == 1:
         terms = wrapped(batch, mean, std, precision)
-        sum(terms.values()).backward()
+        with again(together.student):
+            sum(terms.values()).backward()
         return {k: float(v.detach()) for k, v in terms.items()}
     parts = [{k: v[i::accumulate] for k, v in batch.items()} for i in range(accumulate)]
     sides = {k: torch.cat([p[k] for p in parts]) for k in batch if k not in ("image", "tokens", "syn_tokens")}
     state = None if together.objective.cluster is None else together.objective.cluster.get_extra_state().clone()
-    with torch.no_grad():
+    with torch.no_grad(), _statistics_kept(together.student):
         cached = [together(p, mean, std, precision, encode_only=True) for p in parts]
         given: dict = {k: torch.cat([c[k] for c in cached]) for k in cached[0]}
     given["batch"] = sides
@@ -187,7 +194,8 @@ def _step(wrapped, together, batch, mean, std, precision, accumulate: int) -> di
         last = i == accumulate - 1
         with contextlib.nullcontext() if last or wrapped is together else wrapped.no_sync():
             terms = wrapped(part, mean, std, precision, given=given, part=slice(at, stop))
-            sum(terms.values()).backward()
+            with again(together.student):
+                sum(terms.values()).backward()
         at = stop
     # W, the projections and the logit scale got the whole batch's gradient once a part
     shared = [p for n, p in together.named_parameters() if n.startswith("objective.") or n == "student.logit_scale"]
@@ -195,6 +203,17 @@ def _step(wrapped, together, batch, mean, std, precision, accumulate: int) -> di
         if p.grad is not None:
             p.grad /= accumulate
     return {k: float(v.detach()) for k, v in terms.items()}
+
+
+@contextlib.contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Batch norm's running statistics come out as they went in."""
+    buffers = [b for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for b in m.buffers(False)]
+    before = [b.clone() for b in buffers]
+    yield
+    with torch.no_grad():
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
 
 
 def _objective(run: Run, student: nn.Module, ensemble: list[dict]) -> Objective:
