@@ -91,6 +91,12 @@ def parameter_groups(together: _Together, train: Train) -> list[dict]:
 
 def train(run: Run) -> None:
     """Train to the end and write `run.out` (open_clip local-dir layout and history.csv)."""
+    for _ in steps(run):
+        pass
+
+
+def steps(run: Run) -> Iterator[int]:
+    """`train`, a step at a time: yields the number of steps done. Left early, it writes nothing."""
     rank, world = _join()
     t = run.train
     device = torch.device("cpu")
@@ -116,24 +122,21 @@ def train(run: Run) -> None:
     wrapped = nn.parallel.DistributedDataParallel(together) if world > 1 else together
     optimizer = torch.optim.AdamW(parameter_groups(together, t), lr=t.lr, betas=t.betas, fused=True)
     averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(t.ema), use_buffers=True) if t.ema else None
-    steps = max(1, t.samples // t.batch_size)
+    total = max(1, t.samples // t.batch_size)
     scratch = Path(run.scratch)
     start, history = _resume(scratch, together, optimizer, averaged)
     loader = _loader(run, tokenizer, ensemble, start=start, rank=rank, world=world)
     mean, std = (tuple(student.visual.preprocess_cfg[k]) for k in ("mean", "std"))
     sums: dict[str, float] = {}
-    progress = bar(desc=f"{run.name} seed {run.seed}", unit="sample", total=steps * t.batch_size) if rank == 0 else None
+    progress = bar(desc=f"{run.name} seed {run.seed}", unit="sample", total=total * t.batch_size) if rank == 0 else None
     if progress is not None:
         progress.update(start * t.batch_size)
-    for step in range(start, steps):
-        batch = {k: v.to(device, non_blocking=True) for k, v in loader.batch(step).items()}
+    following = loader.batch(start) if start < total else {}
+    for step in range(start, total):
+        batch = {k: v.to(device, non_blocking=True) for k, v in following.items()}
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, t, group["peak"])
-        terms = _step(wrapped, together, batch, mean, std, precision, t.accumulate, t.grad_checkpoint)
-        loss = sum(terms.values())
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"{run.name} seed {run.seed}: the loss is {loss} at step {step}; "
-                                     "a smaller distill.train.lr or precision: fp32 may help")
+            group["lr"] = learning_rate(step, total, t, group["peak"])
+        found = _step(wrapped, together, batch, mean, std, precision, t.accumulate, t.grad_checkpoint)
         if t.grad_clip:
             nn.utils.clip_grad_norm_(together.parameters(), t.grad_clip)
         optimizer.step()
@@ -142,19 +145,27 @@ def train(run: Run) -> None:
             student.logit_scale.clamp_(0, math.log(t.logit_scale_max))
         if averaged is not None:
             averaged.update_parameters(student)
+        if step + 1 < total:
+            following = loader.batch(step + 1)  # a GPU is still at work: only the next line waits for it
+        terms = {k: float(v) for k, v in found.items()}
+        loss = sum(terms.values())
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"{run.name} seed {run.seed}: the loss is {loss} at step {step}; "
+                                     "a smaller distill.train.lr or precision: fp32 may help")
         for k, v in {"loss": loss, **terms}.items():
             sums[k] = sums.get(k, 0.0) + v
-        if (step + 1) % HISTORY_EVERY == 0 or step + 1 == steps:
+        if (step + 1) % HISTORY_EVERY == 0 or step + 1 == total:
             n = (step % HISTORY_EVERY) + 1
             history.append({"step": step + 1, "samples": (step + 1) * t.batch_size,
                             "lr": optimizer.param_groups[0]["lr"],
                             "logit_scale": float(student.logit_scale.detach().exp()),
                             **{k: v / n for k, v in sums.items()}})
             sums = {}
-        if (step + 1) % t.checkpoint_every == 0 and step + 1 < steps and not sums and rank == 0:
+        if (step + 1) % t.checkpoint_every == 0 and step + 1 < total and not sums and rank == 0:
             _checkpoint(scratch, step + 1, together, optimizer, averaged, history)
         if progress is not None:
             progress.update(t.batch_size)
+        yield step + 1
     if rank == 0:
         progress.close()
         final = averaged.module if averaged is not None else student
@@ -166,7 +177,7 @@ def train(run: Run) -> None:
 
 
 def _step(wrapped, together, batch, mean, std, precision, accumulate: int,
-          grad_checkpoint: bool = False) -> dict[str, float]:
+          grad_checkpoint: bool = False) -> dict[str, torch.Tensor]:
     """Forward and backward of one batch; the terms' values.
 
     With accumulate > 1 the batch goes through the towers in parts: first without gradients to collect all features,
@@ -178,7 +189,7 @@ def _step(wrapped, together, batch, mean, std, precision, accumulate: int,
         terms = wrapped(batch, mean, std, precision)
         with again(together.student):
             sum(terms.values()).backward()
-        return {k: float(v.detach()) for k, v in terms.items()}
+        return {k: v.detach() for k, v in terms.items()}
     parts = [{k: v[i::accumulate] for k, v in batch.items()} for i in range(accumulate)]
     sides = {k: torch.cat([p[k] for p in parts]) for k in batch if k not in ("image", "tokens", "syn_tokens")}
     state = None if together.objective.cluster is None else together.objective.cluster.get_extra_state().clone()
@@ -202,7 +213,7 @@ def _step(wrapped, together, batch, mean, std, precision, accumulate: int,
     for p in shared:
         if p.grad is not None:
             p.grad /= accumulate
-    return {k: float(v.detach()) for k, v in terms.items()}
+    return {k: v.detach() for k, v in terms.items()}
 
 
 @contextlib.contextmanager
