@@ -12,7 +12,7 @@
     text = mclip.models.encode_texts(mclip.models.for_inference(model), tokenizer, ["a red apple"])   # (1, d)
 """
 
-from mclip.models import resnet, tokens  # noqa: F401 - registers towers with timm
+from mclip.models import fastvit, resnet, tokens  # noqa: F401 - registers towers with timm
 from mclip.models.factory import ModelError, create, export, image_size, logit_scale, weights_sha256
 from mclip.models.inference import (
     decoders,

@@ -1,0 +1,32 @@
+"""A MobileCLIP-like image tower for pictures of 32 pixels, registered with timm when mclip.models is imported.
+
+open_clip then makes it from `{"timm_model_name": "mclip_mci_s16", "timm_pool": "avg", "timm_proj": "linear"}`.
+
+MobileCLIP's MCi towers (papers.md 2.4) are FastViTs: RepMixer stages, then one of attention, every convolution trained
+as several branches and folded into one for inference. This one has their parts (MLP ratio 3, squeeze-excite in the
+last downsampling) with three stages instead of four, so that 32 pixels end as a map of 2 x 2 rather than 1 x 1.
+
+TRIED
+"""
+
+from timm.models import register_model
+from timm.models.fastvit import FastVit
+
+
+@register_model
+def mclip_mci_s16(pretrained: bool = False, **kwargs) -> FastVit:
+    """Three stages of one block each, 32, 96 and 192 channels, the last with attention; stride 16, 0.6 M parameters.
+
+    pretrained : there are no weights; ValueError if they are asked for.
+    """
+    if pretrained:
+        raise ValueError("mclip_mci_s16 has no pretrained weights")
+    kwargs = {k: v for k, v in kwargs.items() if not k.startswith("pretrained_") and k != "cache_dir"}
+    # timm's layer scale begins at 1e-5: at a few hundred steps a block would hardly be there
+    model = FastVit(layers=(1, 1, 1), embed_dims=(32, 96, 192), mlp_ratios=(3, 3, 3), pos_embs=(None, None, None),
+                    token_mixers=("repmixer", "repmixer", "attention"), downsamples=(False, True, True),
+                    se_downsamples=(False, False, True), down_patch_size=3, lkc_use_act=True, cls_ratio=1.0,
+                    layer_scale_init_value=0.1, **kwargs)
+    model.default_cfg = {"architecture": "mclip_mci_s16", "input_size": (3, 32, 32), "pool_size": (2, 2),
+                         "num_classes": model.num_classes, "first_conv": "stem.0", "classifier": "head.fc"}
+    return model
