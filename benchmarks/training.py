@@ -1,7 +1,7 @@
 """Samples a second of this trainer beside open_clip's own, on the same model and the same shards, in one run.
 
     python benchmarks/training.py                            # the default student, data/pairs or made-up pictures
-    python benchmarks/training.py --model ViT-B-32 --batch-size 16 --steps 5 --rounds 2
+    python benchmarks/training.py --model ViT-B-32 --batch-size 16 --steps 4 --pictures 400
     python benchmarks/training.py --pairs data/pairs --workers 2
 
 Peers: open_clip_train.main as it comes (webdataset, decoding and tokenising as it goes), and mclip.train with the same
@@ -74,7 +74,7 @@ def mclip_rate(args, cached: bool) -> dict[str, float]:
 
         training._build_cache = timed
     with tempfile.TemporaryDirectory() as scratch:
-        data = TrainingSet("all", pairs=args.pairs, cache=scratch, light_views=settings.light_views,
+        data = TrainingSet("all", pairs=args.pairs, cache=args.cache, light_views=settings.light_views,
                            light_scale_min=settings.light_scale_min)
         run = Run("bench", 0, args.model, settings, recipe, data, out=f"{scratch}/out", scratch=f"{scratch}/run")
         ends = [time.perf_counter() for _ in train.steps(run)]
@@ -94,7 +94,7 @@ def rate(ends: list[float], args) -> float:
     return (len(ends) - args.warm) * args.batch_size / (ends[-1] - ends[args.warm - 1])
 
 
-def pictures(folder: Path, count: int = 2000, side_px: int = 256) -> None:
+def pictures(folder: Path, count: int, side_px: int = 256) -> None:
     """Shards of noise, smoothed so that they take a JPEG's usual 15 kB, each with a caption of its own."""
     import numpy as np
     from PIL import Image
@@ -110,13 +110,14 @@ def pictures(folder: Path, count: int = 2000, side_px: int = 256) -> None:
         return buffer.getvalue()
 
     shards.write_shards([shards.Sample(f"{i:06d}", jpeg(), "jpg", f"a picture of thing {i}", {}) for i in range(count)],
-                        folder, shard_size=250)
+                        folder, shard_size=min(250, count // 4))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="demo-student")
-    parser.add_argument("--pairs", help="a folder of the data stage; default: data/pairs, or pictures of noise")
+    parser.add_argument("--pairs", help="a folder of the data stage; default: data/pairs, or 2,000 made-up pictures")
+    parser.add_argument("--pictures", type=int, help="that many made-up JPEG pictures of 256 px instead of --pairs")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--warm", type=int, help="steps before the clock starts; default: a quarter")
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", nargs="+", default=PEERS, choices=PEERS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--cache", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.warm = args.warm or max(1, args.steps // 4)
     if args.one:
@@ -131,13 +133,15 @@ def main() -> None:
         print(json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as made:
-        pairs = args.pairs or ("data/pairs" if Path("data/pairs/manifest.json").exists() else made)
-        if pairs == made:
-            pictures(Path(made))
+        there = not args.pictures and Path("data/pairs/manifest.json").exists()
+        pairs = args.pairs or ("data/pairs" if there else f"{made}/pairs")
+        if pairs == f"{made}/pairs":
+            pictures(Path(pairs), args.pictures or 2000)
         found: dict[str, list[dict[str, float]]] = {peer: [] for peer in args.peers}
         for _ in range(args.rounds):
             for peer in args.peers:
-                command = [sys.executable, __file__, "--one", peer, "--pairs", pairs, "--model", args.model]
+                command = [sys.executable, __file__, "--one", peer, "--pairs", pairs, "--cache", f"{made}/cache",
+                           "--model", args.model]
                 for name in ("batch_size", "steps", "warm", "workers"):
                     command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
                 done = subprocess.run(command, capture_output=True, text=True)
@@ -148,7 +152,7 @@ def main() -> None:
     base = statistics.median(one["rate"] for one in found[args.peers[0]])
     for peer, rounds in found.items():
         rates = [one["rate"] for one in rounds]
-        setup = statistics.median(one["setup"] for one in rounds)
+        setup = max(one["setup"] for one in rounds)  # later rounds find it
         made = f"; cache made in {setup:.1f} s" if setup else ""
         print(f"{peer:<16} {statistics.median(rates):>8.1f} samples/s ({min(rates):.1f} to {max(rates):.1f})   "
               f"{statistics.median(rates) / base:.2f} x {args.peers[0]}{made}")

@@ -44,6 +44,8 @@ def test_the_default_is_valid(tree):
     ("embed.teachers", ["huge"], "embed.teachers: no such teacher 'huge'; teachers.models has ['base', "),
     ("balance.teacher", "small", "balance.teacher: 'small' is not embedded; embed.teachers has ['large']"),
     ("data.source", "webdataset", "data: source webdataset needs at least one path"),
+    ("ablations.students.recipe", "cilp", "ablations.students.recipe: no such recipe 'cilp'; distill.recipes has clip, "),
+    ("ablations.students.seeds", [7], "ablations.students.seeds: 7 is not among distill.seeds (0, 1, 2)"),
     ("distill.recipes.clip.weight", {"affinity": 1}, "weight.affinity and synthetic need pairs: reinforced"),
 ])
 def test_a_wrong_value_is_named_with_what_is_allowed(tree, key, value, said):

@@ -15,7 +15,7 @@ from timm.models.fastvit import FastVit
 
 @register_model
 def mclip_mci_s16(pretrained: bool = False, **kwargs) -> FastVit:
-    """Three stages of one block each, 32, 96 and 192 channels, the last with attention; stride 16, 0.6 M parameters.
+    """Three stages of one block each, 64, 128 and 256 channels, the last with attention; stride 16, 1.0 M parameters.
 
     pretrained : there are no weights; ValueError if they are asked for.
     """
@@ -23,7 +23,7 @@ def mclip_mci_s16(pretrained: bool = False, **kwargs) -> FastVit:
         raise ValueError("mclip_mci_s16 has no pretrained weights")
     kwargs = {k: v for k, v in kwargs.items() if not k.startswith("pretrained_") and k != "cache_dir"}
     # timm's layer scale begins at 1e-5: at a few hundred steps a block would hardly be there
-    model = FastVit(layers=(1, 1, 1), embed_dims=(32, 96, 192), mlp_ratios=(3, 3, 3), pos_embs=(None, None, None),
+    model = FastVit(layers=(1, 1, 1), embed_dims=(64, 128, 256), mlp_ratios=(3, 3, 3), pos_embs=(None, None, None),
                     token_mixers=("repmixer", "repmixer", "attention"), downsamples=(False, True, True),
                     se_downsamples=(False, False, True), down_patch_size=3, lkc_use_act=True, cls_ratio=1.0,
                     layer_scale_init_value=0.1, **kwargs)
