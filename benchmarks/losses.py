@@ -1,73 +1,123 @@
-"""Time and peak extra memory of the tiled losses beside the plain ones and open_clip's ClipLoss, in one run.
+"""Time and peak extra memory of the tiled losses beside the plain ones and other packages', in one run.
 
     python benchmarks/losses.py                      # b = 1024 .. 8192, d = 512
-    python benchmarks/losses.py --sizes 16384 32768 --repeats 3
+    python benchmarks/losses.py --sizes 32768 --repeats 1 --rounds 1 --peers "tiled clip" "tiled affinity"
     python benchmarks/losses.py --sizes 4096 --centres 100000 --peers "plain cluster" "tiled cluster"
 
-Each case runs in a process of its own; time is the median over repeats of forward and backward, interleaved between
-the peers by turns; memory is the growth of the process's peak resident size over what its inputs take.
+Each case runs in a process of its own; time is the median over repeats of forward and backward, the peers by turns.
+Memory on the CPU is the growth of the process's peak resident size over its inputs, without W's gradient, which any
+training holds; on CUDA it is the allocator's peak. What cannot run here says so. Inf-CLIP (inf-cl) and
+Cut-Cross-Entropy are no dependencies: `uv pip install --no-deps inf-cl cut-cross-entropy` puts them beside the others.
 """
 
 import argparse
+import importlib
 import json
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-PEERS = ["open_clip ClipLoss", "plain clip", "tiled clip", "plain affinity", "tiled affinity", "plain cluster",
-         "tiled cluster"]
+OTHERS = ["open_clip ClipLoss", "Inf-CLIP", "Cut-Cross-Entropy"]  # contrastive losses
+PEERS = OTHERS + [f"{kind} {loss}" for loss in ("clip", "affinity", "cluster") for kind in ("plain", "tiled")]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def make(peer: str, b: int, d: int, centres: int):
-    from mclip import losses
-    from mclip.kernels import tiled
+class CannotRun(Exception):
+    """Why a peer has no figures here."""
 
-    def rows_of(n: int, width: int) -> torch.Tensor:
-        return F.normalize(torch.randn(n, width), dim=-1)
 
-    def rows(width: int) -> torch.Tensor:
-        return rows_of(b, width)
-
-    image, text = rows(d).requires_grad_(), rows(d).requires_grad_()
-    scale = torch.tensor(50.0, requires_grad=True)
-    teachers = [(rows(768), rows(768), 100.0) for _ in range(2)] if "affinity" in peer else []
+def contrastive(peer: str) -> Callable:
+    """(image, text, scale) -> loss, by another package."""
     if peer == "open_clip ClipLoss":
         from open_clip.loss import ClipLoss
 
-        loss = ClipLoss()
-        return lambda: loss(image, text, scale).backward()
-    if "cluster" in peer:
-        from mclip.kernels import clusters
+        return ClipLoss()
+    try:
+        theirs = importlib.import_module({"Inf-CLIP": "inf_cl", "Cut-Cross-Entropy": "cut_cross_entropy"}[peer])
+    except ImportError as err:
+        raise CannotRun(f"not installed ({err})") from None
+    if DEVICE.type != "cuda":
+        raise CannotRun("needs CUDA")
 
-        loss = losses.ClusterLoss(rows_of(centres, d), 0.1)
-        loss.weight.grad = torch.zeros_like(loss.weight)  # any training has it
-        teacher, labels = rows(d), torch.randint(centres, (b,))
-        if peer == "plain cluster":
-            return lambda: loss(image, teacher, labels).backward()
-        return lambda: clusters.cluster_loss(loss, image, teacher, labels).backward()
+    def one_way(x, y, scale):
+        if peer == "Inf-CLIP":
+            return theirs.cal_flash_loss(x, y, scale=scale)
+        own = torch.arange(len(x), device=x.device)
+        return theirs.linear_cross_entropy((scale * x).bfloat16(), y.bfloat16(), own)
+
+    return lambda image, text, scale: (one_way(image, text, scale) + one_way(text, image, scale)) / 2
+
+
+def make(peer: str, b: int, d: int, centres: int) -> tuple[Callable, torch.Tensor | None]:
+    """One forward and backward pass, and W."""
+    from mclip import losses
+    from mclip.kernels import clusters, tiled
+
+    def rows(n: int, width: int) -> torch.Tensor:
+        return F.normalize(torch.randn(n, width, device=DEVICE), dim=-1)
+
+    image, text = rows(b, d).requires_grad_(), rows(b, d).requires_grad_()
+    scale = torch.tensor(50.0, requires_grad=True, device=DEVICE)
+    if peer in OTHERS:
+        loss = contrastive(peer)
+        return lambda: loss(image, text, scale).backward(), None
     module = tiled if peer.startswith("tiled") else losses
-    if teachers:
-        return lambda: module.affinity_loss(image, text, teachers, scale).backward()
-    return lambda: module.clip_loss(image, text, scale).backward()
+    if "cluster" in peer:
+        loss = losses.ClusterLoss(rows(centres, d), 0.1)
+        teacher, labels = rows(b, d), torch.randint(centres, (b,), device=DEVICE)
+        call = loss if module is losses else lambda *args: clusters.cluster_loss(loss, *args)
+        return lambda: call(image, teacher, labels).backward(), loss.weight
+    if "affinity" in peer:
+        teachers = [(rows(b, 768), rows(b, 768), 100.0) for _ in range(2)]
+        return lambda: module.affinity_loss(image, text, teachers, scale).backward(), None
+    return lambda: module.clip_loss(image, text, scale).backward(), None
+
+
+def peak() -> float:
+    """MB."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def resident() -> float:
+    """MB."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
 
 
 def measure(peer: str, b: int, d: int, centres: int, repeats: int) -> dict[str, float]:
     torch.manual_seed(0)
-    make(peer, 64, d, 100)()  # imports and warm-up
-    step = make(peer, b, d, centres)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = []
-    for _ in range(repeats):
+    make(peer, 64, d, 100)[0]()  # imports and warm-up
+    step, w = make(peer, b, d, centres)
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before, seconds = peak(), []
+    for n in range(repeats):
+        if w is not None:
+            w.grad = None
         start = time.perf_counter()
         step()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(seconds),
-            "mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
+        if n == 0:
+            mb = peak() - before
+            if w is not None:  # rows of the gradient that nothing was written to are not resident yet
+                held = w.grad.numel() * 4 / 2**20
+                if DEVICE.type == "cpu":
+                    now = resident()
+                    w.grad.add_(0)
+                    held -= resident() - now
+                mb -= held
+    return {"seconds": statistics.median(seconds), "mb": mb}
 
 
 def main() -> None:
@@ -81,22 +131,30 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one[0], int(args.one[1]), args.width, args.centres, args.repeats)))
+        try:
+            print(json.dumps(measure(args.one[0], int(args.one[1]), args.width, args.centres, args.repeats)))
+        except CannotRun as err:
+            print(json.dumps({"why": str(err)}))
         return
-    print(f"{'b':>6}  {'loss':<20} {'s':>7} {'extra MB':>9}   ratio to plain: time, memory")
+    print("| b | loss | s | extra MB | time / plain | memory / plain |\n|---:|---|---:|---:|---:|---:|", flush=True)
     for b in args.sizes:
-        found: dict[str, dict[str, float]] = {}
+        found: dict[str, dict] = {}
         for _ in range(args.rounds):
             for peer in args.peers:
+                if "why" in found.get(peer, {}):
+                    continue
                 command = [sys.executable, __file__, "--one", peer, str(b), "--width", str(args.width),
                            "--repeats", str(args.repeats), "--centres", str(args.centres)]
-                one = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-                best = found.setdefault(peer, one)
-                found[peer] = {key: min(best[key], one[key]) for key in one}
+                one = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+                found[peer] = {key: min(found.get(peer, one)[key], one[key]) for key in one}
         for peer, one in found.items():
-            plain = found.get("plain " + ("clip" if "ClipLoss" in peer else peer.split()[-1]), one)
-            print(f"{b:>6}  {peer:<20} {one['seconds']:>7.3f} {one['mb']:>9.0f}   "
-                  f"{one['seconds'] / plain['seconds']:.2f}, {one['mb'] / max(plain['mb'], 1):.3f}")
+            plain = found.get("plain " + ("clip" if peer in OTHERS else peer.split()[-1]))
+            figures = one.get("why", "") + " | | | "
+            if "mb" in one:
+                ratios = ((f"{one['seconds'] / plain['seconds']:.2f}", f"{one['mb'] / max(plain['mb'], 1):.3f}")
+                          if plain else ("", ""))
+                figures = f"{one['seconds']:.3f} | {one['mb']:,.0f} | {ratios[0]} | {ratios[1]}"
+            print(f"| {b:,} | {peer} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":

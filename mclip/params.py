@@ -196,6 +196,7 @@ class Train(_Section):
     batch_size: Annotated[int, Field(ge=2)]
     accumulate: PositiveInt
     grad_checkpoint: bool
+    loss_kernel: Literal["auto", "plain", "tiled", "triton"]
     lr: PositiveFloat
     lr_min: NonNegativeFloat
     lr_centres: PositiveFloat
@@ -215,6 +216,12 @@ class Train(_Section):
     threads: NonNegativeInt
     workers: NonNegativeInt
     checkpoint_every: PositiveInt
+
+    @pydantic.model_validator(mode="after")
+    def _equal_shares(self):
+        if self.batch_size % self.processes:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of processes {self.processes}")
+        return self
 
 
 class Distill(_Section):

@@ -26,7 +26,8 @@ from . import cluster, models
 from .data import reinforced, training
 from .data.augment import to_input
 from .files import whole, write_whole
-from .losses.objective import Objective, gather
+from .losses import sharding
+from .losses.objective import Objective, chosen
 from .params import Train
 from .progress import bar
 from .runs import Run
@@ -52,7 +53,7 @@ class _Together(nn.Module):
             own = {k: torch.cat([given[k][: part.start], v, given[k][part.stop :]]) for k, v in own.items()}
             batch = given["batch"]
         sides = {k: v for k, v in batch.items() if k not in ("image", "tokens", "syn_tokens")}
-        return self.objective(gather({**sides, **own}), self.student.logit_scale.exp())
+        return self.objective({**sides, **own}, self.student.logit_scale.exp())
 
     def _encode(self, batch, mean, std, precision) -> dict[str, torch.Tensor]:
         size = models.image_size(self.student)
@@ -117,9 +118,9 @@ def steps(run: Run) -> Iterator[int]:
     precision = models.resolve_precision(t.precision, device)
     reinforced_pairs = run.data.pairs_kind == "reinforced"
     ensemble = reinforced.read_meta(run.data.reinforced)["teachers"] if reinforced_pairs else []
-    objective = _objective(run, student, ensemble)
+    objective = _objective(run, student, ensemble, kernel=chosen(t.loss_kernel, t.batch_size, device))
     together = _Together(student, objective).to(device)
-    wrapped = nn.parallel.DistributedDataParallel(together) if world > 1 else together
+    wrapped = _averaged_over_ranks(together) if world > 1 else together
     optimizer = torch.optim.AdamW(parameter_groups(together, t), lr=t.lr, betas=t.betas, fused=True)
     averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(t.ema), use_buffers=True) if t.ema else None
     total = max(1, t.samples // t.batch_size)
@@ -138,7 +139,7 @@ def steps(run: Run) -> Iterator[int]:
             group["lr"] = learning_rate(step, total, t, group["peak"])
         found = _step(wrapped, together, batch, mean, std, precision, t.accumulate, t.grad_checkpoint)
         if t.grad_clip:
-            nn.utils.clip_grad_norm_(together.parameters(), t.grad_clip)
+            sharding.clip_gradients(together, t.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -161,7 +162,7 @@ def steps(run: Run) -> Iterator[int]:
                             "logit_scale": float(student.logit_scale.detach().exp()),
                             **{k: v / n for k, v in sums.items()}})
             sums = {}
-        if (step + 1) % t.checkpoint_every == 0 and step + 1 < total and not sums and rank == 0:
+        if (step + 1) % t.checkpoint_every == 0 and step + 1 < total and not sums:
             _checkpoint(scratch, step + 1, together, optimizer, averaged, history)
         if progress is not None:
             progress.update(t.batch_size)
@@ -227,12 +228,18 @@ def _statistics_kept(module: nn.Module) -> Iterator[None]:
             buffer.copy_(value)
 
 
-def _objective(run: Run, student: nn.Module, ensemble: list[dict]) -> Objective:
+def _averaged_over_ranks(together: _Together) -> nn.Module:
+    ddp = nn.parallel.DistributedDataParallel
+    ddp._set_params_and_buffers_to_ignore_for_model(together, sharding.sharded_names(together))  # torch's only way
+    return ddp(together)
+
+
+def _objective(run: Run, student: nn.Module, ensemble: list[dict], kernel: str = "plain") -> Objective:
     w, centres = run.recipe.weight, None
     if w.cluster or w.instance:
         centres = torch.from_numpy(cluster.read(run.data.clusters).centres)
     width = student.mclip["config"]["embed_dim"]
-    return Objective(run.recipe, width, ensemble=ensemble, centres=centres, seed=run.seed)
+    return Objective(run.recipe, width, ensemble=ensemble, centres=centres, seed=run.seed, kernel=kernel)
 
 
 def _loader(run: Run, tokenizer, ensemble: list[dict], *, start: int, rank: int, world: int):
@@ -259,9 +266,12 @@ def _join() -> tuple[int, int]:
 
 
 def _checkpoint(scratch: Path, step: int, together, optimizer, averaged, history: list[dict]) -> None:
+    states = sharding.whole(together, optimizer)
+    if states is None:  # rank 0 writes
+        return
     scratch.mkdir(parents=True, exist_ok=True)
     with whole(scratch / "checkpoint.pt") as draft:
-        torch.save({"step": step, "model": together.state_dict(), "optimizer": optimizer.state_dict(),
+        torch.save({"step": step, "model": states[0], "optimizer": states[1],
                     "averaged": averaged.state_dict() if averaged is not None else None, "history": history}, draft)
 
 
@@ -270,8 +280,7 @@ def _resume(scratch: Path, together, optimizer, averaged) -> tuple[int, list[dic
     if not file.exists():
         return 0, []
     state = torch.load(file, map_location="cpu", weights_only=True)
-    together.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    sharding.own(together, optimizer, state["model"], state["optimizer"])
     if averaged is not None:
         averaged.load_state_dict(state["averaged"])
     return state["step"], state["history"]

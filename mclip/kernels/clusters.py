@@ -7,112 +7,140 @@ With rows x_j = a_i.w_j of the student and y_j = t_i.w_j of the teacher over the
 
 (E_i: mean under softmax(y / tau)). Forward keeps the log-sum-exps and the mean of each row online, backward makes the
 tiles again (see mclip.kernels.tiled). W's rows are fetched a tile at a time, so its sample is never copied as a whole.
+
+Over several processes each holds its part of the batch and its part of W (`ClusterLoss.shard`, PartialFC's model
+parallelism): the samples go around the ranks with their statistics and gradients, W stays where it is.
 """
 
 from itertools import product
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
-from mclip.kernels.tiled import TILE, Expected, cuts, wide
+from mclip.kernels import tiles
+from mclip.kernels.ring import Ring
+from mclip.kernels.tiled import How
+from mclip.kernels.tiles import cuts
 from mclip.losses.cluster import ClusterLoss
-from mclip.losses.contrastive import check_pair
+
+SHARP, SOFT, TEACHER = range(3)  # log-sum-exps of g x, of x / tau, of y / tau
 
 
 def cluster_loss(loss: ClusterLoss, image: Tensor, teacher_image: Tensor, labels: Tensor, *,
-                 tile: int = TILE) -> Tensor:
+                 tile: int | None = None, backend: str = "auto") -> Tensor:
     """`loss(image, teacher_image, labels)`, the same value and gradients; draws the same sample of centres.
 
     Parameters
     ----------
-    loss : holds W, the projection and all options.
+    loss : holds W, the projection and all options. Where it is sharded, each rank of its group gives its rows, all
+        equally many, and gets the whole batch's loss; gradients are as in `tiled.clip_loss`, but that of W's part,
+        which has no other rank to be averaged with, is that of one process as it stands.
     image (b, d or student_dim), teacher_image (b, d) : unit norm. labels : (b,) int64.
+    tile, backend : as in `tiled.clip_loss`
     """
-    loss._check_labels(labels, len(image))
-    if loss.project is not None:
-        image = F.normalize(loss.project(image), dim=1)
-    check_pair(image, teacher_image, ("image", "teacher_image"))
-    if image.shape[1] != loss.weight.shape[1]:
-        raise ValueError(f"image is {image.shape[1]} wide, the cluster centres {loss.weight.shape[1]}: "
-                         "give student_dim so that the student is projected")
-    discrimination = 1 - loss.alpha if loss.reading == "convex" else 1.0
-    return _Clusters.apply(image, loss.weight, teacher_image.detach(), labels, loss.sample(labels), loss,
-                           (discrimination, loss.alpha), tile)
+    image = loss.projected(image, teacher_image, labels)
+    omega = loss.sample(Ring(loss.group).all(labels))
+    if omega is not None:  # those of this rank's part
+        low, high = torch.searchsorted(omega, omega.new_tensor([loss.first, loss.first + len(loss.weight)])).tolist()
+        omega = omega[low:high] - loss.first
+    return _Clusters.apply(image, loss.weight, teacher_image.detach(), labels, omega, loss,
+                           How.of(image, tile, backend, loss.group))
 
 
 class _Clusters(torch.autograd.Function):
-    """discrimination * L_CD + distribution * L_KL."""
+    """weights[0] * L_CD + weights[1] * L_KL."""
 
     @staticmethod
-    def forward(ctx, a, w, t, labels, omega, loss, weights, tile):
-        a_, t_, b = wide(a), wide(t), len(a)
+    def forward(ctx, a, w, t, labels, omega, loss, how):
+        ring, ops, n = Ring(how.group), tiles.backend(how.backend, a.device), len(a)
         one = abs(loss.scale * loss.tau - 1) < 1e-12  # both terms look at the same logits: one log-sum-exp
-        sharp, soft = a_.new_full((b,), -torch.inf), a_.new_full((b,), -torch.inf)
-        teacher = Expected(a_, b)
-        for j, i in product(cuts(len(w) if omega is None else len(omega), tile), cuts(b, tile)):
-            if i.start == 0:
-                rows, _ = _centres(w, omega, j, loss.normalise)
-            x = a_[i] @ rows.T
-            if weights[0] or (weights[1] and one):
-                sharp[i] = torch.logaddexp(sharp[i], (loss.scale * x).logsumexp(1))
-            if weights[1]:
-                y = (t_[i] @ rows.T) / loss.tau
-                x = x / loss.tau
-                if not one:
-                    soft[i] = torch.logaddexp(soft[i], x.logsumexp(1))
-                teacher.add(i, y, y - x, 1)
-        soft = sharp if one else soft
-        total = a_.new_zeros(())
-        if weights[0]:
-            own = loss.scale * sum((a_[i] * _centres(w, labels, i, loss.normalise)[0]).sum() for i in cuts(b, tile))
-            total = total + weights[0] * (sharp.sum() - own)
-        if weights[1]:
-            total = total + weights[1] * (teacher.mean() - teacher.lse() + soft).sum()
-        ctx.save_for_backward(a, w, t, labels, omega, sharp, soft, teacher.lse(), teacher.mean())
-        ctx.options = loss.scale, loss.tau, loss.normalise, loss.teacher_grad, weights, tile
-        return total / b
+        discrimination, distribution = loss.weights
+        state = tiles.running(a, 3, n)
+        total = state.new_zeros(())
+        with torch.autocast(a.device.type, enabled=False):
+            for _, (a_, t_, labels_), (rows,) in ring.turn([a, t, labels], [state]):
+                for j, i in product(cuts(_count(w, omega), how.tile), cuts(n, how.tile)):
+                    if i.start == 0:
+                        centres, _ = _centres(w, omega, j, loss.normalise)
+                    x = tiles.logits(a_[i], centres)
+                    if discrimination or (distribution and one):
+                        ops.add(rows[SHARP][:, i], None, x, scale=loss.scale)
+                    if distribution and not one:
+                        ops.add(rows[SOFT][:, i], None, x, scale=1 / loss.tau)
+                    if distribution:
+                        ops.add(rows[TEACHER][:, i], None, tiles.logits(t_[i], centres), x, scale=1 / loss.tau)
+                if discrimination:
+                    mine = ((labels_ >= loss.first) & (labels_ < loss.first + len(w))).nonzero()[:, 0]
+                    for i in cuts(len(mine), how.tile):
+                        centres, _ = _centres(w, labels_[mine[i]] - loss.first, slice(None), loss.normalise)
+                        total -= discrimination * loss.scale * (a_[mine[i]].to(centres.dtype) * centres).sum()
+            lse = tiles.lse(state)
+            if one:
+                lse[SOFT] = lse[SHARP]
+            if discrimination:
+                total += discrimination * lse[SHARP].sum()
+            if distribution:
+                total += distribution * (tiles.mean(state[TEACHER]) - lse[TEACHER] + lse[SOFT]).sum()
+        mean = tiles.mean(state[TEACHER]) if loss.teacher_grad else None
+        ctx.save_for_backward(a, w, t, labels, omega, lse, mean)
+        ctx.loss, ctx.how = loss, how
+        return ring.sum(total) / (n * ring.world)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream):
-        a, w, t, labels, omega, sharp, soft, teacher, mean = ctx.saved_tensors
-        scale, tau, normalise, teacher_grad, weights, tile = ctx.options
-        a_, t_, b = wide(a), wide(t), len(a)
-        position = labels if omega is None else torch.searchsorted(omega, labels)
-        da, dw = torch.zeros_like(a_), torch.zeros_like(w)
-        for j in cuts(len(w) if omega is None else len(omega), tile):
-            rows, norm = _centres(w, omega, j, normalise)
-            drows = torch.zeros_like(rows)
-            for i in cuts(b, tile):
-                x = a_[i] @ rows.T
-                dx = torch.zeros_like(x)
-                if weights[0]:
-                    dx += weights[0] * scale * torch.exp(scale * x - sharp[i, None])
-                    here = ((position[i] >= j.start) & (position[i] < j.stop)).nonzero()[:, 0]
-                    dx[here, position[i][here] - j.start] -= weights[0] * scale
-                if weights[1]:
-                    y = (t_[i] @ rows.T) / tau
-                    target = torch.exp(y - teacher[i, None])
-                    dx += weights[1] / tau * (torch.exp(x / tau - soft[i, None]) - target)
-                    if teacher_grad:
-                        dy = weights[1] / tau * target * (y - x / tau - mean[i, None])
-                        drows += dy.T @ t_[i]
-                da[i] += dx @ rows
-                drows += dx.T @ a_[i]
-            if normalise:
-                drows = (drows - (drows * rows).sum(1, keepdim=True) * rows) / norm
-            drows = (drows * (upstream / b)).to(w.dtype)
-            if omega is None:
-                dw[j] = drows
-            else:
-                dw[omega[j]] = drows
-        return (da * (upstream / b)).to(a.dtype), dw, None, None, None, None, None, None
+        a, w, t, labels, omega, lse, mean = ctx.saved_tensors
+        loss, how = ctx.loss, ctx.how
+        ring, ops, n = Ring(how.group), tiles.backend(how.backend, a.device), len(a)
+        discrimination, distribution = loss.weights
+        da = torch.zeros_like(a, dtype=lse.dtype)
+        dw = torch.zeros_like(w, dtype=lse.dtype)
+        fixed = [a, t, labels, lse] + ([] if mean is None else [mean])
+        with torch.autocast(a.device.type, enabled=False):
+            for _, (a_, t_, labels_, lse_, *mean_), (da_,) in ring.turn(fixed, [da]):
+                position = labels_ - loss.first
+                if omega is not None:
+                    position = torch.searchsorted(omega, position)
+                here = (labels_ >= loss.first) & (labels_ < loss.first + len(w))
+                for j in cuts(_count(w, omega), how.tile):
+                    centres, norm = _centres(w, omega, j, loss.normalise)
+                    dcentres = torch.zeros_like(centres, dtype=lse.dtype)
+                    for i in cuts(n, how.tile):
+                        x, dx = tiles.logits(a_[i], centres), None
+                        if distribution:
+                            factor = distribution / loss.tau
+                            y = tiles.logits(t_[i], centres)
+                            dx = ops.softmax(x, lse_[SOFT, i], None, weight=factor, scale=1 / loss.tau)
+                            dx = ops.softmax(y, lse_[TEACHER, i], None, onto=dx, weight=-factor, scale=1 / loss.tau)
+                            if mean_:
+                                target = ops.softmax(y, lse_[TEACHER, i], None, weight=factor, scale=1 / loss.tau)
+                                dy = target.mul_((y - x) / loss.tau - mean_[0][i, None])
+                                tiles.accumulate(dcentres, dy.T, t_[i])
+                        if discrimination:
+                            factor = discrimination * loss.scale
+                            dx = ops.softmax(x, lse_[SHARP, i], None, onto=dx, weight=factor, scale=loss.scale)
+                            at = position[i]
+                            at = (here[i] & (at >= j.start) & (at < j.stop)).nonzero()[:, 0]
+                            dx[at, position[i][at] - j.start] -= factor
+                        tiles.accumulate(da_[i], dx, centres)
+                        tiles.accumulate(dcentres, dx.T, a_[i])
+                    if loss.normalise:
+                        dcentres = (dcentres - (dcentres * centres).sum(1, keepdim=True) * centres) / norm
+                    dw[j if omega is None else omega[j]] += dcentres.mul_(upstream / (n * ring.world))
+        # da: the mean over ranks that DDP takes is of `world` shares
+        return da.mul_(upstream / n).to(a.dtype), dw.to(w.dtype), *[None] * 5
+
+
+def _count(w: Tensor, omega: Tensor | None) -> int:
+    return len(w) if omega is None else len(omega)
 
 
 def _centres(w: Tensor, which: Tensor | None, j: slice, normalise: bool) -> tuple[Tensor, Tensor | None]:
-    """Some rows of W in float32 or wider, and what they were divided by."""
-    rows = wide(w[j] if which is None else w[which[j]])
+    """Some rows of W, and what they were divided by."""
+    rows = (w[j] if which is None else w[which[j]]).detach()
     if not normalise:
         return rows, None
+    rows = rows.to(tiles.wide_type(rows))
     norm = rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
     return rows / norm, norm

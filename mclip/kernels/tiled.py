@@ -12,161 +12,163 @@ Forward: one pass over the tiles keeps a running log-sum-exp for each row and co
 the running mean of T - S under softmax T, rescaled as the maximum moves (online softmax, arXiv 1805.02867).
 Backward: the tiles are made again; with all log-sum-exps known each gives its part of the gradient at once.
 All sums are float32 or wider, whatever the inputs are. Known before for hard labels (Inf-CLIP, arXiv 2410.17243).
+
+Over several processes each holds its part of the batch. B, V_k and what belongs to their rows (statistics, gradients)
+go around the ranks; A and U_k stay. Each rank makes its share of the tiles, and none has the whole batch's embeddings.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from mclip.losses.contrastive import check_pair
-
-TILE = 1024  # rows and columns of a tile: 4 MB a matrix in float32
+from mclip.kernels import tiles
+from mclip.kernels.ring import Ring
+from mclip.kernels.tiles import cuts
+from mclip.losses.affinity import check_teachers
+from mclip.losses.contrastive import check_ids, check_pair
+from mclip.losses.instance import cross
 
 
 def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *, ids: Tensor | None = None,
-              tile: int = TILE) -> Tensor:
-    """`mclip.losses.clip_loss`, the same value and gradients."""
-    check_pair(image, text, ("image", "text"))
-    if ids is not None and ids.shape != (len(image),):
-        raise ValueError(f"ids: expected one id a sample, shape ({len(image)},), found {tuple(ids.shape)}")
-    return _Tiled.apply(image, text, _scalar(logit_scale, image), ids, tile)
+              check_norm: bool = False, tile: int | None = None, backend: str = "auto",
+              group: dist.ProcessGroup | None = None) -> Tensor:
+    """`mclip.losses.clip_loss`, the same value and gradients.
+
+    Parameters
+    ----------
+    tile : rows and columns of a tile; None: 1,024 (4 MB a matrix in float32), on CUDA 4,096
+    backend : "auto" | "torch" | "triton" (`tiles.backend`)
+    group : None: this process has the whole batch. Else each rank of the group gives its rows, all equally many; each
+        gets the whole batch's loss, and gradients such that their *mean* over ranks (as DDP takes it) is that of one
+        process with the whole batch.
+    """
+    check_pair(image, text, ("image", "text"), norm=check_norm)
+    check_ids(ids, len(image))
+    return _Pairs.apply(image, text, _scalar(logit_scale, image), ids, How.of(image, tile, backend, group))
 
 
 def affinity_loss(image: Tensor, text: Tensor, teachers: Sequence[tuple[Tensor, Tensor, Tensor | float]],
-                  logit_scale: Tensor | float, *, tile: int = TILE) -> Tensor:
-    """`mclip.losses.affinity_loss`, the same value and gradients; teachers get none."""
-    if not teachers:
-        raise ValueError("teachers: at least one (image, text, logit scale) is needed")
-    check_pair(image, text, ("image", "text"))
-    for k, (teacher_image, teacher_text, _) in enumerate(teachers):
-        check_pair(teacher_image, teacher_text, (f"teachers[{k}] image", f"teachers[{k}] text"))
-        if len(teacher_image) != len(image):
-            raise ValueError(f"teachers[{k}] has {len(teacher_image)} rows, the student's batch {len(image)}")
+                  logit_scale: Tensor | float, *, ids: Tensor | None = None, check_norm: bool = False,
+                  tile: int | None = None, backend: str = "auto", group: dist.ProcessGroup | None = None) -> Tensor:
+    """`mclip.losses.affinity_loss`, the same value and gradients; teachers get none. Options as in `clip_loss`."""
+    check_teachers(image, text, teachers, norm=check_norm)
     flat = [x for u, v, g in teachers for x in (u.detach(), v.detach(), _scalar(g, u).detach())]
-    return _Tiled.apply(image, text, _scalar(logit_scale, image), None, tile, *flat)
+    return _Pairs.apply(image, text, _scalar(logit_scale, image), None, How.of(image, tile, backend, group), *flat)
 
 
 def instance_loss(image: Tensor, text: Tensor, teacher_image: Tensor, teacher_text: Tensor,
                   logit_scale: Tensor | float, beta: float = 0.5, *, ids: Tensor | None = None,
-                  tile: int = TILE) -> Tensor:
-    """`mclip.losses.instance_loss`, the same value and gradients; the teacher gets none."""
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta: expected a number from 0 to 1, found {beta}")
-    from_image = clip_loss(teacher_image.detach(), text, logit_scale, ids=ids, tile=tile)
-    from_text = clip_loss(image, teacher_text.detach(), logit_scale, ids=ids, tile=tile)
-    return beta * from_image + (1 - beta) * from_text
+                  check_norm: bool = False, tile: int | None = None, backend: str = "auto",
+                  group: dist.ProcessGroup | None = None) -> Tensor:
+    """`mclip.losses.instance_loss`, the same value and gradients; the teacher gets none. Options as in `clip_loss`."""
+    return cross(clip_loss, image, text, teacher_image, teacher_text, beta, check_norm, logit_scale, ids=ids,
+                 tile=tile, backend=backend, group=group)
 
 
-class Expected:
-    """Running log-sum-exp of T along one axis, and the mean of D under its softmax, for n rows."""
+@dataclass(frozen=True)
+class How:
+    """The options that change no value."""
 
-    def __init__(self, like: Tensor, n: int):
-        self.top = like.new_full((n,), -torch.inf)
-        self.sum, self.weighted = like.new_zeros(n), like.new_zeros(n)
+    tile: int
+    backend: str
+    group: dist.ProcessGroup | None
 
-    def add(self, at: slice, t: Tensor, d: Tensor, axis: int) -> None:
-        top = torch.maximum(self.top[at], t.amax(axis))
-        e = torch.exp(t - top.unsqueeze(axis))
-        keep = torch.exp(self.top[at] - top)
-        self.sum[at] = self.sum[at] * keep + e.sum(axis)
-        self.weighted[at] = self.weighted[at] * keep + (e * d).sum(axis)
-        self.top[at] = top
-
-    def lse(self) -> Tensor:
-        return self.top + self.sum.log()
-
-    def mean(self) -> Tensor:
-        return self.weighted / self.sum
+    @classmethod
+    def of(cls, like: Tensor, tile: int | None, backend: str, group: dist.ProcessGroup | None) -> "How":
+        tiles.backend(backend, like.device)  # an unfit one is refused here, not in the middle of a backward pass
+        if tile is not None and tile < 1:
+            raise ValueError(f"tile: expected at least 1, found {tile}")
+        return cls(tile or (4096 if like.is_cuda else 1024), backend, group)
 
 
-class _Tiled(torch.autograd.Function):
+class _Pairs(torch.autograd.Function):
     """KL of the module's docstring with the teachers that follow as U, V, g each; CE where there are none."""
 
     @staticmethod
-    def forward(ctx, a, b, scale, ids, tile, *teachers):
-        a_, b_, triples = wide(a), wide(b), _triples(teachers)
-        g, n = scale.to(a_.dtype), len(a)
-        row, column = a_.new_full((n,), -torch.inf), a_.new_full((n,), -torch.inf)
-        expected = [(Expected(a_, n), Expected(a_, n)) for _ in triples]
-        for i, j in _tiles(n, tile):
-            s = _similarity(a_, b_, g, i, j, ids)
-            row[i] = torch.logaddexp(row[i], s.logsumexp(1))
-            column[j] = torch.logaddexp(column[j], s.logsumexp(0))
-            for (u, v, gk), (by_row, by_column) in zip(triples, expected, strict=True):
-                t = gk * (u[i] @ v[j].T)
-                difference = t - s
-                by_row.add(i, t, difference, 1)
-                by_column.add(j, t, difference, 0)
-        if triples:
-            teacher_lse = [x for pair in expected for x in (pair[0].lse(), pair[1].lse())]
-            means = sum(x.mean().sum() for pair in expected for x in pair)
-            total = (means - sum(x.sum() for x in teacher_lse)) / len(triples) + row.sum() + column.sum()
-        else:
-            teacher_lse = []
-            total = row.sum() + column.sum() - 2 * g * (a_ * b_).sum()
-        ctx.save_for_backward(a, b, scale, ids, row, column, *teachers, *teacher_lse)
-        ctx.tile, ctx.count = tile, len(teachers)
-        return total / (2 * n)
+    def forward(ctx, a, b, scale, ids, how, *teachers):
+        ring, ops, n = Ring(how.group), tiles.backend(how.backend, a.device), len(a)
+        stay, go, scales = [a, *teachers[::3]], [b, *teachers[1::3]], [scale, *teachers[2::3]]
+        rows, columns = (tiles.running(a, len(stay), n) for _ in range(2))
+        with torch.autocast(a.device.type, enabled=False):
+            for owner, there, (below,) in ring.turn(_some(*go, ids), [columns]):
+                for i, j in product(cuts(n, how.tile), repeat=2):
+                    s = _similarity(a, there, scale, i, j, ids, owner == ring.rank)
+                    ops.add(rows[0][:, i], below[0][:, j], s)
+                    for k in range(1, len(stay)):
+                        t = tiles.logits(stay[k][i], there[k][j], scales[k])
+                        ops.add(rows[k][:, i], below[k][:, j], t, s)
+            row, column = tiles.lse(rows), tiles.lse(columns)
+            total = row[0].sum() + column[0].sum()
+            if teachers:
+                divergence = tiles.mean(rows[1:]) + tiles.mean(columns[1:]) - row[1:] - column[1:]
+                total = total + divergence.sum() / (len(stay) - 1)
+            else:
+                own = sum((_wide(a[i]) * _wide(b[i])).sum() for i in cuts(n, how.tile))
+                total = total - 2 * scale.to(total.dtype) * own
+        ctx.save_for_backward(a, b, scale, ids, row, column, *teachers)
+        ctx.how = how
+        return ring.sum(total) / (2 * n * ring.world)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream):
-        a, b, scale, ids, row, column, *rest = ctx.saved_tensors
-        a_, b_, triples = wide(a), wide(b), _triples(rest[: ctx.count])
-        lse = list(zip(rest[ctx.count :: 2], rest[ctx.count + 1 :: 2], strict=True))
-        g, n, weight = scale.to(a_.dtype), len(a), upstream / (2 * len(a))
-        da, db, dg = torch.zeros_like(a_), torch.zeros_like(b_), a_.new_zeros(())
-        for i, j in _tiles(n, ctx.tile):
-            s = _similarity(a_, b_, g, i, j, ids)
-            ds = torch.exp(s - row[i, None]) + torch.exp(s - column[None, j])
-            for (u, v, gk), (by_row, by_column) in zip(triples, lse, strict=True):
-                t = gk * (u[i] @ v[j].T)
-                ds -= (torch.exp(t - by_row[i, None]) + torch.exp(t - by_column[None, j])) / len(triples)
-            if not triples and i == j:
-                ds.diagonal().sub_(2)
-            if ctx.needs_input_grad[0]:
-                da[i] += ds @ b_[j]
-            if ctx.needs_input_grad[1]:
-                db[j] += ds.T @ a_[i]
-            if ids is not None:  # -inf times a gradient of zero
-                s = s.masked_fill(s == -torch.inf, 0)
-            dg += (ds * s).sum()
-        factor = weight * g
-        gradients = ((factor * da).to(a.dtype), (factor * db).to(b.dtype), (weight * dg / g).to(scale.dtype))
-        return (*gradients, None, None, *[None] * ctx.count)
+        a, b, scale, ids, row, column, *teachers = ctx.saved_tensors
+        how = ctx.how
+        ring, ops, n = Ring(how.group), tiles.backend(how.backend, a.device), len(a)
+        stay, go, scales = [a, *teachers[::3]], [b, *teachers[1::3]], [scale, *teachers[2::3]]
+        by_b = ctx.needs_input_grad[1]
+        by_a = ctx.needs_input_grad[0] or not by_b  # the scale's gradient is read off either
+        da = torch.zeros_like(a, dtype=row.dtype) if by_a else None
+        db = torch.zeros_like(b, dtype=row.dtype) if by_b else None
+        with torch.autocast(a.device.type, enabled=False):
+            for owner, (column_, *there), moving in ring.turn(_some(column, *go, ids), _some(db)):
+                for i, j in product(cuts(n, how.tile), repeat=2):
+                    own = owner == ring.rank
+                    s = _similarity(a, there, scale, i, j, ids, own)
+                    ds = ops.softmax(s, row[0, i], column_[0, j])
+                    for k in range(1, len(stay)):
+                        t = tiles.logits(stay[k][i], there[k][j], scales[k])
+                        ops.softmax(t, row[k, i], column_[k, j], onto=ds, weight=-1 / (len(stay) - 1))
+                    if not teachers and own and i == j:
+                        ds.diagonal().sub_(2)
+                    if by_a:
+                        tiles.accumulate(da[i], ds, there[0][j])
+                    if by_b:
+                        tiles.accumulate(moving[0][j], ds.T, a[i])
+            # sum_ij ds_ij S_ij / g, and the mean over ranks that DDP takes is of `world` shares
+            dg = sum((d[i] * _wide(x[i])).sum() for d, x in [(da, a) if by_a else (db, b)] for i in cuts(n, how.tile))
+            weight = upstream / (2 * n)
+            factor = weight * scale.to(row.dtype)
+            da, db = (None if d is None else d.mul_(factor).to(x.dtype) for d, x in ((da, a), (db, b)))
+        return (da, db, (weight * dg).to(scale.dtype), None, None, *[None] * len(teachers))
 
 
-def cuts(n: int, tile: int) -> list[slice]:
-    """0..n in slices of `tile`."""
-    return [slice(at, min(at + tile, n)) for at in range(0, n, tile)]
-
-
-def _tiles(n: int, tile: int) -> Iterator[tuple[slice, slice]]:
-    return product(cuts(n, tile), cuts(n, tile))
-
-
-def _similarity(a: Tensor, b: Tensor, scale: Tensor, i: slice, j: slice, ids: Tensor | None) -> Tensor:
-    """Tile (i, j) of S; -inf where two different samples have the same id."""
-    s = scale * (a[i] @ b[j].T)
+def _similarity(a: Tensor, there: list[Tensor], scale: Tensor, i: slice, j: slice, ids: Tensor | None,
+                own: bool) -> Tensor:
+    """Tile (i, j) of S; -inf where two different samples have the same id (the last of `there`)."""
+    s = tiles.logits(a[i], there[0][j], scale)
     if ids is not None:
-        same = ids[i, None] == ids[None, j]
-        if i == j:
+        same = ids[i, None] == there[-1][None, j]
+        if own and i == j:
             same.fill_diagonal_(False)
         s.masked_fill_(same, -torch.inf)
     return s
 
 
-def wide(x: Tensor) -> Tensor:
-    """x without its history, in float32 or wider."""
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+def _some(*tensors: Tensor | None) -> list[Tensor]:
+    return [x for x in tensors if x is not None]
 
 
-def _triples(flat: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    return [(wide(flat[k]), wide(flat[k + 1]), wide(flat[k + 2])) for k in range(0, len(flat), 3)]
+def _wide(x: Tensor) -> Tensor:
+    return x.to(tiles.wide_type(x))
 
 
 def _scalar(scale: Tensor | float, like: Tensor) -> Tensor:
     if isinstance(scale, Tensor):
         return scale
-    return torch.tensor(scale, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    return torch.tensor(scale, dtype=tiles.wide_type(like), device=like.device)

@@ -13,10 +13,11 @@ The paper gives alpha = 0.999; L_KL's form, g, tau and r are reconstructions or 
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mclip.losses.contrastive import check_pair, similarity
+from mclip.losses.contrastive import check_pair, check_unit, similarity
 
 
 class ClusterLoss(nn.Module):
@@ -36,13 +37,14 @@ class ClusterLoss(nn.Module):
         letter: rows start at unit norm and may then grow
     teacher_grad : let L_KL's target W t_i carry gradient into W; False: it is a fixed target, so that
         flattening W is no way to make both sides alike
+    check_norm : refuse samples, student's or teacher's, that are not of unit norm (as in `clip_loss`)
     seed : of the generator that draws Omega; its state is part of state_dict(): a resumed run draws the same
     """
 
     def __init__(self, centres: Tensor, sample_rate: float = 0.1, alpha: float = 0.999,
                  reading: str = "convex", scale: float = 20.0, *, tau: float | None = None,
                  student_dim: int | None = None, normalise: bool = False, teacher_grad: bool = False,
-                 seed: int = 0):
+                 check_norm: bool = False, seed: int = 0):
         super().__init__()
         centres = torch.as_tensor(centres)
         if centres.ndim != 2 or 0 in centres.shape:
@@ -56,25 +58,31 @@ class ClusterLoss(nn.Module):
         if scale <= 0 or (tau is not None and tau <= 0):
             raise ValueError(f"scale and tau must be above 0, found scale {scale}, tau {tau}")
         self.weight = nn.Parameter(centres.detach().clone())
+        self.clusters, self.first, self.group = len(centres), 0, None  # until `shard`: all rows are here
         width = centres.shape[1]
         self.project = None if student_dim in (None, width) else nn.Linear(student_dim, width, bias=False)
         self.sample_rate, self.alpha, self.reading = sample_rate, alpha, reading
         self.scale, self.tau = scale, 1 / scale if tau is None else tau
-        self.normalise, self.teacher_grad = normalise, teacher_grad
+        self.normalise, self.teacher_grad, self.check_norm = normalise, teacher_grad, check_norm
         self.generator = torch.Generator().manual_seed(seed)
+
+    def shard(self, group: dist.ProcessGroup) -> "ClusterLoss":
+        """Keep this rank's part of W only: rows `first` to `first + len(weight)`, contiguous, by rank.
+
+        Omega does not depend on the number of ranks. `mclip.kernels.clusters.cluster_loss` then takes the ranks' parts
+        of the batch; `weight` is a new parameter, for an optimizer made after this call. DDP must leave it alone.
+        """
+        rank, world = dist.get_rank(group), dist.get_world_size(group)
+        self.first = part(self.clusters, rank, world).start
+        self.weight = nn.Parameter(self.weight.detach()[part(self.clusters, rank, world)].clone())
+        self.group = group
+        return self
 
     def forward(self, image: Tensor, teacher_image: Tensor, labels: Tensor) -> Tensor:
         """image (b, d or student_dim), teacher_image (b, d), both unit norm; labels (b,) int64 in 0..k-1."""
-        self._check_labels(labels, len(image))
-        if self.project is not None:
-            if image.ndim != 2 or image.shape[1] != self.project.in_features:
-                raise ValueError(f"image: expected width student_dim = {self.project.in_features}, "
-                                 f"found {tuple(image.shape)}")
-            image = F.normalize(self.project(image), dim=1)
-        check_pair(image, teacher_image, ("image", "teacher_image"))
-        if image.shape[1] != self.weight.shape[1]:
-            raise ValueError(f"image is {image.shape[1]} wide, the cluster centres {self.weight.shape[1]}: "
-                             "give student_dim so that the student is projected")
+        if self.group is not None:
+            raise RuntimeError("W is spread over ranks: call mclip.kernels.clusters.cluster_loss(module, ...)")
+        image = self.projected(image, teacher_image, labels)
         omega = self.sample(labels)
         w = self.weight if omega is None else self.weight[omega]
         w = F.normalize(w, dim=1) if self.normalise else w
@@ -85,19 +93,38 @@ class ClusterLoss(nn.Module):
         discrimination = F.cross_entropy(self.scale * student, position)
         distribution = F.kl_div(F.log_softmax(student / self.tau, 1), F.log_softmax(teacher / self.tau, 1),
                                 reduction="batchmean", log_target=True)
-        weight = 1 - self.alpha if self.reading == "convex" else 1.0
-        return weight * discrimination + self.alpha * distribution
+        return self.weights[0] * discrimination + self.weights[1] * distribution
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Of L_CD and of L_KL."""
+        return (1 - self.alpha if self.reading == "convex" else 1.0), self.alpha
+
+    def projected(self, image: Tensor, teacher_image: Tensor, labels: Tensor) -> Tensor:
+        """The student's rows as wide as the centres, once all arguments of `forward` are found to fit."""
+        self._check_labels(labels, len(image))
+        if self.project is not None:
+            if image.ndim != 2 or image.shape[1] != self.project.in_features:
+                raise ValueError(f"image: expected width student_dim = {self.project.in_features}, "
+                                 f"found {tuple(image.shape)}")
+            if self.check_norm:
+                check_unit(image, "image")
+            image = F.normalize(self.project(image), dim=1)
+        check_pair(image, teacher_image, ("image", "teacher_image"), norm=self.check_norm)
+        if image.shape[1] != self.weight.shape[1]:
+            raise ValueError(f"image is {image.shape[1]} wide, the cluster centres {self.weight.shape[1]}: "
+                             "give student_dim so that the student is projected")
+        return image
 
     def sample(self, labels: Tensor) -> Tensor | None:
         """Omega as sorted cluster indices: every positive, and round(r * others) of the others; None: all."""
         if self.sample_rate == 1 or not self.training:
             return None
-        clusters = len(self.weight)
         positive = labels.unique().cpu()
         # every cluster draws a number; positives are always in, of the others the largest numbers win
-        draw = torch.rand(clusters, generator=self.generator)
+        draw = torch.rand(self.clusters, generator=self.generator)
         draw[positive] = 2.0
-        count = len(positive) + round(self.sample_rate * (clusters - len(positive)))
+        count = len(positive) + round(self.sample_rate * (self.clusters - len(positive)))
         return draw.topk(count).indices.sort().values.to(labels.device)
 
     def get_extra_state(self) -> Tensor:
@@ -113,7 +140,12 @@ class ClusterLoss(nn.Module):
             raise ValueError(f"labels: expected shape ({size},) int64, "
                              f"found {tuple(labels.shape)} {labels.dtype}")
         low, high = (int(v) for v in labels.aminmax())
-        if low < 0 or high >= len(self.weight):
+        if low < 0 or high >= self.clusters:
             bad = low if low < 0 else high
-            raise ValueError(f"labels: cluster {bad} is out of range, there are {len(self.weight)} centres "
-                             f"(0 to {len(self.weight) - 1}); are labels and centres of one `cluster` run?")
+            raise ValueError(f"labels: cluster {bad} is out of range, there are {self.clusters} centres "
+                             f"(0 to {self.clusters - 1}); are labels and centres of one `cluster` run?")
+
+
+def part(n: int, rank: int, world: int) -> slice:
+    """The rank's of 0..n, cut into `world` parts as equal as can be."""
+    return slice(n * rank // world, n * (rank + 1) // world)

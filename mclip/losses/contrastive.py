@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *,
-              ids: Tensor | None = None) -> Tensor:
+def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *, ids: Tensor | None = None,
+              check_norm: bool = False) -> Tensor:
     """L_CLIP = NCE(image, text).
 
     Parameters
@@ -21,16 +21,17 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *,
         ids[j] == ids[i] are left out of both softmax denominators. The pair itself stays the only positive.
         (Not taken: averaging the log-probabilities over all samples of an id, as SupCon does. With ten CIFAR
         captions that pulls every image of a class to one point, which plain CLIP would never ask for.)
+    check_norm : refuse rows that are not of unit norm (one more pass over them; on CUDA the host waits for it)
 
     Returns a scalar: b = 1, or one id for the whole batch, gives 0.
     """
-    return nce(image, text, logit_scale, ids=ids)
+    return nce(image, text, logit_scale, ids=ids, check_norm=check_norm)
 
 
 def nce(a: Tensor, b: Tensor, logit_scale: Tensor | float, *, ids: Tensor | None = None,
-        names: tuple[str, str] = ("image", "text")) -> Tensor:
-    """NCE(A, B) of the module's docstring; `ids` as in `clip_loss`; `names` are for error messages."""
-    check_pair(a, b, names)
+        check_norm: bool = False) -> Tensor:
+    """NCE(A, B) of the module's docstring; options as in `clip_loss`."""
+    check_pair(a, b, ("image", "text"), norm=check_norm)
     logits = similarity(a, b, logit_scale)
     if ids is not None:
         logits = logits.masked_fill(shared(ids, len(a)), float("-inf"))
@@ -48,14 +49,19 @@ def similarity(a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
 
 def shared(ids: Tensor, size: int) -> Tensor:
     """(b, b) mask: True where two different samples have the same id."""
-    if ids.shape != (size,):
-        raise ValueError(f"ids: expected one id a sample, shape ({size},), found {tuple(ids.shape)}")
+    check_ids(ids, size)
     same = ids[:, None] == ids[None, :]
     return same.fill_diagonal_(False)
 
 
-def check_pair(a: Tensor, b: Tensor, names: tuple[str, str]) -> None:
-    """ValueError that names the arguments unless both are (b, d) with the same b > 0 and d."""
+def check_ids(ids: Tensor | None, size: int) -> None:
+    """ValueError unless ids is None or has one id for each of `size` samples."""
+    if ids is not None and ids.shape != (size,):
+        raise ValueError(f"ids: expected one id a sample, shape ({size},), found {tuple(ids.shape)}")
+
+
+def check_pair(a: Tensor, b: Tensor, names: tuple[str, str], *, norm: bool = False) -> None:
+    """ValueError that names the arguments unless both are (b, d) with the same b > 0 and d (and of unit norm)."""
     for tensor, name in zip((a, b), names, strict=True):
         if tensor.ndim != 2:
             raise ValueError(f"{name}: expected embeddings of shape (batch, width), "
@@ -67,3 +73,16 @@ def check_pair(a: Tensor, b: Tensor, names: tuple[str, str]) -> None:
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"{names[0]} is {a.shape[1]} wide, {names[1]} is {b.shape[1]}: "
                          "the student and what it is compared with need the same embed_dim")
+    if norm:
+        check_unit(a, names[0])
+        check_unit(b, names[1])
+
+
+def check_unit(rows: Tensor, name: str) -> None:
+    """ValueError unless every row's norm is 1, to a hundredth: bf16 has no more than that."""
+    off = (rows.detach().float().norm(dim=1) - 1).abs()
+    off = torch.where(off.isnan(), torch.inf, off)
+    if off.max() > 1e-2:
+        row = int(off.argmax())
+        raise ValueError(f"{name}: row {row} has norm {rows[row].detach().float().norm():.4g}, expected 1; "
+                         "torch.nn.functional.normalize(x, dim=1) makes it so")

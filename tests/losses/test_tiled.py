@@ -56,7 +56,8 @@ def test_instance_loss_against_loops(b, d, tile, beta, shared):
     got = tiled.instance_loss(a, t, u, v, scale, beta, ids=ids, tile=tile)
     want = reference.instance(a, t, u.detach(), v.detach(), scale, beta, None if ids is None else ids.tolist())
     torch.testing.assert_close(got, want)
-    for x, y in zip(gradients(got, a, t, scale), gradients(want, a, t, scale), strict=True):
+    used = [x for x, used in ((a, beta < 1), (t, beta > 0), (scale, True)) if used]
+    for x, y in zip(gradients(got, *used), gradients(want, *used), strict=True):
         torch.testing.assert_close(x, y)
     assert torch.autograd.grad(tiled.instance_loss(a, t, u, v, scale), u, allow_unused=True) == (None,)
 
@@ -104,3 +105,38 @@ def test_errors():
         tiled.affinity_loss(x, x, [], 1.0)
     with pytest.raises(ValueError, match="beta: expected a number from 0 to 1, found 1.5"):
         tiled.instance_loss(x, x, x, x, 1.0, 1.5)
+    with pytest.raises(ValueError, match="image: the batch is empty"):
+        tiled.clip_loss(x[:0], x[:0], 1.0)
+    with pytest.raises(ValueError, match=r"teachers\[0\] image is 4 wide, teachers\[0\] text is 5"):
+        tiled.affinity_loss(x, x, [(x, unit(3, 5), 1.0)], 1.0)
+    with pytest.raises(ValueError, match="tile: expected at least 1, found 0"):
+        tiled.clip_loss(x, x, 1.0, tile=0)
+
+
+@pytest.mark.parametrize("module", [losses, tiled])
+def test_rows_off_the_sphere_are_refused_when_asked(module):
+    x, bad = unit(3, 4), unit(3, 4)
+    bad[1] *= 2.5
+    nan = unit(3, 4)
+    nan[2, 0] = torch.nan
+    for a, t, u, named in ((bad, x, x, "image"), (x, bad, x, "text"), (x, x, bad, "teacher_image")):
+        said = rf"{named}: row 1 has norm 2.5, expected 1; torch\.nn\.functional\.normalize"
+        if u is x:
+            with pytest.raises(ValueError, match=said):
+                module.clip_loss(a, t, 1.0, check_norm=True)
+        with pytest.raises(ValueError, match=said):
+            module.instance_loss(a, t, u, x, 1.0, check_norm=True)
+        with pytest.raises(ValueError, match=said.replace("teacher_image", r"teachers\[0\] image")):
+            module.affinity_loss(a, t, [(u, x, 1.0)], 1.0, check_norm=True)
+    with pytest.raises(ValueError, match="image: row 2 has norm nan"):
+        module.clip_loss(nan, x, 1.0, check_norm=True)
+    good = x.bfloat16()
+    assert module.clip_loss(good, good, 1.0, check_norm=True) == module.clip_loss(good, good, 1.0)
+    assert module.clip_loss(bad, x, 1.0) > 0  # nobody asked
+
+
+def test_autocast_does_not_halve_the_products():
+    a, t = (unit(8, 16, seed=s).float() for s in (1, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = tiled.clip_loss(a, t, 100.0, tile=4)
+    torch.testing.assert_close(got, losses.clip_loss(a, t, 100.0))

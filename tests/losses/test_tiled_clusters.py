@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mclip.kernels import clusters
+from mclip.kernels.tiled import How
 from mclip.losses import ClusterLoss
 
 from .reference import unit
@@ -59,7 +60,7 @@ def test_gradcheck():
     omega = loss.sample(labels)
     w = (1.7 * loss.weight).detach().requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x, w: clusters._Clusters.apply(x, w, teacher, labels, omega, loss, (0.5, 0.7), 2), (image, w))
+        lambda x, w: clusters._Clusters.apply(x, w, teacher, labels, omega, loss, How(2, "torch", None)), (image, w))
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -87,3 +88,17 @@ def test_errors():
         clusters.cluster_loss(loss, image[:0], teacher[:0], labels[:0])
     with pytest.raises(ValueError, match="the cluster centres 3: give student_dim"):
         clusters.cluster_loss(loss, unit(4, 5), unit(4, 5), labels)
+    with pytest.raises(ValueError, match="image is 3 wide, teacher_image is 4"):
+        clusters.cluster_loss(loss, image, unit(4, 4), labels)
+
+
+@pytest.mark.parametrize("options", [{}, {"student_dim": 5}])
+def test_rows_off_the_sphere_are_refused_when_asked(options):
+    labels, width = torch.tensor([0, 1]), options.get("student_dim", 3)
+    loss = ClusterLoss(unit(9, 3, seed=3), check_norm=True, **options).double()
+    for call in (loss, lambda *args: clusters.cluster_loss(loss, *args)):
+        with pytest.raises(ValueError, match="image: row 0 has norm 3, expected 1"):
+            call(3 * unit(2, width), unit(2, 3), labels)
+        with pytest.raises(ValueError, match="teacher_image: row 0 has norm 3, expected 1"):
+            call(unit(2, width), 3 * unit(2, 3), labels)
+        assert call(unit(2, width), unit(2, 3), labels).isfinite()
