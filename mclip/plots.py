@@ -266,8 +266,8 @@ def tradeoff(
         spread = rows[y].std() if len(rows) > 1 else 0.0
         ax.errorbar(rows[x].mean(), rows[y].mean(), yerr=spread, fmt="o", markersize=8, capsize=3, color=colour,
                     label=name, zorder=3)
+    ax.margins(x=0.1, y=0.15)
     ax.set_xlim(left=0)
-    ax.margins(y=0.15)
     _finish(ax, title, xlabel, ylabel, legend, labels)
     return ax
 

@@ -187,7 +187,7 @@ def verdict(table: pd.DataFrame, sets: Mapping[str, str]) -> str:
         latency, training = row["latency_ms"] / base["latency_ms"], row["train_s"] / base["train_s"]
         parts = [f"{gaps[key]:+.1f} points on {title}{'' if counts[key] else ' (within the spread)'}"
                  for key, title in sets.items()]
-        said.append(f"{name} {' and '.join(parts)} at {latency:.1f} x the latency and {training:.1f} x the training")
+        said.append(f"{name} has {' and '.join(parts)} at {latency:.1f} x the latency, {training:.1f} x the training")
         loses = any(counts[key] and gap < 0 for key, gap in gaps.items())
         gains = any(counts[key] and gap > 0 for key, gap in gaps.items())
         if not loses and (gains or max(latency, training) <= 1):

@@ -59,11 +59,11 @@ def table(**rows) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("other, said", [
-    ((45, 1, 10, 1, 4, 150), "other +5.0 points on near (in domain) and +0.0 points on far (within the spread) at 2.0 x "
-                             "the latency and 1.5 x the training: other would be worth a change."),
-    ((45, 1, 6, 1, 1, 50), "-4.0 points on far at 0.5 x the latency and 0.5 x the training: none is worth a change."),
+    ((45, 1, 10, 1, 4, 150), "other has +5.0 points on near (in domain) and +0.0 points on far (within the spread) at 2.0 x "
+                             "the latency, 1.5 x the training: other would be worth a change."),
+    ((45, 1, 6, 1, 1, 50), "-4.0 points on far at 0.5 x the latency, 0.5 x the training: none is worth a change."),
     ((40.5, 1, 10.5, 1, 1, 50), "0.5 x the training: other would be worth a change."),
-    ((40.5, 1, 10.5, 1, 3, 50), "at 1.5 x the latency and 0.5 x the training: none is worth a change."),
+    ((40.5, 1, 10.5, 1, 3, 50), "at 1.5 x the latency, 0.5 x the training: none is worth a change."),
 ])
 def test_the_verdict_follows_the_numbers(other, said):
     sets = {"near": "near (in domain)", "far": "far"}
