@@ -195,6 +195,7 @@ class Train(_Section):
     samples: PositiveInt
     batch_size: Annotated[int, Field(ge=2)]
     accumulate: PositiveInt
+    grad_checkpoint: bool
     loss_kernel: Literal["auto", "plain", "tiled", "triton"]
     lr: PositiveFloat
     lr_min: NonNegativeFloat
@@ -244,6 +245,16 @@ class Evaluate(_Section):
     seed: NonNegativeInt
 
 
+class StudentsAblation(_Section):
+    recipe: str
+    seeds: list[NonNegativeInt] = Field(min_length=1)
+    models: list[str]
+
+
+class Ablations(_Section):
+    students: StudentsAblation
+
+
 class Params(_Section):
     data: Data
     teachers: Teachers
@@ -253,6 +264,7 @@ class Params(_Section):
     reinforce: Reinforce
     distill: Distill
     evaluate: Evaluate
+    ablations: Ablations
 
     @pydantic.model_validator(mode="after")
     def _names_exist(self):
@@ -263,6 +275,13 @@ class Params(_Section):
         for key, name in {"balance": self.balance.teacher, "cluster": self.cluster.teacher}.items():
             if name not in embedded:
                 raise ValueError(f"{key}.teacher: {name!r} is not embedded; embed.teachers has {embedded}")
+        students, recipes = self.ablations.students, sorted(self.distill.recipes)
+        if students.recipe not in recipes:
+            raise ValueError(f"ablations.students.recipe: no such recipe {students.recipe!r}; distill.recipes has "
+                             f"{', '.join(recipes)}")
+        if unknown := sorted(set(students.seeds) - set(self.distill.seeds)):
+            raise ValueError(f"ablations.students.seeds: {unknown[0]} is not among distill.seeds "
+                             f"({', '.join(map(str, self.distill.seeds))}), which train the student compared with")
         return self
 
 

@@ -243,6 +243,35 @@ def bars(
     return ax
 
 
+def tradeoff(
+    frame: pd.DataFrame,
+    *,
+    x: str,
+    y: str,
+    hue: str,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    ax: Axes | None = None,
+    labels: dict[str, str] | None = None,
+    legend: bool = True,
+) -> Axes:
+    """What is gained against what it costs: each hue's mean, one standard deviation as a bar, its rows as dots."""
+    ax = ax or plt.subplots()[1]
+    names = list(dict.fromkeys(frame[hue].astype(str)))
+    for name, colour in palette(names).items():
+        rows = frame[frame[hue] == name]
+        if len(rows) > 1:
+            ax.scatter(rows[x], rows[y], s=14, color="white", edgecolor=colour, linewidth=0.9, zorder=4)
+        spread = rows[y].std() if len(rows) > 1 else 0.0
+        ax.errorbar(rows[x].mean(), rows[y].mean(), yerr=spread, fmt="o", markersize=8, capsize=3, color=colour,
+                    label=name, zorder=3)
+    ax.margins(x=0.1, y=0.15)
+    ax.set_xlim(left=0)
+    _finish(ax, title, xlabel, ylabel, legend, labels)
+    return ax
+
+
 def heatmap(
     matrix: np.ndarray | pd.DataFrame,
     *,

@@ -12,6 +12,7 @@ import csv
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,6 +92,12 @@ def parameter_groups(together: _Together, train: Train) -> list[dict]:
 
 def train(run: Run) -> None:
     """Train to the end and write `run.out` (open_clip local-dir layout and history.csv)."""
+    for _ in steps(run):
+        pass
+
+
+def steps(run: Run) -> Iterator[int]:
+    """`train`, a step at a time: yields the number of steps done. Left early, it writes nothing."""
     rank, world = _join()
     t = run.train
     device = torch.device("cpu")
@@ -104,6 +111,8 @@ def train(run: Run) -> None:
     if run.data.image_px is None:
         run = replace(run, data=replace(run.data, image_px=models.image_size(student)))
     student.train().to(memory_format=torch.channels_last)
+    if t.grad_checkpoint:
+        student.set_grad_checkpointing()
     with torch.no_grad():
         student.logit_scale.fill_(math.log(t.logit_scale_init))
     precision = models.resolve_precision(t.precision, device)
@@ -114,24 +123,21 @@ def train(run: Run) -> None:
     wrapped = _averaged_over_ranks(together) if world > 1 else together
     optimizer = torch.optim.AdamW(parameter_groups(together, t), lr=t.lr, betas=t.betas, fused=True)
     averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(t.ema), use_buffers=True) if t.ema else None
-    steps = max(1, t.samples // t.batch_size)
+    total = max(1, t.samples // t.batch_size)
     scratch = Path(run.scratch)
     start, history = _resume(scratch, together, optimizer, averaged)
     loader = _loader(run, tokenizer, ensemble, start=start, rank=rank, world=world)
     mean, std = (tuple(student.visual.preprocess_cfg[k]) for k in ("mean", "std"))
     sums: dict[str, float] = {}
-    progress = bar(desc=f"{run.name} seed {run.seed}", unit="sample", total=steps * t.batch_size) if rank == 0 else None
+    progress = bar(desc=f"{run.name} seed {run.seed}", unit="sample", total=total * t.batch_size) if rank == 0 else None
     if progress is not None:
         progress.update(start * t.batch_size)
-    for step in range(start, steps):
-        batch = {k: v.to(device, non_blocking=True) for k, v in loader.batch(step).items()}
+    following = loader.batch(start) if start < total else {}
+    for step in range(start, total):
+        batch = {k: v.to(device, non_blocking=True) for k, v in following.items()}
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, t, group["peak"])
-        terms = _step(wrapped, together, batch, mean, std, precision, t.accumulate)
-        loss = sum(terms.values())
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"{run.name} seed {run.seed}: the loss is {loss} at step {step}; "
-                                     "a smaller distill.train.lr or precision: fp32 may help")
+            group["lr"] = learning_rate(step, total, t, group["peak"])
+        found = _step(wrapped, together, batch, mean, std, precision, t.accumulate, t.grad_checkpoint)
         if t.grad_clip:
             sharding.clip_gradients(together, t.grad_clip)
         optimizer.step()
@@ -140,19 +146,27 @@ def train(run: Run) -> None:
             student.logit_scale.clamp_(0, math.log(t.logit_scale_max))
         if averaged is not None:
             averaged.update_parameters(student)
+        if step + 1 < total:
+            following = loader.batch(step + 1)  # a GPU is still at work: only the next line waits for it
+        terms = {k: float(v) for k, v in found.items()}
+        loss = sum(terms.values())
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"{run.name} seed {run.seed}: the loss is {loss} at step {step}; "
+                                     "a smaller distill.train.lr or precision: fp32 may help")
         for k, v in {"loss": loss, **terms}.items():
             sums[k] = sums.get(k, 0.0) + v
-        if (step + 1) % HISTORY_EVERY == 0 or step + 1 == steps:
+        if (step + 1) % HISTORY_EVERY == 0 or step + 1 == total:
             n = (step % HISTORY_EVERY) + 1
             history.append({"step": step + 1, "samples": (step + 1) * t.batch_size,
                             "lr": optimizer.param_groups[0]["lr"],
                             "logit_scale": float(student.logit_scale.detach().exp()),
                             **{k: v / n for k, v in sums.items()}})
             sums = {}
-        if (step + 1) % t.checkpoint_every == 0 and step + 1 < steps and not sums:
+        if (step + 1) % t.checkpoint_every == 0 and step + 1 < total and not sums:
             _checkpoint(scratch, step + 1, together, optimizer, averaged, history)
         if progress is not None:
             progress.update(t.batch_size)
+        yield step + 1
     if rank == 0:
         progress.close()
         final = averaged.module if averaged is not None else student
@@ -163,20 +177,24 @@ def train(run: Run) -> None:
         dist.destroy_process_group()
 
 
-def _step(wrapped, together, batch, mean, std, precision, accumulate: int) -> dict[str, float]:
+def _step(wrapped, together, batch, mean, std, precision, accumulate: int,
+          grad_checkpoint: bool = False) -> dict[str, torch.Tensor]:
     """Forward and backward of one batch; the terms' values.
 
     With accumulate > 1 the batch goes through the towers in parts: first without gradients to collect all features,
     then each part again with them, its rows replaced in the whole, so that the contrastive batch is the whole one.
     """
+    # what goes through the towers a second time, in accumulation or a checkpoint's backward, was counted before
+    again = _statistics_kept if grad_checkpoint else contextlib.nullcontext
     if accumulate == 1:
         terms = wrapped(batch, mean, std, precision)
-        sum(terms.values()).backward()
-        return {k: float(v.detach()) for k, v in terms.items()}
+        with again(together.student):
+            sum(terms.values()).backward()
+        return {k: v.detach() for k, v in terms.items()}
     parts = [{k: v[i::accumulate] for k, v in batch.items()} for i in range(accumulate)]
     sides = {k: torch.cat([p[k] for p in parts]) for k in batch if k not in ("image", "tokens", "syn_tokens")}
     state = None if together.objective.cluster is None else together.objective.cluster.get_extra_state().clone()
-    with torch.no_grad():
+    with torch.no_grad(), _statistics_kept(together.student):
         cached = [together(p, mean, std, precision, encode_only=True) for p in parts]
         given: dict = {k: torch.cat([c[k] for c in cached]) for k in cached[0]}
     given["batch"] = sides
@@ -188,14 +206,26 @@ def _step(wrapped, together, batch, mean, std, precision, accumulate: int) -> di
         last = i == accumulate - 1
         with contextlib.nullcontext() if last or wrapped is together else wrapped.no_sync():
             terms = wrapped(part, mean, std, precision, given=given, part=slice(at, stop))
-            sum(terms.values()).backward()
+            with again(together.student):
+                sum(terms.values()).backward()
         at = stop
     # W, the projections and the logit scale got the whole batch's gradient once a part
     shared = [p for n, p in together.named_parameters() if n.startswith("objective.") or n == "student.logit_scale"]
     for p in shared:
         if p.grad is not None:
             p.grad /= accumulate
-    return {k: float(v.detach()) for k, v in terms.items()}
+    return {k: v.detach() for k, v in terms.items()}
+
+
+@contextlib.contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Batch norm's running statistics come out as they went in."""
+    buffers = [b for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for b in m.buffers(False)]
+    before = [b.clone() for b in buffers]
+    yield
+    with torch.no_grad():
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
 
 
 def _averaged_over_ranks(together: _Together) -> nn.Module:

@@ -44,6 +44,8 @@ def test_the_default_is_valid(tree):
     ("embed.teachers", ["huge"], "embed.teachers: no such teacher 'huge'; teachers.models has ['base', "),
     ("balance.teacher", "small", "balance.teacher: 'small' is not embedded; embed.teachers has ['large']"),
     ("data.source", "webdataset", "data: source webdataset needs at least one path"),
+    ("ablations.students.recipe", "cilp", "ablations.students.recipe: no such recipe 'cilp'; distill.recipes has clip, "),
+    ("ablations.students.seeds", [7], "ablations.students.seeds: 7 is not among distill.seeds (0, 1, 2)"),
     ("distill.train.processes", 3, "distill.train: batch_size 128 is no multiple of processes 3"),
     ("distill.train.loss_kernel", "fast", "Input should be 'auto', 'plain', 'tiled' or 'triton' (found 'fast')"),
     ("distill.recipes.clip.weight", {"affinity": 1}, "weight.affinity and synthetic need pairs: reinforced"),

@@ -51,12 +51,16 @@ def draw_all() -> list:
     sheet = plots.gallery(
         [Image.new("RGB", (8, 8), "red")] * 5, ["cost $5 and a long tail of words"] * 5, 4, title="Sheet"
     )
-    return [bars.figure, curves.figure, heat.figure, sheet]
+    trade = plots.tradeoff(
+        runs()[lambda f: f["set"] == "a"], x="seed", y="value", hue="recipe", title="Trade", xlabel="ms", ylabel="%"
+    )
+    assert trade.get_xlim()[0] == 0 and [t.get_text() for t in trade.get_legend().get_texts()] == ["clip", "combined"]
+    return [bars.figure, curves.figure, heat.figure, sheet, trade.figure]
 
 
 def test_figures_name_themselves_and_repeat_their_bytes():
     figures = draw_all()
-    assert [plots.describe(f) for f in figures] == ["Bars", "Curves", "Heat", "Sheet"]
+    assert [plots.describe(f) for f in figures] == ["Bars", "Curves", "Heat", "Sheet", "Trade"]
     first = [png(f) for f in figures]
     plt.close("all")
     assert [png(f) for f in draw_all()] == first

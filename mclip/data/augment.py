@@ -10,6 +10,7 @@ wants another (a teacher, a student) resizes it. So teacher and student see the 
 pixels means the same to both. (The published reinforced sets replay translations of 224 px unscaled at other sizes.)
 """
 
+import functools
 import hashlib
 
 import numpy as np
@@ -58,9 +59,7 @@ def draw(
     (n, 4 + 2 * ops) float32
     """
     rng = rng_for(key, seed, f"augment-{scale_min}-{ops}-{magnitude}-{image_px}")
-    space = RandAugment(num_ops=ops, magnitude=magnitude, num_magnitude_bins=BINS)._augmentation_space(
-        BINS, (image_px, image_px)
-    )
+    space = _space(image_px) if ops else {}
     out = np.zeros((n, 4 + 2 * ops), dtype=np.float32)
     for row in out:
         row[:4] = _crop(rng, *size, scale_min)
@@ -72,6 +71,12 @@ def draw(
                 value = -value
             row[4 + 2 * i : 6 + 2 * i] = op, value
     return out
+
+
+@functools.cache
+def _space(image_px: int) -> dict[str, tuple[torch.Tensor, bool]]:
+    """torchvision's magnitudes of each operation, one a bin, and whether they have a sign."""
+    return RandAugment(num_magnitude_bins=BINS)._augmentation_space(BINS, (image_px, image_px))
 
 
 def _crop(rng: np.random.Generator, width: int, height: int, scale_min: float) -> tuple[int, int, int, int]:

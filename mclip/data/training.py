@@ -13,6 +13,7 @@ with a reinforced set ensemble_image, ensemble_text, ensemble_syn (b, D).
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .. import balance, cluster, embed
@@ -73,8 +75,11 @@ def read_captions(pairs: str, indices: list[int] | None = None) -> tuple[list[st
     return [k for k, _ in rows], [c for _, c in rows]
 
 
-def load_side(spec: TrainingSet, indices: list[int] | None = None) -> Side:
+def load_side(spec: TrainingSet, indices: list[int] | None = None,
+              samples: list[shards.Sample] | None = None) -> Side:
     """Everything but the pixels, of some shards (None: all), in memory.
+
+    samples: those of these shards, where they have been read already.
 
     Raises FileNotFoundError naming the stage to run, ValueError where the parts do not fit together.
     """
@@ -91,7 +96,10 @@ def load_side(spec: TrainingSet, indices: list[int] | None = None) -> Side:
         arrays["ensemble_texts"] = torch.cat([p.text_emb for p in parts])
         row = np.arange(len(keys))
     else:
-        keys, captions = read_captions(spec.pairs, indices)
+        if samples is not None:
+            keys, captions = [s.key for s in samples], [s.caption for s in samples]
+        else:
+            keys, captions = read_captions(spec.pairs, indices)
         row = np.arange(len(keys))
         if spec.pairs_kind == "kept":
             balanced = balance.read(spec.balance)
@@ -167,18 +175,20 @@ def select(side: Side, rows: np.ndarray, view: np.ndarray, pick: np.ndarray,
 # --- pixels -----------------------------------------------------------------------------------------------------
 
 
-def views_of(sample: shards.Sample, rows: np.ndarray, view_px: int, image_px: int) -> np.ndarray:
-    """The stored views of a sample at the student's size: (n, 3, image_px, image_px) uint8."""
-    image = shards.decode(sample)
+def views_of(image: Image.Image, rows: np.ndarray, view_px: int, image_px: int) -> np.ndarray:
+    """Views of a picture at the student's size, one a row of parameters: (n, 3, image_px, image_px) uint8."""
     pictures = [augment.replay(image, row, view_px) for row in rows]
     if view_px != image_px:
-        pictures = [p.resize((image_px, image_px), augment.Image.Resampling.BICUBIC) for p in pictures]
+        pictures = [p.resize((image_px, image_px), Image.Resampling.BICUBIC) for p in pictures]
     return np.stack([np.asarray(p) for p in pictures]).transpose(0, 3, 1, 2)
 
 
-def light_rows(key: str, size: tuple[int, int], spec: TrainingSet) -> np.ndarray:
-    """CLIP's own augmentation, a RandomResizedCrop of at least light_scale_min of the area, light_views times."""
-    return augment.draw(key, size, spec.light_views, image_px=spec.image_px, seed=spec.seed,
+def light_rows(key: str, size: tuple[int, int], spec: TrainingSet, n: int | None = None) -> np.ndarray:
+    """CLIP's own augmentation, a RandomResizedCrop of at least light_scale_min of the area, light_views times.
+
+    n: the first n of them only.
+    """
+    return augment.draw(key, size, spec.light_views if n is None else n, image_px=spec.image_px, seed=spec.seed,
                         scale_min=spec.light_scale_min, ops=0)
 
 
@@ -205,11 +215,11 @@ def shard_views(spec: TrainingSet, index: int) -> Iterator[tuple[str, np.ndarray
         rows = dict(zip(stored.keys, stored.augment, strict=True))
         for sample in shards.iter_samples(spec.pairs, shards=[index]):
             if sample.key in rows:
-                yield sample.key, views_of(sample, rows[sample.key], view_px, spec.image_px)
+                yield sample.key, views_of(shards.decode(sample), rows[sample.key], view_px, spec.image_px)
     else:
         for sample in shards.iter_samples(spec.pairs, shards=[index]):
-            image_size = shards.decode(sample).size
-            yield sample.key, views_of(sample, light_rows(sample.key, image_size, spec), spec.image_px, spec.image_px)
+            image = shards.decode(sample)
+            yield sample.key, views_of(image, light_rows(sample.key, image.size, spec), spec.image_px, spec.image_px)
 
 
 def pixel_cache(spec: TrainingSet, *, workers: int = 2) -> np.ndarray:
@@ -287,27 +297,51 @@ class CachedLoader:
         return batch
 
 
-class _Stream(IterableDataset):
-    """One sample after another from shuffled shards, through a shuffle buffer; endless."""
+@dataclass(frozen=True)
+class _Opened:
+    """A shard in a stream: everything but its pixels, and which augmentations each of its samples has."""
 
-    def __init__(self, spec: TrainingSet, tokenizer: Tokenizer, seed: int, rank: int, world: int,
+    side: Side
+    rows: dict[str, np.ndarray] | None  # stored augmentations by key; None: light ones, drawn from the key
+    view_px: int
+
+    def picture(self, sample: shards.Sample, view: int, spec: TrainingSet) -> np.ndarray:
+        """One view of a sample at the student's size: (3, image_px, image_px) uint8."""
+        image = shards.decode(sample)
+        rows = light_rows(sample.key, image.size, spec, view + 1) if self.rows is None else self.rows[sample.key]
+        return views_of(image, rows[view : view + 1], self.view_px, spec.image_px)[0]
+
+
+class _Stream(IterableDataset):
+    """Batches from shuffled shards, through a shuffle buffer; endless. A picture is decoded as its batch is made."""
+
+    def __init__(self, spec: TrainingSet, tokenizer: Tokenizer, batch_size: int, seed: int, rank: int, world: int,
                  teacher_slice: list[int] | None):
-        self.spec, self.tokenizer, self.seed = spec, tokenizer, seed
+        self.spec, self.tokenizer, self.batch_size, self.seed = spec, tokenizer, batch_size, seed
         self.rank, self.world, self.teacher_slice = rank, world, teacher_slice
+        reinforced_pairs = spec.pairs_kind == "reinforced"
+        settings = reinforced.read_meta(spec.reinforced)["settings"] if reinforced_pairs else {}
+        self.view_px = settings.get("image_px", spec.image_px)
+        self.n_views = settings.get("n_aug", spec.light_views)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         info = torch.utils.data.get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
         mine, parts = self.rank * workers + worker, self.world * workers
-        count = len(shards.read_manifest(self.spec.pairs)["shards"])
         rng = np.random.default_rng([self.seed, 4, mine])
-        epoch = 0
-        buffer: list[dict[str, torch.Tensor]] = []
+        samples = self._samples(mine, parts, rng)
         while True:
+            yield self._batch(list(itertools.islice(samples, self.batch_size)), rng)
+
+    def _samples(self, mine: int, parts: int, rng: np.random.Generator) -> Iterator[tuple[_Opened, int, shards.Sample]]:
+        """Shuffled samples, each with its shard and its place there."""
+        count = len(shards.read_manifest(self.spec.pairs)["shards"])
+        buffer: list[tuple[_Opened, int, shards.Sample]] = []
+        for epoch in itertools.count():
             order = np.random.default_rng([self.seed, 1, epoch]).permutation(count)
             # with fewer shards than workers everybody reads everything, each in an order of its own
             for index in order[mine::parts] if count >= parts else rng.permutation(count):
-                for item in self._shard(int(index), rng):
+                for item in self._open(int(index)):
                     if len(buffer) < SHUFFLE_BUFFER:
                         buffer.append(item)
                         continue
@@ -318,22 +352,38 @@ class _Stream(IterableDataset):
                 rng.shuffle(buffer)
                 yield from buffer
                 buffer = []
-            epoch += 1
 
-    def _shard(self, index: int, rng: np.random.Generator) -> Iterator[dict[str, torch.Tensor]]:
-        side = load_side(self.spec, [index])
+    def _open(self, index: int) -> Iterator[tuple[_Opened, int, shards.Sample]]:
+        samples = list(shards.iter_samples(self.spec.pairs, shards=[index]))
+        side = load_side(self.spec, [index], samples)
         if not len(side):
             return
         add_tokens(side, self.tokenizer, synthetic=self.spec.synthetic)
+        rows = None
+        if self.spec.pairs_kind == "reinforced":
+            stored = reinforced.read_shard(self.spec.reinforced, index)
+            rows = dict(zip(stored.keys, stored.augment, strict=True))
+        opened = _Opened(side, rows, self.view_px)
         at = {key: i for i, key in enumerate(side.keys)}
-        for key, views in shard_views(self.spec, index):
-            if key not in at:
-                continue
-            view = rng.integers(len(views), size=1)
-            pick = rng.integers(side.n_syn, size=1)
-            item = select(side, np.asarray([at[key]]), view, pick, self.teacher_slice)
-            item["image"] = torch.from_numpy(np.ascontiguousarray(views[view]))
-            yield {name: value[0] for name, value in item.items()}
+        for sample in samples:
+            if sample.key in at:
+                yield opened, at[sample.key], sample
+
+    def _batch(self, items: list[tuple[_Opened, int, shards.Sample]],
+               rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        view = rng.integers(self.n_views, size=len(items))
+        parts, places = [], []
+        for opened in {id(o): o for o, _, _ in items}.values():  # one selection a shard
+            place = np.asarray([i for i, (o, _, _) in enumerate(items) if o is opened])
+            rows = np.asarray([items[i][1] for i in place])
+            pick = rng.integers(opened.side.n_syn, size=len(rows))
+            parts.append(select(opened.side, rows, view[place], pick, self.teacher_slice))
+            places.append(place)
+        back = torch.from_numpy(np.argsort(np.concatenate(places)))
+        batch = {name: torch.cat([p[name] for p in parts])[back] for name in parts[0]}
+        pictures = [o.picture(sample, int(v), self.spec) for (o, _, sample), v in zip(items, view, strict=True)]
+        batch["image"] = torch.from_numpy(np.stack(pictures))
+        return batch
 
 
 class StreamedLoader:
@@ -342,8 +392,9 @@ class StreamedLoader:
 
     def __init__(self, spec: TrainingSet, tokenizer: Tokenizer, batch_size: int, *, seed: int, start: int = 0,
                  rank: int = 0, world: int = 1, workers: int = 2, teacher_slice: list[int] | None = None):
-        stream = _Stream(spec, tokenizer, seed + 1_000_003 * start, rank, world, teacher_slice)
-        self._batches = iter(DataLoader(stream, batch_size=batch_size // world, num_workers=workers))
+        stream = _Stream(spec, tokenizer, batch_size // world, seed + 1_000_003 * start, rank, world, teacher_slice)
+        self._batches = iter(DataLoader(stream, batch_size=None, num_workers=workers,
+                                        pin_memory=torch.cuda.is_available()))
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
         """The next batch."""

@@ -1,10 +1,11 @@
 """Models by name, in and out of files, and fast inference with them.
 
 - `create(name)`: a model, its two preprocessings and its tokenizer from one string, always open_clip's:
-  `ViT-bigG-14/laion2b_s39b_b160k`, `local-dir:models/teachers/large`, `hf-hub:org/repo`, or the name of a
-  file in mclip/models/configs (random init, to be trained).
+  `ViT-bigG-14/laion2b_s39b_b160k`, `local-dir:models/teachers/large`, `hf-hub:org/repo`, a model and a file of
+  weights (`MobileCLIP-S0/checkpoints/mobileclip_s0.pt`, as published), or a model alone (random init, to be trained):
+  open_clip's and those of mclip/models/configs, MobileCLIP-S0 with its text encoder MCt among them.
 - `export(model, folder)`: open_clip's `local-dir` layout, for `open_clip.create_model_and_transforms`.
-- `for_inference(model)`: batch norm folded into the convolutions, channels last; the same outputs, faster.
+- `for_inference(model)`: branches and batch norm folded into single convolutions, channels last; the same outputs.
 - `encode_images`, `encode_texts`: unit-norm float32 embeddings, each distinct caption encoded once
   (`encode_texts_with_all`: by several models, a text encoder that they share runs once).
 
@@ -12,7 +13,7 @@
     text = mclip.models.encode_texts(mclip.models.for_inference(model), tokenizer, ["a red apple"])   # (1, d)
 """
 
-from mclip.models import resnet, tokens  # noqa: F401 - registers towers with timm
+from mclip.models import fastvit, mct, resnet, tokens  # noqa: F401 - they register towers and encoders
 from mclip.models.factory import ModelError, create, export, image_size, logit_scale, weights_sha256
 from mclip.models.inference import (
     decoders,
@@ -24,6 +25,8 @@ from mclip.models.inference import (
     resolve_precision,
     side_by_side,
 )
+
+mct.register()
 
 __all__ = ["ModelError", "create", "decoders", "encode_images", "encode_texts",
            "encode_texts_with_all", "export", "for_inference",

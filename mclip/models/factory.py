@@ -6,7 +6,10 @@ What is added to `open_clip.create_model_and_transforms`:
 - a teacher folder works from any working directory: its text tower is configured by the folder's own
   config.json. open_clip alone takes `hf_model_name` literally (a path relative to the working directory), so
   it loads such a folder from the directory where the folder was written, i.e. the repository's root;
-- tags trained with QuickGELU (`ViT-B-32/openai`) get it, where open_clip would only warn.
+- tags trained with QuickGELU (`ViT-B-32/openai`) get it, where open_clip would only warn;
+- a file of weights in place of a tag, MobileCLIP's published ones (`image_encoder.*`, `text_encoder.*`) with the
+  preprocessing that they were trained with, where open_clip would take CLIP's. open_clip's and timm's converters
+  rename their parameters; the names of MobileCLIP-S0's text encoder are in mclip/models/mct.py.
 
     local-dir layout: open_clip_config.json (model_cfg, preprocess_cfg), open_clip_model.safetensors,
                       and for Hugging Face text towers config.json and the tokenizer's files
@@ -14,7 +17,6 @@ What is added to `open_clip.create_model_and_transforms`:
 
 import contextlib
 import copy
-import difflib
 import hashlib
 import json
 import logging
@@ -30,6 +32,9 @@ import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors.torch import save_file
+
+from mclip.models import weights
+from mclip.models.inference import is_folded
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -59,8 +64,9 @@ def create(name: str, *, device: str | torch.device = "cpu") -> tuple[torch.nn.M
 
     Parameters
     ----------
-    name : `ARCH/TAG` (downloaded), `local-dir:FOLDER`, `hf-hub:ORG/REPO`, or `ARCH` alone: an architecture of
-        open_clip or of mclip/models/configs with random weights (seed torch before).
+    name : `ARCH/TAG` (downloaded), `ARCH/FILE` (weights, .pt or .safetensors), `local-dir:FOLDER`,
+        `hf-hub:ORG/REPO`, or `ARCH` alone: an architecture of open_clip or of mclip/models/configs with random
+        weights (seed torch before).
     device : where the model goes.
 
     Returns
@@ -68,6 +74,11 @@ def create(name: str, *, device: str | torch.device = "cpu") -> tuple[torch.nn.M
     model, preprocess_train, preprocess_eval, tokenizer : as open_clip makes them, but the model in eval mode: as
         open_clip leaves it, batch norm and dropout would change what an encoder says. `model.mclip` keeps the
         name, the configuration and the tokenizer, so that `export` can write them.
+
+    Raises
+    ------
+    ModelError : one line: an unknown name (with the nearest known ones), a file that is missing, weights of another
+        shape or with other parameters than the architecture's (with the models that they fit).
     """
     if name.startswith(LOCAL):
         config, overrides = _local_config(name)
@@ -75,8 +86,8 @@ def create(name: str, *, device: str | torch.device = "cpu") -> tuple[torch.nn.M
     elif name.startswith("hf-hub:"):
         config, overrides, arch, tag = None, {}, name, None
     else:
-        arch, tag, config, overrides = *_split(name), None, {}
-        config = open_clip.get_model_config(arch)
+        arch, tag = _split(name)
+        config, overrides = open_clip.get_model_config(arch), _from_file(name, tag)
     try:
         with quiet():
             model, train, evaluate = open_clip.create_model_and_transforms(
@@ -85,8 +96,8 @@ def create(name: str, *, device: str | torch.device = "cpu") -> tuple[torch.nn.M
             tokenizer = open_clip.get_tokenizer(arch)
             if config is None:
                 config = open_clip.get_model_config(arch)
-    except (RuntimeError, OSError, ValueError, TypeError) as err:
-        raise ModelError(f"{name}: {_first_line(err)}") from err
+    except (RuntimeError, OSError, ValueError, TypeError, AssertionError, KeyError) as err:
+        raise ModelError(f"{name}: {_misfit(name, arch, tag, overrides) or _first_line(err)}") from err
     model.mclip = {"name": name, "config": config, "tokenizer": tokenizer}
     return model.eval(), train, evaluate, tokenizer
 
@@ -107,6 +118,9 @@ def export(model: torch.nn.Module, folder: str | Path, *, config: dict[str, Any]
     if config is None:
         raise ModelError(f"export to {folder}: the model has no known configuration; give config=")
     tokenizer = tokenizer if tokenizer is not None else known.get("tokenizer")
+    if is_folded(model):
+        raise ModelError(f"export to {folder}: the model is folded for inference, which open_clip can't build; "
+                         "export the one that for_inference was given")
     folder = Path(folder)
     text = config["text_cfg"]
     if "hf_model_name" in text:
@@ -167,7 +181,9 @@ def weights_file(name: str) -> Path | None:
         if name.startswith("hf-hub:"):
             return Path(open_clip.download_pretrained_from_hf(name.removeprefix("hf-hub:")))
         arch, tag = _split(name)
-        return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(arch, tag))) if tag else None
+        if not tag or Path(tag).is_file():
+            return Path(tag) if tag else None
+        return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(arch, tag)))
 
 
 def preprocessing(size: int, preprocess_cfg: dict[str, Any], *, train: bool = False) -> Any:
@@ -176,24 +192,47 @@ def preprocessing(size: int, preprocess_cfg: dict[str, Any], *, train: bool = Fa
 
 
 def _split(name: str) -> tuple[str, str | None]:
-    """`ARCH/TAG` -> both, checked against what open_clip and mclip/models/configs know."""
+    """`ARCH/TAG` or `ARCH/FILE` -> both, checked against what open_clip and mclip/models/configs know."""
     for file in sorted((Path(__file__).parent / "configs").glob("*.json")):
         if file.stem not in open_clip.list_models():
             open_clip.add_model_config(file)
-    arch, _, tag = name.partition("/")
-    if arch not in open_clip.list_models():
-        near = difflib.get_close_matches(arch, open_clip.list_models(), 3)
+    known = open_clip.list_models()
+    parts = name.split("/")
+    for k in range(len(parts), 0, -1):  # an architecture may be written with a slash, too: ViT-B/32
+        arch, tag = "-".join(parts[:k]), "/".join(parts[k:])
+        if arch in known:
+            break
+    else:
+        near = weights.near_names(parts[0], known)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ModelError(f"{name}: open_clip and mclip/models/configs have no model {arch!r}{hint} "
+        raise ModelError(f"{name}: open_clip and mclip/models/configs have no model {parts[0]!r}{hint} "
                          "(a folder is written local-dir:FOLDER)")
-    if tag and not open_clip.get_pretrained_cfg(arch, tag):
+    if tag and not open_clip.get_pretrained_cfg(arch, tag) and not Path(tag).is_file():
+        if "/" in tag or Path(tag).suffix in (".pt", ".pth", ".bin", ".safetensors"):
+            raise ModelError(f"{name}: there is no file {tag}")
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(arch)) or "none"
         raise ModelError(f"{name}: {arch} has no weights {tag!r}; open_clip knows {tags}")
     return arch, tag or None
 
 
+def _from_file(name: str, file: str | None) -> dict[str, Any]:
+    """What weights from a file override: the preprocessing, where they are published ones."""
+    try:
+        return weights.published_preprocessing(file) if file and Path(file).is_file() else {}
+    except weights.WeightsError as err:
+        raise ModelError(f"{name}: {err}") from err
+
+
+def _misfit(name: str, arch: str, tag: str | None, overrides: dict[str, Any]) -> str | None:
+    """What is wrong with weights that could not be loaded, in one line; None when it isn't their names or shapes."""
+    with contextlib.suppress(Exception), quiet():  # the error that there was is the one to tell
+        file = weights_file(name)
+        return weights.misfit(file, arch, alternatives=bool(tag), **overrides) if file else None
+    return None
+
+
 def _wants_quick_gelu(arch: str, tag: str | None) -> bool:
-    return bool(tag and open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu"))
+    return bool(tag and (open_clip.get_pretrained_cfg(arch, tag) or {}).get("quick_gelu"))
 
 
 def _local_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:

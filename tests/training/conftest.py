@@ -82,9 +82,10 @@ def training_set(world):
     return make
 
 
-TRAIN = Train(samples=48, batch_size=8, accumulate=1, loss_kernel="auto", lr=1e-3, lr_min=0, lr_centres=1e-3, warmup_steps=2,
-              weight_decay=0.1, betas=(0.9, 0.98), grad_clip=1.0, ema=None, precision="fp32", logit_scale_init=14.3,
-              logit_scale_max=100, light_scale_min=0.9, cache_pixels=True, light_views=2, processes=1,
+TRAIN = Train(samples=48, batch_size=8, accumulate=1, grad_checkpoint=False, loss_kernel="auto", lr=1e-3, lr_min=0,
+              lr_centres=1e-3, warmup_steps=2, weight_decay=0.1, betas=(0.9, 0.98), grad_clip=1.0, ema=None,
+              precision="fp32", logit_scale_init=14.3, logit_scale_max=100, light_scale_min=0.9, cache_pixels=True,
+              light_views=2, processes=1,
               parallel_runs=2, threads=1, workers=0, checkpoint_every=10)
 
 RECIPES = {

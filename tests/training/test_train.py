@@ -43,7 +43,9 @@ def test_every_recipe_trains_and_the_loss_falls(name, student, training_set, tmp
     assert model.encode_text(torch.zeros(1, 8, dtype=torch.long)).shape == (1, 7)
 
 
-@pytest.mark.parametrize("changes", [{}, {"ema": 0.9}, {"accumulate": 2}], ids=["plain", "ema", "accumulate"])
+@pytest.mark.parametrize("changes", [
+    {}, {"ema": 0.9}, {"accumulate": 2}, {"precision": "bf16", "grad_checkpoint": True},
+], ids=["plain", "ema", "accumulate", "bf16-checkpoint"])
 def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(changes, student, training_set, tmp_path, monkeypatch):
     run = make_run(student, training_set, tmp_path / "a", "combined", samples=240, **changes)
     train.train(run)
@@ -66,38 +68,105 @@ def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(changes, student,
     assert (Path(other.out) / "history.csv").read_text() == (Path(run.out) / "history.csv").read_text()
 
 
+def one_step(run, **options):
+    """Gradients, terms, student and bytes kept for the backward pass after the first step of a run."""
+    torch.manual_seed(0)
+    model, _, _, tokenizer = train.models.create(run.student)
+    model.train()
+    if options.get("grad_checkpoint"):
+        model.set_grad_checkpointing()
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, image_px=train.models.image_size(model)))
+    ensemble = train.reinforced.read_meta(run.data.reinforced)["teachers"]
+    loader = train._loader(run, tokenizer, ensemble, start=0, rank=0, world=1)
+    objective = train._objective(run, model, ensemble)
+    together = train._Together(model, objective)
+    generator = torch.Generator().manual_seed(1)
+    for p in objective.parameters():
+        if p.shape != objective.cluster.weight.shape:
+            p.data = torch.randn(p.shape, generator=generator)
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.update({t.data_ptr(): t.numel() * t.element_size()}) or t, lambda t: t):
+        terms = train._step(together, together, loader.batch(0), (0.5,) * 3, (0.5,) * 3, torch.float32,
+                            **({"accumulate": 1} | options))
+    return {n: p.grad for n, p in together.named_parameters() if p.grad is not None}, terms, model, sum(kept.values())
+
+
 def test_accumulation_has_the_gradient_of_the_whole_batch(student, training_set, tmp_path):
     """Objective without random centre sampling, so that order within the batch doesn't matter."""
-    grads = []
-    for accumulate in (1, 4):
-        run = make_run(student, training_set, tmp_path, "combined", accumulate=accumulate)
-        recipe = Recipe.model_validate(run.recipe.model_dump(by_alias=True) | {"cluster": {"sample_rate": 1.0}})
-        run = dataclasses.replace(run, recipe=recipe)
-        torch.manual_seed(0)
-        model, _, _, tokenizer = train.models.create(student)
-        ensemble = train.reinforced.read_meta(run.data.reinforced)["teachers"]
-        loader = train._loader(run, tokenizer, ensemble, start=0, rank=0, world=1)
-        objective = train._objective(run, model, ensemble)
-        together = train._Together(model, objective)
-        generator = torch.Generator().manual_seed(1)
-        for p in objective.parameters():
-            if p.shape != objective.cluster.weight.shape:
-                p.data = torch.randn(p.shape, generator=generator)
-        terms = train._step(together, together, loader.batch(0), (0.5,) * 3, (0.5,) * 3, torch.float32, accumulate)
-        grads.append(({n: p.grad for n, p in together.named_parameters() if p.grad is not None}, terms))
-    assert grads[0][0].keys() == grads[1][0].keys()
-    for name, g in grads[0][0].items():
-        torch.testing.assert_close(grads[1][0][name], g, rtol=2e-4, atol=1e-6, msg=name)
-    assert grads[0][1] == pytest.approx(grads[1][1], rel=1e-5)
+    run = make_run(student, training_set, tmp_path, "combined")
+    recipe = Recipe.model_validate(run.recipe.model_dump(by_alias=True) | {"cluster": {"sample_rate": 1.0}})
+    run = dataclasses.replace(run, recipe=recipe)
+    (whole, terms, *_), (parts, parts_terms, *_) = (one_step(run, accumulate=n) for n in (1, 4))
+    assert whole.keys() == parts.keys()
+    for name, g in whole.items():
+        torch.testing.assert_close(parts[name], g, rtol=2e-4, atol=1e-6, msg=name)
+    assert terms == pytest.approx(parts_terms, rel=1e-5)
 
 
-@pytest.mark.parametrize("kernel", ["plain", "tiled"])
-def test_two_processes_train_like_one(kernel, student, training_set, tmp_path):
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("model", ["a transformer", "demo-student"])
+def test_checkpointing_keeps_less_and_changes_nothing(model, accumulate, student, training_set, tmp_path):
+    """The same gradients to the bit, and batch norm (the default student has it) counts each picture once."""
+    run = make_run(student if model == "a transformer" else model, training_set, tmp_path, "combined")
+    plain, terms, one, kept = one_step(run, accumulate=accumulate)
+    again, same_terms, other, kept_less = one_step(run, accumulate=accumulate, grad_checkpoint=True)
+    assert terms == same_terms and plain.keys() == again.keys()
+    assert all(torch.equal(g, again[n]) for n, g in plain.items())
+    assert kept_less < 0.7 * kept
+    before, after = dict(one.named_buffers()), dict(other.named_buffers())
+    assert all(torch.equal(v, after[n]) for n, v in before.items())
+    counted = [v for n, v in before.items() if n.endswith("num_batches_tracked")]
+    assert all(v == accumulate for v in counted) and bool(counted) == (model == "demo-student")
+
+
+def test_the_averaged_weights_are_those_that_are_kept(student, training_set, tmp_path, monkeypatch):
+    seen = []
+    update = train.AveragedModel.update_parameters
+    monkeypatch.setattr(train.AveragedModel, "update_parameters", lambda self, m: (
+        seen.append({k: v.double().clone() for k, v in m.state_dict().items()}), update(self, m))[1])
+    run = make_run(student, training_set, tmp_path, samples=40, ema=0.8)
+    train.train(run)
+    assert len(seen) == 5
+    expected = seen[0]
+    for state in seen[1:]:
+        expected = {k: 0.8 * expected[k] + 0.2 * v for k, v in state.items()}
+    found = train.models.create(f"local-dir:{run.out}")[0].state_dict()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].double(), value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_pictures_and_weights_are_channels_last_and_the_optimizer_fused(training_set, tmp_path, monkeypatch):
+    seen = {}
+    step = train._step
+
+    def look(wrapped, together, *rest):
+        def conv_sees(module, inputs):
+            seen["input"] = inputs[0].is_contiguous(memory_format=torch.channels_last)
+            seen["weight"] = module.weight.is_contiguous(memory_format=torch.channels_last)
+            seen["dtype"] = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+        conv = next(m for m in together.student.visual.modules() if isinstance(m, torch.nn.Conv2d) and m.in_channels > 3)
+        with conv.register_forward_pre_hook(conv_sees):
+            return step(wrapped, together, *rest)
+
+    made = []
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(train, "_step", look)
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: made.append(adamw(*a, **k)) or made[-1])
+    run = make_run("demo-student", training_set, tmp_path, samples=8, precision="bf16")
+    train.train(dataclasses.replace(run, data=dataclasses.replace(run.data, image_px=None)))
+    assert seen == {"input": True, "weight": True, "dtype": torch.bfloat16}
+    assert made[0].defaults["fused"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"loss_kernel": "tiled"}, {"accumulate": 2, "grad_checkpoint": True}],
+                         ids=["plain", "tiled", "in parts"])
+def test_two_processes_train_like_one(changes, student, training_set, tmp_path):
     """torchrun with gloo, the global batch split over ranks: the same weights up to float32 summation order."""
     outputs = []
     for processes in (1, 2):
         run = make_run(student, training_set, tmp_path / str(processes), "combined", samples=80, processes=processes,
-                       loss_kernel="plain" if processes == 1 else kernel)
+                       **{"loss_kernel": "plain"} | (changes if processes == 2 else changes | {"loss_kernel": "plain"}))
         distill.run_recipe([run])
         model = train.models.create(f"local-dir:{run.out}")[0]
         with torch.no_grad():

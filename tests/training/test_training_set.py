@@ -102,6 +102,29 @@ def test_streamed_content_equals_cached(training_set, kind):
     assert len(seen) == len(side)  # two epochs' worth: nothing is left out
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_is_a_function_of_its_seed(training_set, workers):
+    spec = training_set("reinforced", teacher="large", synthetic=True)
+    a, b, other = (training.StreamedLoader(spec, TOKENIZER, 8, seed=seed, workers=workers) for seed in (3, 3, 4))
+    differs = False
+    for step in range(5):
+        one, two, three = a.batch(step), b.batch(step), other.batch(step)
+        assert one.keys() == two.keys() and all(torch.equal(v, two[k]) for k, v in one.items())
+        differs |= not torch.equal(one["image"], three["image"])
+    assert differs
+
+
+def test_streaming_reads_each_shard_once_and_decodes_what_it_gives(training_set, monkeypatch):
+    read, decoded = [], []
+    iter_samples, decode = shards.iter_samples, shards.decode
+    monkeypatch.setattr(shards, "iter_samples", lambda *a, **k: read.append(k) or iter_samples(*a, **k))
+    monkeypatch.setattr(shards, "decode", lambda sample: decoded.append(sample.key) or decode(sample))
+    stream = training.StreamedLoader(training_set("all"), TOKENIZER, 12, seed=0, workers=0)
+    for step in range(2):
+        stream.batch(step)
+    assert len(read) == 3 and sorted(decoded) == sorted(set(decoded)) and len(decoded) == N
+
+
 def test_missing_parts_are_named(training_set, tmp_path):
     with pytest.raises(FileNotFoundError, match="dvc repro reinforce"):
         training.load_side(training_set("reinforced", reinforced=str(tmp_path)))

@@ -1,0 +1,198 @@
+"""Students side by side: trained alike, scored alike, and what each costs (notebooks/ablations/students.ipynb).
+
+The default student's runs and scores are those of the `distill` and `evaluate` stages; only the others are trained
+here. Accuracy is the same in every run, costs are measured and are not: milliseconds of the fastest form of each tower
+(`models.for_inference`), one picture or one caption on one thread, and of a whole training step of the recipe with its
+real batches. All students take turns, so that a machine that slows down slows all of them; medians.
+
+What was tried for the ViT (mclip/models/configs/demo-vit.json; figures as in mclip/models/fastvit.py): patches of 8
+pixels, width 128, four layers take 309 ms and reach 29.9 % and 4.9 %; patches of 4 with two layers 685 ms, 29.9 % and
+4.6 %. Four layers on patches of 4 cost 4.7 ResNets at width 128 and 8.9 at width 192, six of width 256 on patches of 8
+5.8: not trained. All students share the default one's text tower (two layers of width 128): only images differ.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from . import compare, distill, evaluate, models, train
+from .params import EvalSet, Recipe, Train
+from .runs import Run
+
+OUT = Path("models/ablations/students")
+METRICS = Path("reports/metrics/students")
+WARM_STEPS = 2  # of each student before the clock starts
+
+
+def plan(recipe_name: str, recipe: Recipe, student: str, others: Sequence[str], settings: Train,
+         seeds: Sequence[int], *, teacher: str | None, data: dict | None = None,
+         out: str | Path = OUT) -> dict[str, list[Run]]:
+    """Each student's runs, a run a seed; the default `student` first, whose runs the `distill` stage has trained.
+
+    Parameters
+    ----------
+    settings : distill.train, the same for all.
+    data : overrides of TrainingSet's folders.
+    """
+    common = {"teacher": teacher, "data": data}
+    runs = {student: distill.plan(recipe_name, recipe, student, settings, list(seeds), **common)}
+    for name in [name for name in others if name != student]:
+        runs[name] = distill.plan(recipe_name, recipe, name, settings, list(seeds), out=Path(out) / name, **common)
+    return runs
+
+
+def score(name: str, runs: Sequence[Run], sets: Mapping[str, EvalSet], *, batch_size: int,
+          folder: str | Path = METRICS) -> list[str]:
+    """Evaluate a student's trained runs without linear probes, write `folder`/NAME.{json,csv}; what is missing."""
+    sets = {key: spec.model_copy(update={"probe": False}) for key, spec in sets.items()}
+    seeds = [run.seed for run in runs]
+    students, preprocess, tokenizer = evaluate.load_students(runs[0].name, seeds, Path(runs[0].out).parent.parent)
+    result = evaluate.evaluate_many(students, preprocess, tokenizer, sets, batch_size=batch_size)
+    evaluate.write(name, result, sets, seeds, folder)
+    return result.problems
+
+
+def scores(recipe_name: str, student: str, others: Sequence[str], seeds: Sequence[int], *,
+           metrics: str | Path = METRICS.parent, folder: str | Path = METRICS) -> pd.DataFrame:
+    """The main metric of every student, set and seed: columns student, set, kind, seed, value, chance."""
+    default, missing = compare.read_seeds([recipe_name], metrics)
+    more, missing_more = compare.read_seeds(others, folder)
+    if missing or missing_more:
+        raise FileNotFoundError((missing + missing_more)[0])
+    frame = pd.concat([default[default["seed"].isin(seeds)].assign(recipe=student), more], ignore_index=True)
+    return compare.main_metric(frame).rename(columns={"recipe": "student"})
+
+
+# --- cost -------------------------------------------------------------------------------------------------------
+
+
+def costs(runs: Mapping[str, Run], *, steps: int = 8, rounds: int = 60) -> pd.DataFrame:
+    """What a student costs, by its name; random weights, which cost as much as trained ones.
+
+    Parameters
+    ----------
+    runs : a run of each student.
+    steps : training steps that are timed, at most those of a run.
+    rounds : passes of each tower that are timed.
+
+    Returns
+    -------
+    indexed by student: image_params, text_params, image_ms, text_ms, latency_ms (both), step_ms, train_s (step_ms times
+    the steps of a run).
+    """
+    threads = torch.get_num_threads()
+    towers, table = {}, {}
+    try:
+        torch.set_num_threads(1)
+        for name in runs:
+            model, _, _, tokenizer = models.create(name)
+            image = sum(p.numel() for p in model.visual.parameters())
+            table[name] = {"image_params": image, "text_params": sum(p.numel() for p in model.parameters()) - image}
+            towers |= {(name, f"{kind}_ms"): call for kind, call in _towers(model, tokenizer).items()}
+        with torch.inference_mode():
+            for (name, column), seconds in interleaved(towers, rounds).items():
+                table[name][column] = 1e3 * seconds
+        for name, seconds in _step_seconds(runs, steps).items():
+            table[name] |= {"latency_ms": table[name]["image_ms"] + table[name]["text_ms"], "step_ms": 1e3 * seconds,
+                            "train_s": seconds * (runs[name].train.samples // runs[name].train.batch_size)}
+    finally:
+        torch.set_num_threads(threads)
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis("student")
+
+
+def interleaved(calls: Mapping, rounds: int, warm: int = 3) -> dict:
+    """Median seconds of each call, one after the other in each of `rounds` rounds after `warm` that do not count."""
+    seconds: dict = {key: [] for key in calls}
+    for i in range(warm + rounds):
+        for key, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if i >= warm:
+                seconds[key].append(time.perf_counter() - start)
+    return {key: statistics.median(values) for key, values in seconds.items()}
+
+
+def _towers(model: torch.nn.Module, tokenizer) -> dict[str, Callable]:
+    """A call of each tower of a model on one picture, one caption."""
+    fast = models.for_inference(model)
+    side = models.image_size(model)
+    picture = torch.zeros(1, 3, side, side).contiguous(memory_format=torch.channels_last)
+    caption = tokenizer(["a photo of a red apple"])
+    return {"image": lambda: fast.encode_image(picture), "text": lambda: fast.encode_text(caption)}
+
+
+def _step_seconds(runs: Mapping[str, Run], steps: int) -> dict[str, float]:
+    """Median seconds of a training step of each run, taking turns; nothing is trained to the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        going = {name: train.steps(replace(run, out=f"{folder}/out", scratch=f"{folder}/{i}"))
+                 for i, (name, run) in enumerate(runs.items())}
+        most = min(run.train.samples // run.train.batch_size for run in runs.values()) - 1  # the last one would export
+        found = interleaved({name: lambda each=each: next(each) for name, each in going.items()},
+                            max(1, min(steps, most - WARM_STEPS)), min(WARM_STEPS, most - 1))
+        for each in going.values():
+            each.close()
+    return found
+
+
+# --- what to say ------------------------------------------------------------------------------------------------
+
+
+def headline(sets: Mapping[str, EvalSet]) -> dict[str, str]:
+    """The two sets that stand for all, and what to call them: the first in domain, the first of unseen retrieval.
+
+    Where there is none of a kind, the first set of any.
+    """
+    names = list(sets)
+    seen = next((n for n in names if sets[n].kind == compare.IN_DOMAIN), names[0])
+    held_out = [n for n in names if sets[n].kind != compare.IN_DOMAIN and n != seen]
+    unseen = next((n for n in held_out if sets[n].task == "retrieval"), (held_out or [seen])[0])
+    return {name: f"{name} ({sets[name].kind})" if sets[name].kind else name for name in (seen, unseen)}
+
+
+def summary(main: pd.DataFrame, cost: pd.DataFrame, sets: Iterable[str]) -> pd.DataFrame:
+    """One row a student: `costs`' columns, and of each set "SET mean" and "SET std" over the seeds, in percent.
+
+    main : of `scores`. The standard deviation of one seed is 0.
+    """
+    out = cost.copy()
+    for name in sets:
+        percent = (100 * main[main["set"] == name].set_index("student")["value"]).groupby("student")
+        out[f"{name} mean"], out[f"{name} std"] = percent.mean(), percent.std().fillna(0.0)
+    return out
+
+
+def verdict(table: pd.DataFrame, sets: Mapping[str, str]) -> str:
+    """The comparison in one sentence.
+
+    A difference counts where it is larger than both standard deviations over seeds together. Another student is worth
+    a change where it loses nothing that counts and gains something that does, or costs less both to train and to run.
+
+    Parameters
+    ----------
+    table : of `summary`, the default student in the first row.
+    sets : set -> what to call it.
+    """
+    first, base = table.index[0], table.iloc[0]
+    own = " and ".join(f"{base[f'{k} mean']:.1f} ± {base[f'{k} std']:.1f} % on {title}" for k, title in sets.items())
+    said, worth = [], []
+    for name, row in table.iloc[1:].iterrows():
+        gaps = {key: row[f"{key} mean"] - base[f"{key} mean"] for key in sets}
+        counts = {key: abs(gap) > row[f"{key} std"] + base[f"{key} std"] for key, gap in gaps.items()}
+        latency, training = row["latency_ms"] / base["latency_ms"], row["train_s"] / base["train_s"]
+        parts = [f"{gaps[key]:+.1f} points on {title}{'' if counts[key] else ' (within the spread)'}"
+                 for key, title in sets.items()]
+        said.append(f"{name} has {' and '.join(parts)} at {latency:.1f} x the latency, {training:.1f} x the training")
+        loses = any(counts[key] and gap < 0 for key, gap in gaps.items())
+        gains = any(counts[key] and gap > 0 for key, gap in gaps.items())
+        if not loses and (gains or max(latency, training) <= 1):
+            worth.append(name)
+    if not said:
+        return f"{first} reaches {own}; no other student was asked for."
+    advice = f"{' and '.join(worth)} would be worth a change" if worth else "none is worth a change"
+    return f"{first} reaches {own}; at equal samples {', '.join(said)}: {advice}."
