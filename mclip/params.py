@@ -237,6 +237,15 @@ class Evaluate(_Section):
     seed: NonNegativeInt
 
 
+class Latency(_Section):
+    models: list[str] = Field(min_length=1)
+    runtimes: list[Literal["unfolded", "eager", "eager-bf16", "compile", "compile-bf16", "onnxruntime",
+                           "onnxruntime-int8"]] = Field(min_length=1)
+    batches: list[PositiveInt] = Field(min_length=1)
+    rounds: PositiveInt
+    device: Literal["cpu", "cuda"]
+
+
 class Params(_Section):
     data: Data
     teachers: Teachers
@@ -246,6 +255,7 @@ class Params(_Section):
     reinforce: Reinforce
     distill: Distill
     evaluate: Evaluate
+    latency: Latency
 
     @pydantic.model_validator(mode="after")
     def _names_exist(self):
