@@ -251,8 +251,18 @@ class StudentsAblation(_Section):
     models: list[str]
 
 
+class LatencyAblation(_Section):
+    models: list[str] = Field(min_length=1)
+    runtimes: list[Literal["unfolded", "eager", "eager-bf16", "compile", "compile-bf16", "onnxruntime",
+                           "onnxruntime-int8"]] = Field(min_length=1)
+    batches: list[PositiveInt] = Field(min_length=1)
+    rounds: PositiveInt
+    device: Literal["cpu", "cuda"]
+
+
 class Ablations(_Section):
     students: StudentsAblation
+    latency: LatencyAblation
 
 
 class Params(_Section):

@@ -131,6 +131,8 @@ def _share_text(a: tuple[nn.Module, Any], b: tuple[nn.Module, Any]) -> bool:
     if not all(isinstance(text, open_clip.hf_model.HFTextEncoder) for text in texts):
         return False
     tokenizers = [tokenizer for _, tokenizer in (a, b)]
+    if not all(hasattr(t.tokenizer, "backend_tokenizer") for t in tokenizers):  # a slow one can't be compared
+        return False
     if len({(t.context_length, t.clean_fn, t.tokenizer.backend_tokenizer.to_str()) for t in tokenizers}) > 1:
         return False
     if len({type(text.pooler) for text in texts}) > 1:

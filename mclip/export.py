@@ -1,0 +1,251 @@
+"""A model to take away: open_clip's folder, both towers folded as ONNX and checked, and a model card.
+
+    python -m mclip.export models/students/combined/seed0 OUT_DIR
+    python -m mclip.export MobileCLIP-S0/checkpoints/mobileclip_s0.pt OUT_DIR --no-onnx
+
+    OUT_DIR/open_clip_config.json, open_clip_model.safetensors   for `open_clip.create_model("local-dir:OUT_DIR")`;
+                                                                 with the branches, so that it can be trained on
+    OUT_DIR/image.onnx      pixels (batch, 3, h, w) float32  ->  image_embedding (batch, d), unit-norm
+    OUT_DIR/text.onnx       tokens (batch, context) int64    ->  text_embedding (batch, d), unit-norm
+    OUT_DIR/README.md       the card: recipe, data, metrics, licences, as far as this repository knows them
+
+The ONNX towers are folded (`mclip.models.for_inference`) and run in onnxruntime on photographs and captions before they
+get their names: a cosine below 0.9999 to torch's embeddings is an error. Preprocessing is in open_clip_config.json.
+"""
+
+import argparse
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from open_clip.push_to_hf_hub import generate_readme
+from PIL import Image
+from torch import Tensor, nn
+
+from mclip import models
+from mclip.data import evalsets
+from mclip.files import whole, write_whole
+from mclip.models.factory import quiet
+
+COSINE = 0.9999
+CAPTIONS = ["a photo of a cat", "two dogs that run on a beach", "red apple", "the flag of Norway, at night",
+            "a diagram", "an aeroplane above the clouds", "smiling face with sunglasses", "Tower of London, 1890"]
+LICENCES = {
+    "demo": ["Noto Emoji (Apache-2.0, OFL)", "Twemoji (CC-BY 4.0)", "Fluent Emoji (MIT)", "Unicode CLDR", "CIFAR-10",
+             "teachers: EfficientNet-Lite and all-MiniLM-L6-v2 (Apache-2.0)"],
+    "published": ["published MobileCLIP weights: Apple's research licence for models, for research purposes only"],
+    "weights": ["the weights are others': the licence under which they were published holds for this copy, too"],
+}
+
+
+class ExportError(RuntimeError):
+    """An exported tower differs from the model; the message names the file."""
+
+
+class Tower(nn.Module):
+    """A tower with one input and one output: unit-norm embeddings, (batch, d)."""
+
+    def __init__(self, model: nn.Module, kind: str):
+        super().__init__()
+        self.model, self.kind = model, kind
+
+    @property
+    def input_name(self) -> str:
+        return "pixels" if self.kind == "image" else "tokens"
+
+    def example(self, batch: int, seed: int = 0) -> Tensor:
+        """An input of the right shape: noise, or tokens drawn at random."""
+        generator = torch.Generator().manual_seed(seed)
+        if self.kind == "image":
+            size = models.image_size(self.model)
+            return torch.randn(batch, 3, size, size, generator=generator)
+        text = getattr(self.model, "text", self.model)
+        return torch.randint(1, text.vocab_size, (batch, text.context_length), generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        encode = self.model.encode_image if self.kind == "image" else self.model.encode_text
+        return F.normalize(encode(x), dim=-1)
+
+
+def to_onnx(tower: Tower, path: str | Path, *, opset: int | None = None) -> Path:
+    """Write a tower (of a model from `for_inference`) as ONNX with a dynamic batch; whole or not at all.
+
+    opset : None: the current one of torch's exporter.
+    """
+    tower = tower.eval()
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(tower, (tower.example(2),), dynamo=True, verbose=False, opset_version=opset,
+                                    input_names=[tower.input_name], output_names=[f"{tower.kind}_embedding"],
+                                    dynamic_shapes=({0: torch.export.Dim("batch")},))
+        with whole(path) as draft:
+            program.save(draft, external_data=False)
+    return Path(path)
+
+
+def session(path: str | Path, threads: int | None = None) -> Callable[[Tensor], np.ndarray]:
+    """An ONNX tower in onnxruntime on the CPU: input tensor to embeddings."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3
+    running = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = running.get_inputs()[0].name
+    return lambda x: running.run(None, {name: x.numpy()})[0]
+
+
+def agreement(path: str | Path, tower: Tower, x: Tensor) -> float:
+    """The lowest cosine between the embeddings of torch and of an ONNX file, over the rows of x."""
+    run = session(path)
+    found = np.concatenate([run(x[:1]), run(x[1:])]) if len(x) > 1 else run(x)  # two sizes of batch
+    with torch.inference_mode():
+        expected = tower(x).double()
+    lowest = float(F.cosine_similarity(torch.from_numpy(found).double(), expected).min())
+    return math.floor(1e6 * lowest) / 1e6  # to be said with "at least"
+
+
+def photographs(count: int = 8) -> list[Image.Image]:
+    """Parts of the two photographs that come with scikit-learn."""
+    from sklearn.datasets import load_sample_images
+
+    out = []
+    for i in range(count):
+        photo = Image.fromarray(load_sample_images().images[i % 2])
+        side, at = 260 + 20 * (i // 2), 40 * (i // 2)
+        out.append(photo.crop((at, at // 2, at + side, at // 2 + side)))
+    return out
+
+
+def read_pictures(folder: Path, limit: int = 64) -> list[Image.Image]:
+    """Up to `limit` pictures, evenly spread: of a folder, or of an evaluation set in CLIP_benchmark's layout."""
+    if (folder / "test" / "nshards.txt").is_file():
+        split = evalsets.read_split(folder, "classification" if (folder / "classnames.txt").exists() else "retrieval")
+        found, read = split.places, evalsets.read_image
+    else:
+        found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        read = Image.open
+    if not found:
+        raise ExportError(f"{folder}: no picture in it (.png, .jpg, .webp, or an evaluation set's tars)")
+    return [read(f) for f in found[::-(-len(found) // limit)]]
+
+
+def run(name: str, out: str | Path, *, onnx: bool = True, pictures: Sequence[Image.Image] | None = None,
+        opset: int | None = None) -> dict[str, float]:
+    """Export a model by its name; the cosine of each ONNX tower to torch.
+
+    name : what `mclip.models.create` takes, or a folder. pictures : what to check the image tower on.
+    """
+    model, _, preprocess, tokenizer = models.create(_named(name))
+    out = models.export(model, out)
+    found: dict[str, float] = {}
+    if onnx:
+        fast = models.for_inference(model)
+        pixels = torch.stack([preprocess(p.convert("RGB")) for p in pictures or photographs()])
+        for kind, x in (("image", pixels), ("text", tokenizer(CAPTIONS))):
+            path = out / f"{kind}.onnx"
+            with whole(path) as draft:
+                found[kind] = agreement(to_onnx(Tower(fast, kind), draft, opset=opset), Tower(model, kind), x)
+                if found[kind] < COSINE:
+                    raise ExportError(f"{path}: cosine {found[kind]:.6f} to torch's embeddings, expected {COSINE}")
+    write_whole(out / "README.md", generate_readme(card(_named(name), found), out.resolve().name))
+    return found
+
+
+def card(name: str, cosines: dict[str, float] | None = None) -> dict[str, Any]:
+    """What is known of a model, as `model_card` of open_clip's `push_to_hf_hub`.
+
+    Recipe, data and metrics are those of params.yaml, of training.json beside the weights and of reports/metrics, where
+    the model is a student of this repository (models/students/RECIPE/SEED) and these are there.
+    """
+    name = _named(name)
+    folder = Path(name.removeprefix("local-dir:"))
+    shown = folder.name if folder.is_dir() else str(Path(name).parts[0])  # no path of the machine that exports
+    details: dict[str, Any] = {"Exported from": shown}
+    with_weights = models.factory.weights_file(name) is not None
+    student = folder.parent.name if (folder / "training.json").is_file() else None
+    licences = LICENCES["weights"] if with_weights and not folder.is_dir() else []
+    if "MobileCLIP" in name and with_weights:
+        licences = LICENCES["published"]
+    if student:
+        details |= {"Exported from": f"{student}/{folder.name}", **_training(student, folder)}
+        licences = LICENCES["demo"] if details.get("Data", "").startswith("demo") else ["those of the training data"]
+    if cosines:
+        details["ONNX"] = {f"{kind}.onnx": f"folded, cosine to torch at least {value:.6f}" for kind, value in
+                           cosines.items()}
+    details["Licences"] = ["code: MIT", *(licences or ["weights: no training is known of"])]
+    return {"tags": ["clip", "zero-shot-image-classification"], "license": "other", "details": details,
+            "description": "An image-text model, exported by mclip (`python -m mclip.export`), which trains by the "
+                           "recipes of CLIP-CID (arXiv 2408.09441) and MobileCLIP (arXiv 2311.17049).",
+            "usage": _usage()}
+
+
+def _training(recipe: str, folder: Path) -> dict[str, Any]:
+    """Recipe, data and metrics of a student, from the files that the stages wrote."""
+    out: dict[str, Any] = {}
+    facts = json.loads((folder / "training.json").read_text())
+    if Path("params.yaml").is_file():
+        from mclip import params
+
+        p = params.load()
+        if recipe in p.distill.recipes:
+            one, train = p.distill.recipes[recipe], p.distill.train
+            weights = ", ".join(f"{k} x {v:g}" for k, v in one.weight.model_dump().items() if v)
+            out["Recipe"] = {"name": f"{recipe} ({one.title})", "losses": weights, "pairs": one.pairs,
+                             "student": p.distill.student, "samples seen": train.samples, "batch": train.batch_size,
+                             "lr": train.lr, "weight decay": train.weight_decay, "betas": list(train.betas),
+                             "teachers": ", ".join(p.teachers.models.values())}
+            out["Data"] = (f"{p.data.source}: emoji in three styles and captioned CIFAR-10" if p.data.source == "demo"
+                           else f"{p.data.source}: {', '.join(p.data.shards)}")
+    out["Training"] = facts
+    file = Path("reports/metrics") / f"{recipe}.json"
+    if file.is_file():
+        sets = json.loads(file.read_text()).get(recipe, {})
+        out["Metrics, mean over seeds"] = {
+            name: ", ".join(f"{metric} {100 * value['mean']:.1f} %" for metric, value in found.items()
+                            if isinstance(value, dict) and "mean" in value)
+            for name, found in sets.items() if name != "mean"}
+    return out
+
+
+def _usage() -> str:
+    needs = "import mclip.models  # tells open_clip and timm of the towers that they lack\n"
+    return (f"```python\nimport open_clip\n{needs}"
+            'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")\n'
+            'tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")\n```\n')
+
+
+def _named(name: str) -> str:
+    """A folder may be given without its `local-dir:`."""
+    return f"local-dir:{name}" if (Path(name) / "open_clip_config.json").is_file() else name
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m mclip.export", description=__doc__.split("\n")[0])
+    parser.add_argument("model", help="a folder, or a name as mclip.models.create takes it")
+    parser.add_argument("out", help="folder to write")
+    parser.add_argument("--no-onnx", action="store_true", help="open_clip's files and the card only")
+    parser.add_argument("--pictures", type=Path, help="folder of pictures, or an evaluation set, to check on "
+                        "(default: parts of two photographs)")
+    parser.add_argument("--opset", type=int, help="ONNX operator set (default: the exporter's current one)")
+    args = parser.parse_args(argv)
+    try:
+        pictures = read_pictures(args.pictures) if args.pictures else None
+        found = run(args.model, args.out, onnx=not args.no_onnx, pictures=pictures, opset=args.opset)
+    except (models.ModelError, ExportError, evalsets.EvalError) as err:
+        print(err, file=sys.stderr)
+        return 2
+    said = ", ".join(f"{kind}.onnx (cosine to torch at least {value:.6f})" for kind, value in found.items())
+    print(f"{args.out}: open_clip's folder, {said + ', ' if said else ''}README.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""How long a model takes: both towers, several runtimes, interleaved so that a machine's drift cancels.
+
+    frame = latency.measure(["MobileCLIP-S0", "ViT-B-16"], ["eager", "onnxruntime"], batches=[1], rounds=9)
+    latency.totals(frame)                       # image + text by model, runtime and batch, ms
+
+Runtimes: all of them on the folded model (`mclip.models.for_inference`) but "unfolded".
+
+    unfolded            torch, the model as it is trained
+    eager, eager-bf16   torch; under bf16 autocast
+    compile, compile-bf16    torch.compile (a C++ compiler on the CPU, minutes the first time)
+    onnxruntime         fp32 (CPU only)
+    onnxruntime-int8    weights of matrix products int8, activations quantised as they come (CPU only); convolutions
+                        stay fp32: onnxruntime's integer ones are slower than fp32 here
+
+The weights are random: time does not depend on them. Every round calls every case once, in turn; a case's time is the
+median over rounds. A runtime that a machine has not got is left out with a reason, in `frame.attrs["left_out"]`.
+"""
+
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from mclip import export, models
+from mclip.models.factory import quiet
+
+RUNTIMES = ("unfolded", "eager", "eager-bf16", "compile", "compile-bf16", "onnxruntime", "onnxruntime-int8")
+COLUMNS = ["model", "tower", "runtime", "batch", "ms"]
+# ImageNet zero-shot top-1 and mean of 38 sets, %, and image + text latency, ms on an iPhone 12 Pro Max, as published in
+# arXiv 2311.17049, Table 1: not measured here
+PUBLISHED = {"MobileCLIP-S0": (67.8, 58.1, 3.1), "MobileCLIP-S1": (72.6, 61.3, 5.8), "MobileCLIP-S2": (74.4, 63.7, 6.9),
+             "MobileCLIP-B": (76.8, 65.2, 13.7)}
+
+
+def measure(names: Sequence[str], runtimes: Sequence[str], *, batches: Sequence[int] = (1,), rounds: int = 9,
+            towers: Sequence[str] = ("image", "text"), warmup: int = 2, device: str = "cpu") -> pd.DataFrame:
+    """Times of every case: columns COLUMNS, a row a case, `ms` the median over rounds of one call.
+
+    Raises ValueError for a runtime that is none of RUNTIMES, ModelError for an unknown model.
+    """
+    if unknown := sorted(set(runtimes) - set(RUNTIMES)):
+        raise ValueError(f"runtime {unknown[0]!r} is none of {', '.join(RUNTIMES)}")
+    cases: dict[tuple, Callable[[], object]] = {}
+    left_out: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in names:
+            for key, call in _calls(name, runtimes, towers, batches, Path(scratch), device, left_out):
+                cases[key] = call
+        times = _interleaved(cases, rounds, warmup, device)
+    frame = pd.DataFrame([(*key, 1000 * statistics.median(times[key])) for key in cases], columns=COLUMNS)
+    frame.attrs["left_out"] = left_out
+    return frame
+
+
+def totals(frame: pd.DataFrame) -> pd.DataFrame:
+    """Image + text: ms by model, runtime and batch; cases that have both towers."""
+    both = frame.pivot_table(index=["model", "runtime", "batch"], columns="tower", values="ms", sort=False).dropna()
+    return both.assign(ms=both["image"] + both["text"]).reset_index()
+
+
+def best(frame: pd.DataFrame, *, exact: bool = True) -> pd.DataFrame:
+    """The fastest runtime of each model and batch; exact: among those that keep fp32's values."""
+    table = totals(frame)
+    if exact:
+        table = table[~table["runtime"].str.contains("int8|bf16")]
+    return table.loc[table.groupby(["model", "batch"], sort=False)["ms"].idxmin()].reset_index(drop=True)
+
+
+def _calls(name: str, runtimes: Sequence[str], towers: Iterable[str], batches: Iterable[int], scratch: Path,
+           device: str, left_out: dict[str, str]) -> Iterable[tuple[tuple, Callable[[], object]]]:
+    model, *_ = models.create(name, device=device)
+    fast = models.for_inference(model)
+    for kind in towers:
+        plain, folded = (export.Tower(m, kind).eval() for m in (model, fast))
+        inputs = [(batch, folded.example(batch).to(device)) for batch in batches]
+        if kind == "image" and device != "cpu":
+            inputs = [(batch, x.to(memory_format=torch.channels_last)) for batch, x in inputs]
+        for runtime in runtimes:
+            file = scratch / f"{name.replace('/', '-')}-{kind}.onnx"
+            try:
+                call = _runtime(runtime, plain, folded, file, device)
+                for batch, x in inputs:
+                    with torch.inference_mode():
+                        call(x)
+                    yield (name, kind, runtime, batch), lambda call=call, x=x: call(x)
+            except (RuntimeError, ImportError, NotImplementedError) as err:
+                left_out[runtime] = f"{name}, {kind}: {(str(err).splitlines() or [type(err).__name__])[0]}"
+
+
+def _runtime(runtime: str, plain: export.Tower, folded: export.Tower, file: Path, device: str) -> Callable:
+    kind, _, precision = runtime.partition("-")
+    if kind == "onnxruntime":
+        if device != "cpu":
+            raise NotImplementedError("onnxruntime is measured on the CPU only")
+        if not file.exists():
+            export.to_onnx(folded, file)
+        return export.session(_quantised(file) if precision == "int8" else file)
+    call = plain if kind == "unfolded" else folded
+    if kind == "compile":
+        if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+            raise NotImplementedError("torch.compile needs a C++ compiler on the CPU (g++, clang++)")
+        call = torch.compile(folded)
+    if precision != "bf16":
+        return call
+
+    def autocast(x):
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            return call(x)
+
+    return autocast
+
+
+def _quantised(file: Path) -> Path:
+    """The ONNX file with int8 weights of its matrix products, beside it."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    out = file.with_suffix(".int8.onnx")
+    if not out.exists():
+        model = onnx.load(file)
+        del model.graph.value_info[:]  # shapes that the exporter's folding left behind, which the quantiser trips over
+        with quiet():
+            quantize_dynamic(model, out, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+    return out
+
+
+def _interleaved(cases: dict[tuple, Callable[[], object]], rounds: int, warmup: int, device: str) -> dict:
+    """Seconds of `rounds` calls a case: each round calls all of them in turn, every other one backwards."""
+    def wait():
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    times: dict[tuple, list[float]] = {key: [] for key in cases}
+    with torch.inference_mode():
+        for turn in range(warmup + rounds):
+            for key in list(cases)[::-1 if turn % 2 else 1]:
+                wait()
+                start = time.perf_counter()
+                cases[key]()
+                wait()
+                if turn >= warmup:
+                    times[key].append(time.perf_counter() - start)
+    return times

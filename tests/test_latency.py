@@ -1,0 +1,53 @@
+"""mclip.latency: every case is timed in turn, runtimes say what they compute, what is missing is said."""
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mclip import export, latency, models
+
+torch.set_num_threads(1)
+
+
+def test_cases_are_interleaved_and_medians_are_by_case():
+    order = []
+    cases = {(name,): lambda name=name: order.append(name) for name in "abc"}
+    times = latency._interleaved(cases, rounds=3, warmup=1, device="cpu")
+    assert "".join(order) == "abccbaabccba" and all(len(t) == 3 for t in times.values())
+
+
+def test_measure_and_totals():
+    frame = latency.measure(["demo-student"], ["unfolded", "eager"], batches=[1, 3], rounds=2)
+    assert list(frame.columns) == latency.COLUMNS and len(frame) == 8 and (frame["ms"] > 0).all()
+    table = latency.totals(frame)
+    assert len(table) == 4 and (table["ms"] == table["image"] + table["text"]).all()
+    with pytest.raises(ValueError, match="'tpu' is none of"):
+        latency.measure(["demo-student"], ["tpu"])
+
+
+def test_best_is_the_fastest_of_those_that_are_exact():
+    rows = [("a", tower, runtime, 1, ms) for tower in ("image", "text")
+            for runtime, ms in (("eager", 3.0), ("onnxruntime", 2.0), ("onnxruntime-int8", 1.0))]
+    frame = pd.DataFrame(rows, columns=latency.COLUMNS)
+    assert latency.best(frame)["runtime"].tolist() == ["onnxruntime"]
+    assert latency.best(frame, exact=False)["ms"].tolist() == [2.0]
+
+
+def test_every_runtime_computes_the_same(tmp_path):
+    model, *_ = models.create("demo-student")
+    fast = models.for_inference(model)
+    for kind in ("image", "text"):
+        plain, folded = export.Tower(model, kind).eval(), export.Tower(fast, kind).eval()
+        x = folded.example(2)
+        with torch.inference_mode():
+            for runtime in ("unfolded", "eager", "eager-bf16", "onnxruntime", "onnxruntime-int8"):
+                out = latency._runtime(runtime, plain, folded, tmp_path / f"{kind}.onnx", "cpu")(x)
+                cosine = F.cosine_similarity(torch.as_tensor(out).float(), plain(x)).min()
+                assert cosine > (0.99 if "-" in runtime else 0.9999), runtime
+
+
+def test_a_runtime_that_is_not_there_is_left_out_with_a_reason(monkeypatch):
+    monkeypatch.setattr(latency.shutil, "which", lambda name: None)
+    frame = latency.measure(["demo-student"], ["eager", "compile"], rounds=1, towers=["text"])
+    assert set(frame["runtime"]) == {"eager"} and "C++ compiler" in frame.attrs["left_out"]["compile"]
