@@ -35,7 +35,8 @@ from mclip.rows import Rows
 
 AXES = 31  # with the residual's norm 32 coordinates
 CELL = 64  # rows a cell, on average
-GROUP = 8  # cells a group: whose rows are multiplied together
+CELLS = 8192  # at most: every row is held against the centres of all cells
+GROUP = 512  # rows a group of cells, about: they are multiplied together
 TILE = 4096  # rows that are gone through at once, about
 MORE = 16  # the part of the width that the second look takes
 SAMPLE = 8192  # rows that the axes are computed from
@@ -54,8 +55,8 @@ class Links:
 
     order : (n,) row at each place. z : (n, k) float32, the short rows in that order; tail : (n, m) float32, the
     coordinates that follow and the norm of what is left then. cell : (n,) each one's cell.
-    centres : (cells, k). groups : (groups + 1,) first place of each group of GROUP cells. tiles : (tiles + 1,) first
-    group of each tile. inverse : (n,) float64, 1 / norm of each row, in the rows' own order.
+    centres : (cells, k). together : cells a group. groups : (groups + 1,) first place of each group. tiles :
+    (tiles + 1,) first group of each tile. inverse : (n,) float64, 1 / norm of each row, in the rows' own order.
     """
 
     rows: Rows
@@ -64,6 +65,7 @@ class Links:
     tail: torch.Tensor
     cell: torch.Tensor
     centres: torch.Tensor
+    together: int
     groups: np.ndarray
     tiles: np.ndarray
     inverse: np.ndarray
@@ -79,8 +81,12 @@ class Links:
         return len(self.tiles) - 1
 
 
-def prepare(rows: Rows, *, axes: int = AXES, tile: int = TILE, cell: int = CELL, device: str | None = None) -> Links:
-    """Read all rows once: norms, short rows, cells. RowsError names a row without a direction."""
+def prepare(rows: Rows, *, axes: int = AXES, tile: int = TILE, cell: int | None = None,
+            device: str | None = None) -> Links:
+    """Read all rows once: norms, short rows, cells. RowsError names a row without a direction.
+
+    cell : rows a cell, on average; None: CELL, more where that were more than CELLS cells.
+    """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     n, width = len(rows), rows.width
     k = min(axes, width)
@@ -105,19 +111,21 @@ def prepare(rows: Rows, *, axes: int = AXES, tile: int = TILE, cell: int = CELL,
     with progress.bar(desc="balance: read", unit="row", total=n) as bar:
         for _ in threads(shorten, range(0, n, BLOCK)):
             bar.update(min(BLOCK, n - bar.n))
-    centres, label = _cells(z, max(1, n // cell))
+    cell = cell or max(CELL, n // CELLS)
+    together = max(1, GROUP // cell)
+    centres, label = _cells(z, max(1, n // cell), together)
     order = np.argsort(label, kind="stable")
     for part in (z, tail):  # a few columns at a time: a second copy of all would double what this takes
         for at in range(0, part.shape[1], 8):
             part[:, at:at + 8] = part[order, at:at + 8]
     size = np.bincount(label, minlength=len(centres))
-    groups = np.append(np.cumsum(size) - size, n)[np.append(np.arange(0, len(centres), GROUP), len(centres))]
+    groups = np.append(np.cumsum(size) - size, n)[np.append(np.arange(0, len(centres), together), len(centres))]
     # tiles: whole groups, of about `tile` rows together
     number = np.minimum(groups[:-1] // tile, n)
     tiles = np.append(np.unique(number, return_index=True)[1], len(groups) - 1)
     return Links(rows, order, torch.from_numpy(z).to(where), torch.from_numpy(tail).to(where),
                  torch.from_numpy(label[order]).to(where),
-                 torch.from_numpy(centres).to(where), groups, tiles, inverse)
+                 torch.from_numpy(centres).to(where), together, groups, tiles, inverse)
 
 
 _ARRAYS = ("order", "z", "tail", "cell", "centres", "groups", "tiles", "inverse")
@@ -128,6 +136,7 @@ def save(links: Links, folder: str | Path) -> None:
     for name in _ARRAYS:
         value = getattr(links, name)
         np.save(Path(folder) / f"{name}.npy", value.cpu().numpy() if isinstance(value, torch.Tensor) else value)
+    np.save(Path(folder) / "together.npy", links.together)
 
 
 def load(folder: str | Path, rows: Rows) -> Links:
@@ -136,14 +145,15 @@ def load(folder: str | Path, rows: Rows) -> Links:
     with warnings.catch_warnings():  # a memmap is read-only: so are its tensors
         warnings.simplefilter("ignore", UserWarning)
         tensors = {name: torch.from_numpy(found[name]) for name in ("z", "tail", "cell", "centres")}
-    return Links(rows, **{**found, **tensors})
+    together = int(np.load(Path(folder) / "together.npy", allow_pickle=False))
+    return Links(rows, together=together, **{**found, **tensors})
 
 
-def _cells(z: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _cells(z: np.ndarray, k: int, together: int) -> tuple[np.ndarray, np.ndarray]:
     """Centres (k, d) of the short rows, near ones beside each other, and each row's cell (n,)."""
-    kmeans = faiss.Kmeans(z.shape[1], k, niter=5, seed=0, min_points_per_centroid=1, max_points_per_centroid=32)
+    kmeans = faiss.Kmeans(z.shape[1], k, niter=5, seed=0, min_points_per_centroid=1, max_points_per_centroid=16)
     kmeans.train(z)
-    centres = kmeans.centroids[kd_order(kmeans.centroids, GROUP)]
+    centres = kmeans.centroids[kd_order(kmeans.centroids, together)]
     index = faiss.IndexFlatL2(z.shape[1])
     index.add(centres)
     return centres, np.concatenate([index.search(z[s:s + BLOCK], 1)[1][:, 0] for s in range(0, len(z), BLOCK)])
@@ -278,12 +288,12 @@ def _second_look(links: Links, a: np.ndarray, b: np.ndarray, value: np.ndarray) 
 
 def _visits(links: Links, start: int, stop: int, group: int, limit: float) -> torch.Tensor:
     """(groups from `group` on, rows of the tile) bool: which rows may have a neighbour in which group."""
-    first = group * GROUP
+    first = group * links.together
     centres = links.centres[first:]
     bias = (centres * centres).sum(1) / -2
     mine = centres[:int(links.cell[stop - 1]) + 1 - first]  # the tile's own cells come first
     reach = torch.cdist(mine, centres, compute_mode="donot_use_mm_for_euclid_dist").mul_(limit**0.5).add_(ROUNDING)
-    groups = -(-len(centres) // GROUP)
+    groups = -(-len(centres) // links.together)
     out = torch.zeros(groups, stop - start, dtype=torch.bool, device=centres.device)
     for at in range(start, stop, 512):
         until = min(at + 512, stop)
@@ -292,8 +302,8 @@ def _visits(links: Links, start: int, stop: int, group: int, limit: float) -> to
         own = own - first
         least = score.gather(1, own[:, None])
         may = score.add_(reach[own]) >= least
-        may = torch.nn.functional.pad(may, (0, groups * GROUP - len(centres)))
-        out[:, at - start:until - start] = may.view(len(may), groups, GROUP).any(2).T
+        may = torch.nn.functional.pad(may, (0, groups * links.together - len(centres)))
+        out[:, at - start:until - start] = may.view(len(may), groups, links.together).any(2).T
     return out
 
 

@@ -25,13 +25,13 @@ from typing import Any
 
 SOCKET = "MCLIP_WARM"  # names the socket to the processes below
 FORK = "MCLIP_WARM_FORK"  # a fork's own process id
+# not matplotlib's inline backend: it ties itself to the kernel that imports it, without one it shows no figure
 LIBRARIES = ("torch", "torch._dynamo", "torchvision", "timm", "open_clip", "safetensors.torch",
              "transformers.modeling_utils", "transformers.models.auto.modeling_auto",
              "transformers.models.bert.modeling_bert",
              "scipy.stats", "scipy.optimize", "sklearn.linear_model", "pandas", "pyarrow.parquet", "faiss",
              "webdataset", "PIL.Image", "matplotlib.pyplot", "seaborn", "pydantic", "ruamel.yaml",
-             "papermill", "nbconvert", "bs4", "ipykernel.ipkernel", "ipykernel.zmqshell",
-             "matplotlib_inline.backend_inline", "tqdm.auto")
+             "papermill", "nbconvert", "bs4", "ipykernel.ipkernel", "ipykernel.zmqshell", "tqdm.auto")
 # jsonschema, below nbformat, spends 3 s building a grammar with it for a format that notebooks have none of
 NEEDLESS = "rfc3987_syntax"
 
@@ -285,7 +285,7 @@ def run(argv: list[str], libraries: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="mclip-warm-") as folder:
         address = str(Path(folder, "socket"))
         Path(folder, "of").write_text(_whose())
-        # its backend is the kernels' own, which IPython would set too late for a matplotlib that is there already
+        # the kernels' own backend, which IPython would set too late for a matplotlib that is there already
         env = environment(Path(folder)) | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
         warm = subprocess.Popen([sys.executable, "-m", "mclip.warm", "--serve", address, *libraries], env=env,
                                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
