@@ -2,16 +2,19 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import nbformat
 import psutil
 import pytest
+from nbformat import v4
 
-from mclip import warm
+from mclip import strip, warm
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or Path("/dev/nvidiactl").exists(),
                                 reason="forks are for Linux without a GPU")
@@ -100,6 +103,30 @@ def test_another_repository_s_warm_process_is_not_ours(folder, monkeypatch):
     assert warm.is_on()
     (folder / "socket").unlink()  # not ready yet
     assert not warm.is_on()
+
+
+def test_a_notebook_is_the_same_bytes_with_and_without(tmp_path):
+    """Figures, prints and tables of a kernel that is a fork of the real list of libraries."""
+    nb = v4.new_notebook(cells=[v4.new_code_cell("sections = None"), v4.new_code_cell(
+        "import matplotlib.pyplot as plt, pandas as pd, torch\nprint(torch.arange(3).sum())\npd.DataFrame({'a': [1]})"),
+        v4.new_code_cell("fig, ax = plt.subplots()\nax.plot([1, 2]);")])
+    nb.cells[0].metadata["tags"] = ["parameters"]
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks/figure.ipynb").write_text(strip.stripped(nbformat.writes(nb)))
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy2(ROOT / name, tmp_path / name)
+    (tmp_path / "wait.py").write_text(
+        "import os, subprocess, sys, time\nfrom mclip import warm\n"
+        "while not warm.is_on():\n    time.sleep(0.1)\n"
+        "sys.exit(subprocess.call([sys.executable, '-m', 'mclip.run', 'figure']))\n")
+    env = {k: v for k, v in os.environ.items() if k != warm.SOCKET} | {"PYTHONPATH": str(ROOT)}
+    report, bytes_ = tmp_path / "reports/figure.ipynb", []
+    for start in (["-m", "mclip.warm", sys.executable, "wait.py"], ["-m", "mclip.run", "figure"]):
+        done = subprocess.run([sys.executable, *start], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        bytes_.append(report.read_bytes())
+        report.unlink()
+    assert b"image/png" in bytes_[0] and bytes_[0] == bytes_[1]
 
 
 def test_an_exception_and_what_was_to_run_at_the_end(folder):
