@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def serve(address: str, libraries: list[str]) -> dict[str, Any] | None:
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    children: dict[int, tuple[socket.socket, str]] = {}  # pid: who stands for it, its notes
+    children: dict[int, Child] = {}
     events = selectors.DefaultSelector()
     for source in (listener, stop, woken):
         events.register(source, selectors.EVENT_READ)
@@ -158,7 +159,7 @@ def serve(address: str, libraries: list[str]) -> dict[str, Any] | None:
             if key.fileobj == woken:
                 os.read(woken, 4096)
                 for pid in _ended(children):
-                    connection = children.pop(pid)[0]
+                    connection = children.pop(pid).connection
                     with contextlib.suppress(KeyError):
                         events.unregister(connection)
                     connection.close()
@@ -174,7 +175,7 @@ def serve(address: str, libraries: list[str]) -> dict[str, Any] | None:
                     signal.set_wakeup_fd(-1)
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     events.close()
-                    for other in (listener, connection, *(c for c, _ in children.values())):
+                    for other in (listener, connection, *(c.connection for c in children.values())):
                         other.close()
                     for descriptor in (stop, woken, wake):
                         os.close(descriptor)
@@ -184,7 +185,7 @@ def serve(address: str, libraries: list[str]) -> dict[str, Any] | None:
                     return request
                 for descriptor in descriptors:
                     os.close(descriptor)
-                children[pid] = (connection, request["notes"])
+                children[pid] = Child(connection, request["notes"])
                 if request["notes"]:
                     _note(request["notes"], "pid", pid)
                 with contextlib.suppress(OSError):
@@ -192,11 +193,23 @@ def serve(address: str, libraries: list[str]) -> dict[str, Any] | None:
                 events.register(connection, selectors.EVENT_READ)
             else:  # who stood for a fork is gone: its family goes too
                 events.unregister(key.fileobj)
-                for pid in [p for p, (c, _) in children.items() if c is key.fileobj]:
+                for pid in [p for p, c in children.items() if c.connection is key.fileobj]:
                     _end(pid)
 
 
-def _ended(children: dict[int, tuple[socket.socket, str]]) -> list[int]:
+@dataclass
+class Child:
+    """A fork: who stands for it, where its notes go, and the largest that forks at its time took, bytes.
+
+    What a kernel starts (trainings) are forks too, no children of it: their memory counts as the kernel's.
+    """
+
+    connection: socket.socket
+    notes: str
+    peak_rss: int = 0
+
+
+def _ended(children: dict[int, Child]) -> list[int]:
     """Forks that have ended, their status told and their peak memory noted."""
     found = []
     while True:
@@ -208,11 +221,13 @@ def _ended(children: dict[int, tuple[socket.socket, str]]) -> list[int]:
             return found
         if pid in children:
             found.append(pid)
-            connection, notes = children[pid]
-            if notes:
-                _note(notes, "peak_rss", usage.ru_maxrss * 1024)
+            child = children[pid]
+            for other in [child, *(c for c in children.values() if c.notes and not child.notes)]:
+                other.peak_rss = max(other.peak_rss, usage.ru_maxrss * 1024)
+            if child.notes:
+                _note(child.notes, "peak_rss", child.peak_rss)
             with contextlib.suppress(OSError):
-                connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+                child.connection.send(str(os.waitstatus_to_exitcode(status)).encode())
 
 
 def _end(pid: int) -> None:

@@ -79,6 +79,17 @@ def test_a_fork_is_what_was_asked_for(folder):
     assert gone(int(content(folder / "notes" / "pid")))
 
 
+def test_a_training_s_memory_counts_as_its_kernel_s(folder):
+    """A fork that a fork asked for: the peak of the first is that of the larger."""
+    (folder / "notes").mkdir()
+    (folder / "large.py").write_text("x = bytearray(b'1') * 300_000_000\n")
+    (folder / "kernel.py").write_text(
+        "import os, subprocess\nfrom mclip import warm\nsubprocess.check_call(warm.command('large'))\n")
+    process = started(folder, "kernel", NOTES=str(folder / "notes"))
+    assert process.wait(60) == 0
+    assert int(content(folder / "notes" / "peak_rss")) > 300_000_000
+
+
 def test_without_the_wrapper_the_same_command_imports_for_itself(folder):
     env = {k: v for k, v in os.environ.items() if k != warm.SOCKET}
     done = subprocess.run([sys.executable, "outer.py", "says", "one"], cwd=folder, env=env, capture_output=True, text=True)
