@@ -231,10 +231,14 @@ def _ended(children: dict[int, Child]) -> list[int]:
 
 
 def _end(pid: int) -> None:
+    """Kill a fork and what is below it; `_ended` hears of it, which must be the one to ask for its memory."""
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):
-        end_family(psutil.Process(pid))
+        below = psutil.Process(pid).children(recursive=True)
+        os.kill(pid, signal.SIGKILL)
+        for process in below:
+            end_family(process)
 
 
 def _note(folder: str, name: str, value: int) -> None:

@@ -1,6 +1,7 @@
 """mclip.warm: forks of one process that has the libraries, and nothing left when the command ends."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -119,7 +120,7 @@ def test_another_repository_s_warm_process_is_not_ours(folder, monkeypatch):
 def test_a_notebook_is_the_same_bytes_with_and_without(tmp_path):
     """Figures, prints and tables of a kernel that is a fork of the real list of libraries."""
     nb = v4.new_notebook(cells=[v4.new_code_cell("sections = None"), v4.new_code_cell(
-        "import matplotlib.pyplot as plt, pandas as pd, torch\nprint(torch.arange(3).sum())\npd.DataFrame({'a': [1]})"),
+        "import matplotlib.pyplot as plt, pandas as pd, torch\nkept = torch.ones(2**28)\nprint(torch.arange(3).sum())\npd.DataFrame({'a': [1]})"),
         v4.new_code_cell("fig, ax = plt.subplots()\nax.plot([1, 2]);")])
     nb.cells[0].metadata["tags"] = ["parameters"]
     (tmp_path / "notebooks").mkdir()
@@ -132,12 +133,15 @@ def test_a_notebook_is_the_same_bytes_with_and_without(tmp_path):
         "sys.exit(subprocess.call([sys.executable, '-m', 'mclip.run', 'figure']))\n")
     env = {k: v for k, v in os.environ.items() if k != warm.SOCKET} | {"PYTHONPATH": str(ROOT)}
     report, bytes_ = tmp_path / "reports/figure.ipynb", []
+    memory = []
     for start in (["-m", "mclip.warm", sys.executable, "wait.py"], ["-m", "mclip.run", "figure"]):
         done = subprocess.run([sys.executable, *start], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         bytes_.append(report.read_bytes())
         report.unlink()
+        memory.append(json.loads((tmp_path / "reports/times/figure.json").read_text())["peak_rss_mb"])
     assert b"image/png" in bytes_[0] and bytes_[0] == bytes_[1]
+    assert min(memory) > 1000  # what the cell keeps, also where the kernel was killed when it was done
 
 
 def test_an_exception_and_what_was_to_run_at_the_end(folder):
