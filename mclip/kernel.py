@@ -100,7 +100,9 @@ def kernel_class(folder: Path) -> type:
     """A kernel manager for one run; folder: private, for the connection file, sockets, IPython's state."""
     env = warm.environment(folder) | {"IPYTHONDIR": str(folder / "ipython"), "MCLIP_PROGRESS": str(folder / "progress")}
     (folder / "progress").touch()
-    forked = warm.is_on()
+    # asked once: a warm process may become ready while a kernel starts
+    argv = warm.command("ipykernel_launcher", "-f", "{connection_file}", notes=folder)
+    forked = argv[1] != "-m"
 
     class StageKernel(AsyncKernelManager):
         process: psutil.Process | None = None
@@ -113,7 +115,6 @@ def kernel_class(folder: Path) -> type:
 
         @property
         def kernel_spec(self) -> KernelSpec:
-            argv = warm.command("ipykernel_launcher", "-f", "{connection_file}", notes=folder)
             return KernelSpec(argv=argv, display_name="Python 3 (ipykernel)", language="python")
 
         async def start_kernel(self, **kwargs: Any) -> None:

@@ -15,6 +15,7 @@ the command runs as if it was called alone.
 import contextlib
 import json
 import os
+import selectors
 import signal
 import socket
 import subprocess
@@ -123,11 +124,22 @@ def attach(notes: str, argv: list[str]) -> int:
 
 # --- the warm process -------------------------------------------------------------------------------------
 
+@dataclass
+class Child:
+    """A fork: who stands for it, where its notes go, and the largest that forks at its time took, bytes.
+
+    What a kernel starts (trainings) are forks too, no children of it: their memory counts as the kernel's.
+    """
+
+    connection: socket.socket
+    notes: str
+    peak_rss: int = 0
+
+
 def serve(address: str, libraries: list[str]) -> dict[str, Any] | None:
     """Import, then fork at every request until stdin closes. In a fork: its request; at the end: None."""
     import gc
     import importlib
-    import selectors
 
     stop = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
@@ -164,49 +176,46 @@ def serve(address: str, libraries: list[str]) -> dict[str, Any] | None:
                         events.unregister(connection)
                     connection.close()
             elif key.fileobj is listener:
-                connection, _ = listener.accept()
-                data, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 3)
-                if len(descriptors) < 3:
-                    connection.close()
-                    continue
-                request = json.loads(data)
-                pid = os.fork()
-                if pid == 0:
-                    signal.set_wakeup_fd(-1)
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    events.close()
-                    for other in (listener, connection, *(c.connection for c in children.values())):
-                        other.close()
-                    for descriptor in (stop, woken, wake):
-                        os.close(descriptor)
-                    for target, descriptor in enumerate(descriptors):
-                        os.dup2(descriptor, target)
-                        os.close(descriptor)
+                request = _fork(listener, children, events, (stop, woken, wake))
+                if request is not None:
                     return request
-                for descriptor in descriptors:
-                    os.close(descriptor)
-                children[pid] = Child(connection, request["notes"])
-                if request["notes"]:
-                    _note(request["notes"], "pid", pid)
-                with contextlib.suppress(OSError):
-                    connection.send(str(pid).encode())
-                events.register(connection, selectors.EVENT_READ)
-            else:  # who stood for a fork is gone: its family goes too
+            elif key.fileobj.fileno() >= 0:  # not closed just now: who stood for a fork is gone, its family goes too
                 events.unregister(key.fileobj)
                 for pid in [p for p, c in children.items() if c.connection is key.fileobj]:
                     _end(pid)
 
 
-@dataclass
-class Child:
-    """A fork: who stands for it, where its notes go, and the largest that forks at its time took, bytes.
-
-    What a kernel starts (trainings) are forks too, no children of it: their memory counts as the kernel's.
-    """
-
-    connection: socket.socket
-    notes: str
-    peak_rss: int = 0
+def _fork(listener: socket.socket, children: dict[int, Child], events: Any,
+          private: tuple[int, ...]) -> dict[str, Any] | None:
+    """Take a request. In its fork, where nothing of the warm process is left open: the request; here None."""
+    connection, _ = listener.accept()
+    data, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+    if len(descriptors) < 3:
+        connection.close()
+        return None
+    request = json.loads(data)
+    pid = os.fork()
+    if pid == 0:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        events.close()
+        for other in (listener, connection, *(c.connection for c in children.values())):
+            other.close()
+        for descriptor in private:
+            os.close(descriptor)
+        for target, descriptor in enumerate(descriptors):
+            os.dup2(descriptor, target)
+            os.close(descriptor)
+        return request
+    for descriptor in descriptors:
+        os.close(descriptor)
+    children[pid] = Child(connection, request["notes"])
+    if request["notes"]:
+        _note(request["notes"], "pid", pid)
+    with contextlib.suppress(OSError):
+        connection.send(str(pid).encode())
+    events.register(connection, selectors.EVENT_READ)
+    return None
 
 
 def _ended(children: dict[int, Child]) -> list[int]:
@@ -237,8 +246,7 @@ def _end(pid: int) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         below = psutil.Process(pid).children(recursive=True)
         os.kill(pid, signal.SIGKILL)
-        for process in below:
-            end_family(process)
+        _stop(below)
 
 
 def _note(folder: str, name: str, value: int) -> None:
@@ -280,19 +288,25 @@ def become(request: dict[str, Any]) -> None:
     os._exit(status if isinstance(status, int) else int(status is not None))
 
 
-def end_family(process: Any, grace: float = 3.0) -> None:
+def end_family(process: Any) -> None:
     """Stop a psutil.Process and all below it (torchrun's workers too, which are in sessions of their own)."""
     import psutil
 
     if process is None or not process.is_running():
         return
     with contextlib.suppress(psutil.Error):
-        family = [*process.children(recursive=True), process]
-        for signal_name in ("terminate", "kill"):
-            for member in family:
-                with contextlib.suppress(psutil.Error):
-                    getattr(member, signal_name)()
-            family = psutil.wait_procs(family, timeout=grace)[1]
+        _stop([*process.children(recursive=True), process])
+
+
+def _stop(processes: list, grace: float = 3.0) -> None:
+    """Terminate psutil.Processes, and kill those that are still there after `grace` seconds."""
+    import psutil
+
+    for signal_name in ("terminate", "kill"):
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                getattr(process, signal_name)()
+        processes = psutil.wait_procs(processes, timeout=grace)[1]
 
 
 # --- the command ------------------------------------------------------------------------------------------
