@@ -47,6 +47,14 @@ def plan(recipe_name: str, recipe: Recipe, student: str, others: Sequence[str], 
     return runs
 
 
+def train_others(runs: Mapping[str, Sequence[Run]], *, out: str | Path = OUT,
+                 metrics: str | Path = METRICS) -> dict[str, pd.DataFrame]:
+    """Train every student of `plan` but the first; their histories by name. Both folders are there, also of none."""
+    for folder in (out, metrics):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    return {name: distill.run_recipe(list(mine)) for name, mine in list(runs.items())[1:]}
+
+
 def score(name: str, runs: Sequence[Run], sets: Mapping[str, EvalSet], *, batch_size: int,
           folder: str | Path = METRICS) -> list[str]:
     """Evaluate a student's trained runs without linear probes, write `folder`/NAME.{json,csv}; what is missing."""
