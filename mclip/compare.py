@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from mclip.files import write_json
 from mclip.params import EvalSet
 
 MAIN = {"classification": "top1", "retrieval": "mean_r1"}  # the metric that stands for a set
@@ -115,6 +116,22 @@ def main_rows(metrics: Mapping[str, Mapping[str, Any]], sets: Mapping[str, EvalS
                 rows.append(Row(group, name, HELD_OUT, "", sum(r.mean for r in held_out) / len(held_out), std))
             rows += own
     return rows
+
+
+def write_headlines(rows: Iterable[Row], folder: str | Path = "reports/headline") -> None:
+    """FOLDER/NAME.json of each recipe, FOLDER/teacher-NAME.json of each teacher: what `dvc metrics` and `dvc exp` show.
+
+    Every file has the same few keys, so that DVC's tables have a row a recipe or teacher: "held-out mean" and its
+    standard deviation over the seeds, then the main metric of each set, percent.
+    """
+    trees: dict[str, dict[str, float]] = {}
+    for row in rows:
+        tree = trees.setdefault(row.name if row.group == "recipe" else f"{row.group}-{row.name}", {})
+        tree[row.set] = round(100 * row.mean, 2)
+        if row.set == HELD_OUT and row.std is not None:
+            tree["held-out std"] = round(100 * row.std, 2)
+    for name, tree in trees.items():
+        write_json(Path(folder) / f"{name}.json", tree)
 
 
 def chance_rows(frame: pd.DataFrame) -> list[Row]:

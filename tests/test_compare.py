@@ -81,3 +81,12 @@ def test_rows_of_recipes_teachers_and_chance(folder):
     chance = compare.chance_rows(compare.read_seeds(["clip"], folder)[0])
     assert {r.set: r.mean for r in chance}["home"] == 0.1
     assert compare.chance_rows(compare.read_seeds([], folder)[0]) == []
+
+
+def test_headlines_have_a_file_each_with_the_same_keys(folder, tmp_path):
+    found = compare.main_rows(compare.read_metrics(folder), SETS)
+    compare.write_headlines(found, tmp_path / "headline")
+    assert {f.name: json.loads(f.read_text()) for f in (tmp_path / "headline").iterdir()} == {
+        "more.json": {"away": 30.0, "held-out mean": 30.0, "held-out std": 1.0},
+        "teacher-large.json": {"away": 60.0, "pairs": 40.0, "held-out mean": 50.0},
+    }
