@@ -29,6 +29,7 @@ import faiss
 import numpy as np
 import scipy.linalg
 import torch
+from threadpoolctl import threadpool_limits
 
 from mclip import progress
 from mclip.rows import Rows
@@ -42,6 +43,7 @@ MORE = 16  # the part of the width that the second look takes
 SAMPLE = 8192  # rows that the axes are computed from
 BATCH = 2048  # pairs measured at once
 BLOCK = 2048  # rows read at once
+ROWS = 512  # rows held against all centres at once
 ROUNDING = 1e-4  # of cells' scores, far above what float32 is off by
 MEASURE = 1e-5  # measuring a pair takes as long as this part of a full product's elements, for each column
 
@@ -93,7 +95,8 @@ def prepare(rows: Rows, *, axes: int = AXES, tile: int = TILE, cell: int | None 
     more = min(width // MORE, width - k)
     sample = rows.unit(np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64)))
     moment = sample.T @ sample
-    vectors = scipy.linalg.eigh(moment, subset_by_index=[width - k - more, width - 1])[1]
+    with threadpool_limits(1, "blas"):  # OpenBLAS's threads wait by spinning: 20 x slower beside any other process
+        vectors = scipy.linalg.eigh(moment, subset_by_index=[width - k - more, width - 1])[1]
     basis = torch.from_numpy(vectors[:, ::-1].copy())
     z, tail = np.empty((n, k + 1), np.float32), np.empty((n, more + 1), np.float32)
     inverse = np.empty(n)
@@ -154,9 +157,16 @@ def _cells(z: np.ndarray, k: int, together: int) -> tuple[np.ndarray, np.ndarray
     kmeans = faiss.Kmeans(z.shape[1], k, niter=5, seed=0, min_points_per_centroid=1, max_points_per_centroid=16)
     kmeans.train(z)
     centres = kmeans.centroids[kd_order(kmeans.centroids, together)]
-    index = faiss.IndexFlatL2(z.shape[1])
-    index.add(centres)
-    return centres, np.concatenate([index.search(z[s:s + BLOCK], 1)[1][:, 0] for s in range(0, len(z), BLOCK)])
+    to, label = torch.from_numpy(centres), np.empty(len(z), np.int64)
+    bias = to.square().sum(1) / -2
+
+    def assign(start: int) -> None:  # a flat index takes two to three times as long for a single neighbour
+        own = torch.from_numpy(z[start:start + ROWS])
+        label[start:start + ROWS] = torch.addmm(bias, own, to.T).argmax(1).numpy()
+
+    for _ in threads(assign, range(0, len(z), ROWS)):
+        pass
+    return centres, label
 
 
 def kd_order(points: np.ndarray, size: int) -> np.ndarray:
@@ -295,8 +305,8 @@ def _visits(links: Links, start: int, stop: int, group: int, limit: float) -> to
     reach = torch.cdist(mine, centres, compute_mode="donot_use_mm_for_euclid_dist").mul_(limit**0.5).add_(ROUNDING)
     groups = -(-len(centres) // links.together)
     out = torch.zeros(groups, stop - start, dtype=torch.bool, device=centres.device)
-    for at in range(start, stop, 512):
-        until = min(at + 512, stop)
+    for at in range(start, stop, ROWS):
+        until = min(at + ROWS, stop)
         own = links.cell[at:until]
         score = torch.addmm(bias, links.z[at:until], centres.T)
         own = own - first

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import load_file
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -256,7 +257,8 @@ def _components(x: Tensor, k: int, *, whiten: bool) -> tuple[Tensor, Tensor]:
     """
     mean = x.mean(0)
     # scipy's driver also converges where most features are dead, as at a tower's smallest image size
-    values, vectors = map(torch.from_numpy, scipy.linalg.eigh(torch.cov((x - mean).T.double()).numpy()))
+    with threadpool_limits(1, "blas"):  # OpenBLAS's threads wait by spinning: 20 x slower beside any other process
+        values, vectors = map(torch.from_numpy, scipy.linalg.eigh(torch.cov((x - mean).T.double()).numpy()))
     values, vectors = values.flip(0)[:k], vectors.flip(1)[:, :k]
     alive = values > 1e-6 * values[0]
     values, vectors = values[alive], vectors[:, alive]
