@@ -1,9 +1,11 @@
 """Does what a paper says hold here? Differences between variants with few seeds, and samples to the same accuracy.
 
-With two or three seeds a variant's own spread says little. All variants of a study are the same student trained on as
-many samples, so their seeds' variance is taken to be one and pooled: V variants with n_v seeds give sum(n_v - 1)
-degrees of freedom, and a difference's interval is Student's t with them. Each interval stands for itself: they are not
-widened for being several.
+With two or three seeds a variant's own spread says little. But the runs of a seed start from the same weights and see
+their pairs in the same order, whatever the variant: a lucky seed is lucky in all of them. So a value is taken to be the
+sum of what the variant does, what the seed does, and a rest whose variance is the same for all variants (a randomised
+block design; least squares, also where a variant lacks a seed). V variants with S seeds leave (V - 1)(S - 1) degrees of
+freedom to the rest, and an interval is Student's t with them. Each interval stands for itself: they are not widened for
+being several.
 """
 
 import math
@@ -26,76 +28,92 @@ class Claim(NamedTuple):
     worse: str
 
 
-def pooled(main: pd.DataFrame) -> pd.DataFrame:
-    """Standard deviation over the seeds and its degrees of freedom, by set, over all variants together.
+class Fit(NamedTuple):
+    """value = variant + seed + rest, of one set."""
 
-    main : of compare.main_metric. NaN with 0 degrees of freedom, where no variant has two seeds.
-    """
-    def spread(values: pd.DataFrame) -> pd.Series:
-        own = values.groupby("recipe")["value"]
-        df = int((own.size() - 1).sum())
-        squares = float(((values["value"] - own.transform("mean")) ** 2).sum())
-        return pd.Series({"std": math.sqrt(squares / df) if df else math.nan, "df": df})
+    variants: list[str]
+    effect: np.ndarray  # (V,)
+    inverse: np.ndarray  # (V, V), of the normal equations: the variance of a contrast c is std^2 c' inverse c
+    std: float  # of the rest; NaN where df is 0
+    df: int
 
-    return main.groupby("set", sort=False)[["recipe", "value"]].apply(spread)
+    def difference(self, a: str, b: str, level: float = 0.95) -> tuple[float, float]:
+        """Variant a less variant b, and half the width of its interval (infinite where df is 0)."""
+        c = np.array([(v == a) - float(v == b) for v in self.variants])
+        if a == b:
+            return 0.0, 0.0
+        if not self.df:
+            return float(c @ self.effect), math.inf
+        from scipy import stats  # slow to import
+
+        width = stats.t.ppf((1 + level) / 2, self.df) * self.std * math.sqrt(c @ self.inverse @ c)
+        return float(c @ self.effect), float(width)
 
 
-def half_width(std: float, df: int, n: int, m: int | None = None, level: float = 0.95) -> float:
-    """Of the interval of a mean of n values, or of the difference of the means of n and m; infinite for df 0."""
-    if not df:
-        return math.inf
-    from scipy import stats  # slow to import
+def fit(values: pd.DataFrame) -> Fit:
+    """values: columns recipe, seed, value, of one set."""
+    variants, seeds = (list(dict.fromkeys(values[column])) for column in ("recipe", "seed"))
+    design = np.array([[row.recipe == v for v in variants] + [row.seed == s for s in seeds[1:]]
+                       for row in values.itertuples()], float)
+    y = values["value"].to_numpy(float)
+    solution, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
+    df = len(y) - int(rank)
+    std = math.sqrt(float(((y - design @ solution) ** 2).sum()) / df) if df else math.nan
+    n = len(variants)
+    return Fit(variants, solution[:n], np.linalg.pinv(design.T @ design)[:n, :n], std, df)
 
-    return float(stats.t.ppf((1 + level) / 2, df) * std * math.sqrt(1 / n + (1 / m if m else 0)))
+
+def fits(main: pd.DataFrame) -> dict[str, Fit]:
+    """The fit of each set; main: of compare.main_metric."""
+    return {name: fit(values) for name, values in main.groupby("set", sort=False)}
 
 
 def differences(main: pd.DataFrame, claims: Sequence[Claim], level: float = 0.95) -> pd.DataFrame:
-    """Each claim on each set: columns claim, set, kind, difference, low, high, df, verdict; fractions.
+    """Each claim on each set: columns claim, set, difference, half (of its interval), df, verdict; fractions.
 
     Claims about variants that were not run are left out.
     """
-    spread, rows = pooled(main), []
-    values = {key: group["value"] for key, group in main.groupby(["set", "recipe"])}
+    rows, found = [], fits(main)
     for claim in claims:
-        for name, kind in main[["set", "kind"]].drop_duplicates().itertuples(index=False):
-            a, b = (values.get((name, v)) for v in (claim.better, claim.worse))
-            if a is None or b is None:
-                continue
-            gap = a.mean() - b.mean()
-            half = half_width(spread.loc[name, "std"], int(spread.loc[name, "df"]), len(a), len(b), level)
-            said = HOLDS if gap > half else REVERSED if gap < -half else OPEN
-            rows.append((claim.text, name, kind, gap, gap - half, gap + half, int(spread.loc[name, "df"]), said))
-    columns = ["claim", "set", "kind", "difference", "low", "high", "df", "verdict"]
-    return pd.DataFrame(rows, columns=columns)
+        for name, own in found.items():
+            if {claim.better, claim.worse} <= set(own.variants):
+                gap, half = own.difference(claim.better, claim.worse, level)
+                said = HOLDS if gap > half else REVERSED if gap < -half else OPEN
+                rows.append((claim.text, name, gap, half, own.df, said))
+    return pd.DataFrame(rows, columns=["claim", "set", "difference", "half", "df", "verdict"])
 
 
-def intervals(main: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
-    """Mean of each variant on each set and its interval by the pooled spread: recipe, set, kind, mean, low, high."""
-    spread, rows = pooled(main), []
-    for (name, kind, variant), group in main.groupby(["set", "kind", "recipe"], sort=False):
-        half = half_width(spread.loc[name, "std"], int(spread.loc[name, "df"]), len(group), level=level)
-        mean = group["value"].mean()
-        rows.append((variant, name, kind, mean, mean - half, mean + half))
-    return pd.DataFrame(rows, columns=["recipe", "set", "kind", "mean", "low", "high"])
+def against(main: pd.DataFrame, name: str, first: str, level: float = 0.95) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Every variant less `first` on a set, in points: (recipe, mean, low, high), and each seed's: (recipe, value)."""
+    own, rows = main[main["set"] == name], []
+    found = fit(own)
+    for variant in found.variants:
+        gap, half = found.difference(variant, first, level)
+        rows.append((variant, 100 * gap, 100 * (gap - half), 100 * (gap + half)))
+    base = own[own["recipe"] == first].set_index("seed")["value"]
+    seeds = own.assign(value=100 * (own["value"] - own["seed"].map(base)))[["recipe", "value"]].dropna()
+    return pd.DataFrame(rows, columns=["recipe", "mean", "low", "high"]), seeds
 
 
-def verdict(found: pd.DataFrame, name: str = HELD_OUT) -> str:
-    """All claims on one set in a sentence; found: of `differences`."""
-    own = found[found["set"] == name]
-    if not len(own):
+def verdict(found: pd.DataFrame, sets: Sequence[str] = (HELD_OUT,)) -> str:
+    """All claims on some sets in a sentence; found: of `differences`."""
+    parts = []
+    for name in sets:
+        own = found[found["set"] == name]
+        count = own["verdict"].value_counts()
+        said = ", ".join(f"{text} {count[v]}" for v, text in (
+            (HOLDS, "holds in"), (REVERSED, "does not in"), (OPEN, "can't be told at this size in")) if v in count)
+        each = "; ".join(f"{r.claim}: {r.verdict} ({_points(r)})" for r in own.itertuples())
+        if len(own):
+            parts.append(f"n {name} the paper's direction {said} of {len(own)} comparisons: {each}.")
+    if not parts:
         return "The variants that the paper compares were not run."
-    count = own["verdict"].value_counts()
-    said = [f"{r.claim}: {r.verdict} ({_points(r)})" for r in own.itertuples()]
-    parts = [f"{text} {count[v]}" for v, text in ((HOLDS, "holds in"), (REVERSED, "is reversed in"),
-                                                  (OPEN, "can't be told at this size in")) if v in count]
-    return (f"On the {name} the paper's direction {', '.join(parts)} of {len(own)} comparisons "
-            f"(95 % intervals, {own['df'].iloc[0]} degrees of freedom): {'; '.join(said)}.")
+    return f"With 95 % intervals ({found['df'].iloc[0]} degrees of freedom), o{' O'.join(parts)}"
 
 
 def _points(row) -> str:
-    if not math.isfinite(row.low):
-        return f"{100 * row.difference:+.1f} points, one seed"
-    return f"{100 * row.difference:+.1f} points, {100 * row.low:+.1f} to {100 * row.high:+.1f}"
+    return f"{100 * row.difference:+.1f} " + (f"± {100 * row.half:.1f} points" if math.isfinite(row.half)
+                                              else "points, one seed")
 
 
 def table(main: pd.DataFrame, titles: Mapping[str, str], sets: Sequence[str],
@@ -118,7 +136,7 @@ def samples_to(samples: Sequence[float], accuracy: Sequence[float], target: floa
     """
     x, y = np.log(np.asarray(samples, float)), np.asarray(accuracy, float)
     if y[0] >= target:
-        return float(samples[0])
+        return float(np.asarray(samples)[0])
     for i in range(1, len(x)):
         if y[i] >= target:
             return float(np.exp(x[i - 1] + (x[i] - x[i - 1]) * (target - y[i - 1]) / (y[i] - y[i - 1])))
@@ -168,10 +186,10 @@ def saving(saved: pd.DataFrame, titles: Mapping[str, str], baseline: str, claime
         return f"No recipe reaches {titles[baseline]}'s accuracy at {reference:,} samples on any set."
     best = there.loc[there["factor"].idxmax()]
     holds = "holds" if best["factor"] >= claimed else "does not hold at this size"
-    return (f"To {titles[baseline]}'s accuracy at {reference:,} samples on the {HELD_OUT}, of {titles[baseline]}'s samples "
-            f"are saved by a factor of: {', '.join(said)}. The largest on one set: {titles[best['recipe']]} "
-            f"{_factor(best)} on {best['set']}, to {titles[baseline]}'s accuracy at {best['reference']:,} samples: a "
-            f"factor of {claimed:g} on one set {holds}.")
+    base = titles[baseline]
+    return (f"To {base}'s {HELD_OUT} at {reference:,} samples, times fewer samples: {', '.join(said)}. The largest "
+            f"on one set: {titles[best['recipe']]} {_factor(best)} on {best['set']}, to {base}'s accuracy at "
+            f"{best['reference']:,} samples; the paper's factor of {claimed:g} {holds}.")
 
 
 def _factor(row) -> str:

@@ -282,7 +282,7 @@ def estimates(
     ax: Axes | None = None,
     labels: dict[str, str] | None = None,
 ) -> Axes:
-    """Means with their intervals, one a row, the first on top; the line goes through the first's mean.
+    """Differences with their intervals, one a row, the first on top, and a line at 0.
 
     `frame`: columns y, mean, low, high (an infinite interval is not drawn); `points`: columns y, value, the seeds.
     """
@@ -294,8 +294,7 @@ def estimates(
         ax.errorbar(row.mean, at, xerr=width, fmt="o", markersize=6, capsize=3, color=COLOURS["clip-cid"], zorder=3)
         own = points.loc[points[y] == name, "value"]
         ax.scatter(own, [at] * len(own), s=14, color="white", edgecolor=INK, linewidth=0.8, zorder=4)
-    if len(frame):
-        ax.axvline(frame["mean"].iloc[0], color=MUTED, linestyle=":", linewidth=1.2)
+    ax.axvline(0, color=MUTED, linestyle=":", linewidth=1.2)
     ax.set_yticks(range(len(names)), [(labels or {}).get(name, name) for name in names])
     ax.set_ylim(len(names) - 0.5, -0.5)
     _finish(ax, title, xlabel, "", False)

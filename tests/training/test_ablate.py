@@ -1,4 +1,4 @@
-"""mclip.ablate and mclip.derive: a run is known by what its bytes depend on, and shared; derived data are what they say."""
+"""mclip.ablate, mclip.derive: a run is known by what its bytes depend on, and shared; derived data are what they say."""
 
 import json
 
@@ -36,6 +36,8 @@ def plan(shared, recipe="clip-cid", seeds=(0,), samples=24, **variants):
 
 
 def test_equal_runs_are_one_whatever_they_are_called(shared, monkeypatch):
+    made = derived(shared, clusters=4)["clusters"]  # the world's are of all pairs, the stage's of those kept
+    shared = ablate.replace(shared, data=shared.data | {"clusters": made})
     first = plan(shared, a={}, b={"title": "the same", "clusters": 4})
     second = plan(shared, c={"recipe": {"title": "other words"}})
     assert first["a"][0].out == second["c"][0].out
@@ -47,7 +49,7 @@ def test_equal_runs_are_one_whatever_they_are_called(shared, monkeypatch):
 
 @pytest.mark.parametrize("change", [
     {"recipe": {"weight": {"instance": 0.0}}}, {"clusters": 3}, {"keep": {"prune": "random"}},
-    {"keep": {"threshold": 2.0}}, {"recipe": {"cluster": {"scale": 3.0}}}])
+    {"keep": {"threshold": 0.7}, "clusters": 2}, {"recipe": {"cluster": {"scale": 3.0}}}])
 def test_another_recipe_or_other_data_is_another_run(shared, change):
     runs = plan(shared, a={}, b=change)
     assert runs["a"][0].out != runs["b"][0].out
@@ -168,12 +170,13 @@ def test_pruned_pairs_are_as_many_and_have_clusters(shared, method):
 
 
 def test_another_threshold_is_that_of_the_balance(shared):
-    data, table = derived(shared, keep={"threshold": 0.9}), embed.load(shared.data["embeddings"] + "/large")
+    variant = {"keep": {"threshold": 0.9}, "clusters": 2}
+    data, table = derived(shared, **variant), embed.load(shared.data["embeddings"] + "/large")
     expected = balance.balance(table.image, table.keys, threshold=0.9, metric="sql2")
     assert np.array_equal(balance.read(data["balance"]).keep, expected.keep)
     assert 0 < expected.keep.sum() < balance.read(shared.data["balance"]).keep.sum()
     before = {path: path.stat().st_mtime_ns for path in shared.cache.rglob("*")}
-    assert derived(shared, keep={"threshold": 0.9}) == data
+    assert derived(shared, **variant) == data
     assert before == {path: path.stat().st_mtime_ns for path in shared.cache.rglob("*")}  # nothing made again
 
 

@@ -17,24 +17,42 @@ def frame(values: dict[str, list[float]], name: str = HELD_OUT) -> pd.DataFrame:
                          for seed, value in enumerate(own)], columns=["recipe", "set", "kind", "seed", "value", "chance"])
 
 
-def test_two_variants_give_the_t_test_with_equal_variances():
-    a, b = [0.31, 0.35, 0.30], [0.25, 0.28]
+def test_two_variants_with_the_same_seeds_give_the_paired_t_test():
+    a, b = [0.31, 0.35, 0.30], [0.25, 0.33, 0.21]
     found = claims.differences(frame({"a": a, "b": b}), [Claim("a is above", "a", "b")]).iloc[0]
-    expected = stats.ttest_ind(a, b).confidence_interval(0.95)
-    assert found["difference"] == pytest.approx(np.mean(a) - np.mean(b))
-    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
-    assert found["df"] == 3
+    expected = stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert found["df"] == 2 and found["difference"] == pytest.approx(np.mean(a) - np.mean(b))
+    assert found["half"] == pytest.approx((expected.high - expected.low) / 2)
 
 
-def test_the_spread_is_pooled_over_all_variants_and_by_set():
-    main = pd.concat([frame({"a": [0.1, 0.2], "b": [0.5, 0.5, 0.8], "c": [0.4]}), frame({"a": [0.3, 0.3]}, "other")])
-    found = claims.pooled(main)
-    squares = 2 * 0.05**2 + 2 * 0.1**2 + 0.2**2
-    assert found.loc[HELD_OUT, "df"] == 3 and found.loc[HELD_OUT, "std"] == pytest.approx(math.sqrt(squares / 3))
-    assert found.loc["other", "df"] == 1 and found.loc["other", "std"] == 0
-    rows = claims.intervals(main).set_index(["set", "recipe"])
-    half = stats.t.ppf(0.975, 3) * math.sqrt(squares / 3) / math.sqrt(3)
-    assert rows.loc[(HELD_OUT, "b"), ["low", "mean", "high"]].tolist() == pytest.approx([0.6 - half, 0.6, 0.6 + half])
+def test_complete_blocks_are_the_two_way_analysis_of_variance():
+    x = np.random.default_rng(0).normal(size=(4, 3)) + np.arange(3) * 5
+    found = claims.fit(frame({f"v{i}": list(row) for i, row in enumerate(x)}))
+    rest = x - x.mean(1, keepdims=True) - x.mean(0) + x.mean()
+    std = math.sqrt((rest**2).sum() / 6)
+    assert found.df == 6 and found.std == pytest.approx(std)
+    gap, half = found.difference("v3", "v1")
+    assert gap == pytest.approx(x[3].mean() - x[1].mean())
+    assert half == pytest.approx(stats.t.ppf(0.975, 6) * std * math.sqrt(2 / 3))
+
+
+def test_a_variant_that_lacks_a_seed_is_compared_within_the_others():
+    values = {"a": [0.1, 0.6, 0.3], "b": [0.2, 0.7, 0.4], "c": [0.4]}  # seeds differ, variants by +0.1 and +0.3 exactly
+    found = claims.fit(frame(values))
+    assert found.df == 2 and found.std == pytest.approx(0, abs=1e-12)
+    assert found.difference("c", "a")[0] == pytest.approx(0.3) and found.difference("b", "c")[0] == pytest.approx(-0.2)
+    noisy = claims.fit(frame({"a": [0.1, 0.5, 0.3], "b": [0.2, 0.7, 0.4], "c": [0.4]}))
+    assert noisy.difference("c", "a")[1] > noisy.difference("b", "a")[1] > 0
+
+
+def test_differences_to_the_first_variant_seed_by_seed():
+    main = pd.concat([frame({"a": [0.1, 0.2], "b": [0.5, 0.4]}), frame({"a": [0.0, 0.0], "b": [0.0, 0.0]}, "other")])
+    rows, seeds = claims.against(main, HELD_OUT, "a")
+    assert rows["recipe"].tolist() == ["a", "b"] and rows["mean"].tolist() == pytest.approx([0, 30])
+    assert rows.loc[0, ["low", "high"]].tolist() == [0, 0]
+    half = 100 * claims.fit(main[main["set"] == HELD_OUT]).difference("b", "a")[1]
+    assert rows.loc[1, ["low", "high"]].tolist() == pytest.approx([30 - half, 30 + half])
+    assert seeds["value"].tolist() == pytest.approx([0, 0, 40, 20])
 
 
 @pytest.mark.parametrize("other, said", [([0.1, 0.101], claims.HOLDS), ([0.5, 0.501], claims.REVERSED),
@@ -48,15 +66,15 @@ def test_a_claim_holds_where_the_interval_is_above_zero(other, said):
 def test_one_seed_tells_nothing_and_variants_not_run_are_left_out():
     found = claims.differences(frame({"a": [0.3], "b": [0.1]}), [Claim("x", "a", "b"), Claim("y", "a", "gone")])
     assert found["claim"].tolist() == ["x"] and found["verdict"].tolist() == [claims.OPEN]
-    assert "can't be told at this size in 1 of 1" in claims.verdict(found) and "one seed" in claims.verdict(found)
+    assert "can't be told at this size in 1 of 1" in claims.verdict(found) and "points, one seed" in claims.verdict(found)
     assert claims.verdict(found.iloc[:0]) == "The variants that the paper compares were not run."
 
 
 def test_the_sentence_counts_and_names():
     main = frame({"a": [0.3, 0.301], "b": [0.1, 0.101], "c": [0.5, 0.501]})
     text = claims.verdict(claims.differences(main, [Claim("one", "a", "b"), Claim("two", "a", "c")]))
-    assert text.startswith("On the held-out mean the paper's direction holds in 1, is reversed in 1 of 2 comparisons "
-                           "(95 % intervals, 3 degrees of freedom): one: holds (+20.0 points, ")
+    assert text == ("With 95 % intervals (2 degrees of freedom), on held-out mean the paper's direction holds in 1, does not "
+                    "in 1 of 2 comparisons: one: holds (+20.0 ± 0.0 points); two: does not hold (-20.0 ± 0.0 points).")
 
 
 def test_the_table_keeps_the_order_and_takes_the_paper_s_numbers():
@@ -86,11 +104,11 @@ def learning() -> pd.DataFrame:
 def test_savings_say_where_they_are_only_bounds():
     found = claims.savings(learning(), "clip", 400).set_index(["recipe", "reference"])
     assert sorted(set(found.index.get_level_values("reference"))) == [400, 1600]
-    assert found.loc[("fast", 400), ["needed", "factor", "bound"]].tolist() == [100, 4, ">="]
+    assert found.loc[("fast", 400), ["needed", "factor", "bound"]].to_list() == [100, 4, ">="]
     assert found.loc[("fast", 1600), "bound"] == "=" and found.loc[("fast", 1600), "needed"] == pytest.approx(
         100 * 4**0.2)
     assert found.loc[("slow", 400), ["needed", "factor", "bound"]].tolist() == [400, 1, "<"]
     assert found.loc[("same", 400), ["needed", "bound"]].tolist() == [pytest.approx(400), "="]
     text = claims.saving(found.reset_index(), {r: r.upper() for r in ("clip", "fast", "slow", "same")}, "clip", 10)
     assert "FAST at least 4.0, SLOW less than 1.0, SAME 1.0" in text
-    assert "FAST 12.1 on held-out mean, to CLIP's accuracy at 1,600 samples: a factor of 10 on one set holds." in text
+    assert "FAST 12.1 on held-out mean, to CLIP's accuracy at 1,600 samples; the paper's factor of 10 holds." in text
