@@ -21,7 +21,7 @@ def shared(world, student, tmp_path):
     return ablate.Shared(student, TRAIN.model_copy(update={"samples": 24}),
                          Balance(teacher="large", metric="sql2", threshold=1e-3, curve=[]),
                          Cluster(teacher="large", clusters=4, iterations=5, seed=0),
-                         {name: str(world / name) for name in FOLDERS}, tmp_path / "cache")
+                         {name: str(world / name) for name in (*FOLDERS, "cache")}, tmp_path / "cache")
 
 
 def study(recipe="clip-cid", **variants) -> Study:
