@@ -67,22 +67,33 @@ def _configuration(student: str) -> str:
 
 
 def run_recipe(runs: list[Run], *, side_by_side: int | None = None) -> pd.DataFrame:
-    """Train all runs; the histories of all seeds: columns seed, step, samples, lr, logit_scale, loss, one a term.
+    """`train_all`, then the histories of all seeds: columns seed, step, samples, lr, logit_scale, loss, one a term."""
+    train_all(runs, side_by_side=side_by_side)
+    return history(runs)
+
+
+def finished(run: Run) -> bool:
+    """Is there nothing left to train?"""
+    return (Path(run.out) / "history.csv").exists()
+
+
+def train_all(runs: list[Run], *, side_by_side: int | None = None) -> None:
+    """Train those of the runs that aren't finished, `parallel_runs` side by side, the longest first.
 
     Raises TrainingError with the last lines of the log of the first run that failed; the others are stopped, their
     checkpoints stay.
     """
-    train = runs[0].train
-    waiting, running = [r for r in runs if not (Path(r.out) / "history.csv").exists()], {}
-    limit = side_by_side or train.parallel_runs
+    todo = {run.out: run for run in runs if not finished(run)}
+    waiting, running = sorted(todo.values(), key=lambda run: -run.train.samples), {}
+    limit = side_by_side or runs[0].train.parallel_runs
     try:
         while waiting or running:
             while waiting and len(running) < limit:
                 run = waiting.pop(0)
-                running[run.seed] = (run, _start(run))
-            for seed, (run, process) in list(running.items()):
+                running[run.out] = (run, _start(run))
+            for out, (run, process) in list(running.items()):
                 if (code := process.poll()) is not None:
-                    del running[seed]
+                    del running[out]
                     if code:
                         raise TrainingError(_last_words(run, code))
                     shutil.rmtree(run.scratch, ignore_errors=True)
@@ -92,7 +103,6 @@ def run_recipe(runs: list[Run], *, side_by_side: int | None = None) -> pd.DataFr
             process.terminate()
         for _, process in running.values():
             process.wait()
-    return history(runs)
 
 
 def history(runs: list[Run]) -> pd.DataFrame:

@@ -260,7 +260,57 @@ class LatencyAblation(_Section):
     device: Literal["cpu", "cuda"]
 
 
+class KeptPairs(_Section):
+    """Another choice of pairs than the balance stage's: by its threshold, or as many by another method."""
+
+    threshold: PositiveFloat | None = None
+    prune: Literal["semdedup", "density", "random"] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _one_of_both(self):
+        if (self.threshold is None) == (self.prune is None):
+            raise ValueError("either threshold or prune")
+        return self
+
+
+class Selection(_Section):
+    """A part of the stored reinforced set; null: all of it."""
+
+    n_aug: NonNegativeInt | None = None
+    n_syn: PositiveInt | None = None
+    ensemble: Annotated[list[str], Field(min_length=1)] | None = None
+    captions: Literal["true", "synthetic"] = "true"
+
+
+class Variant(_Section):
+    title: str | None = None
+    recipe: dict[str, Any] = {}
+    keep: KeptPairs | None = None
+    clusters: PositiveInt | None = None
+    teacher: str | None = None
+    reinforced: Selection | None = None
+
+
+class Study(_Section):
+    recipe: str
+    samples: PositiveInt | None = None
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
+    variants: dict[str, Variant] = Field(min_length=1)
+
+
+class Learning(_Section):
+    recipes: list[str] = Field(min_length=1)
+    baseline: str
+    samples: list[PositiveInt] = Field(min_length=1)
+    longer: list[PositiveInt]
+    longer_seeds: list[NonNegativeInt]
+
+
 class Ablations(_Section):
+    samples: PositiveInt
+    seeds: list[NonNegativeInt] = Field(min_length=1)
+    studies: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], Study]
+    learning: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], Learning]
     students: StudentsAblation
     latency: LatencyAblation
 
@@ -293,6 +343,55 @@ class Params(_Section):
             raise ValueError(f"ablations.students.seeds: {unknown[0]} is not among distill.seeds "
                              f"({', '.join(map(str, self.distill.seeds))}), which train the student compared with")
         return self
+
+    @pydantic.model_validator(mode="after")
+    def _ablations_can_be_made(self):
+        for name, study in self.ablations.studies.items():
+            key = f"ablations.studies.{name}"
+            self._recipe_exists(f"{key}.recipe", study.recipe)
+            for which, variant in study.variants.items():
+                self._variant_can_be_made(f"{key}.variants.{which}", self.distill.recipes[study.recipe], variant)
+        for name, curve in self.ablations.learning.items():
+            for recipe in [*curve.recipes, curve.baseline]:
+                self._recipe_exists(f"ablations.learning.{name}", recipe)
+        return self
+
+    def _recipe_exists(self, key: str, recipe: str) -> None:
+        if recipe not in self.distill.recipes:
+            raise ValueError(f"{key}: no such recipe {recipe!r}; distill.recipes has "
+                             f"{', '.join(sorted(self.distill.recipes))}")
+
+    def _variant_can_be_made(self, key: str, recipe: Recipe, variant: Variant) -> None:
+        try:
+            recipe = varied(recipe, variant.recipe)
+        except pydantic.ValidationError as err:
+            raise ValueError("; ".join(_explain(e, f"{key}.recipe") for e in err.errors())) from None
+        embedded, chosen = self.embed.teachers, variant.reinforced
+        if variant.teacher is not None and variant.teacher not in embedded:
+            raise ValueError(f"{key}.teacher: {variant.teacher!r} is not embedded; embed.teachers has {embedded}")
+        if variant.keep and recipe.pairs != "kept":
+            raise ValueError(f"{key}.keep needs a recipe with pairs: kept")
+        if (variant.clusters or variant.teacher) and not (recipe.weight.cluster or recipe.weight.instance):
+            raise ValueError(f"{key}: clusters and teacher need a recipe with weight.cluster or weight.instance")
+        if chosen is None:
+            return
+        ensemble = chosen.ensemble or self.reinforce.ensemble
+        if recipe.pairs != "reinforced":
+            raise ValueError(f"{key}.reinforced needs a recipe with pairs: reinforced")
+        for what in ("n_aug", "n_syn"):
+            if (getattr(chosen, what) or 0) > (stored := getattr(self.reinforce, what)):
+                raise ValueError(f"{key}.reinforced.{what}: {stored} are stored (reinforce.{what})")
+        if unknown := sorted(set(ensemble) - set(self.reinforce.ensemble)):
+            raise ValueError(f"{key}.reinforced.ensemble: {unknown[0]!r} is not in reinforce.ensemble")
+        if chosen.n_aug == 0 and (unknown := sorted(set(ensemble) - set(embedded))):
+            raise ValueError(f"{key}.reinforced: n_aug 0 needs {unknown[0]!r} in embed.teachers")
+        if chosen.captions == "synthetic" and (recipe.synthetic or not self.reinforce.n_syn):
+            raise ValueError(f"{key}.reinforced.captions: synthetic needs reinforce.n_syn and synthetic: false")
+
+
+def varied(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """A recipe with some keys laid over it, such as {"weight": {"cluster": 0.0}}."""
+    return Recipe.model_validate(merge(recipe.model_dump(by_alias=True), changes))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

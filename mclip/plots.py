@@ -272,6 +272,35 @@ def tradeoff(
     return ax
 
 
+def estimates(
+    frame: pd.DataFrame,
+    points: pd.DataFrame,
+    *,
+    y: str,
+    title: str,
+    xlabel: str,
+    ax: Axes | None = None,
+    labels: dict[str, str] | None = None,
+) -> Axes:
+    """Differences with their intervals, one a row, the first on top, and a line at 0.
+
+    `frame`: columns y, mean, low, high (an infinite interval is not drawn); `points`: columns y, value, the seeds.
+    """
+    ax = ax or plt.subplots()[1]
+    names = list(dict.fromkeys(frame[y].astype(str)))
+    for row in frame.itertuples():
+        name, at = str(getattr(row, y)), names.index(str(getattr(row, y)))
+        width = [[row.mean - row.low], [row.high - row.mean]] if math.isfinite(row.low) else None
+        ax.errorbar(row.mean, at, xerr=width, fmt="o", markersize=6, capsize=3, color=COLOURS["clip-cid"], zorder=3)
+        own = points.loc[points[y] == name, "value"]
+        ax.scatter(own, [at] * len(own), s=14, color="white", edgecolor=INK, linewidth=0.8, zorder=4)
+    ax.axvline(0, color=MUTED, linestyle=":", linewidth=1.2)
+    ax.set_yticks(range(len(names)), [(labels or {}).get(name, name) for name in names])
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    _finish(ax, title, xlabel, "", False)
+    return ax
+
+
 def heatmap(
     matrix: np.ndarray | pd.DataFrame,
     *,

@@ -137,7 +137,7 @@ def _dependencies(stage: Stage) -> list[Path]:
         stages = {}
     for entry in stages.values():
         entry = entry.get("do", entry)
-        words = str(entry.get("cmd", "")).split()
+        words = str(entry.get("cmd", "")).replace("${key}", stage.name.rpartition("/")[2]).split()
         if ("mclip.run", stage.name) in pairwise(words):
             deps = [Path(next(iter(d)) if isinstance(d, dict) else d) for d in entry.get("deps", [])]
             return [d for d in deps if d.parts[0] in ("mclip", "notebooks") and d.exists()]

@@ -11,6 +11,7 @@ itself. `from_published_sample` reads a sample of Apple's published layout (pape
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,10 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..files import whole
+from ..files import whole, write_json
 from .augment import from_published
+
+Plain = Callable[[list[str], list[str]], tuple[np.ndarray, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,62 @@ def read_meta(folder: str | Path) -> dict:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: run `dvc repro reinforce` first")
     return json.loads(path.read_text())
+
+
+def pictures(meta: dict) -> dict:
+    """What the augmented pictures of a set depend on, of its meta.json: sets that share it have the same pictures."""
+    drawn = ("n_aug", "image_px", "scale_min", "randaugment_ops", "randaugment_magnitude", "seed")
+    settings = {k: v for k, v in meta["settings"].items() if k in drawn}
+    return settings | {k: meta[k] for k in ("ops", "kept", "pairs", "versions") if k in meta}
+
+
+def select(folder: str | Path, out: str | Path, *, n_aug: int | None = None, n_syn: int | None = None,
+           ensemble: list[str] | None = None, captions: str = "true", plain: Plain | None = None) -> None:
+    """Write a part of a reinforced set as a set of its own; nothing is augmented, captioned or embedded anew.
+
+    Parameters
+    ----------
+    n_aug, n_syn : how many augmentations and synthetic captions a sample, the first of those stored; None: all.
+        n_aug 0: the picture itself, whole, with what `plain` says of it.
+    ensemble : teachers, in the order wanted; None: all.
+    captions : "synthetic": each sample's first synthetic caption takes the place of the true one.
+    plain : (keys, names) -> (n, 4) crops that hold the whole picture, (n, D) float embeddings by these teachers.
+
+    Raises
+    ------
+    ValueError where more is asked for than is stored.
+    """
+    meta = read_meta(folder)
+    settings = dict(meta["settings"])
+    for what, wanted in (("n_aug", n_aug), ("n_syn", n_syn)):
+        if wanted is not None and wanted > settings.get(what, wanted):
+            raise ValueError(f"{folder}: {settings[what]} stored, {what} {wanted} wanted")
+    by_name = {t["name"]: t for t in meta["teachers"]}
+    names = list(by_name) if ensemble is None else ensemble
+    if unknown := [n for n in names if n not in by_name]:
+        raise ValueError(f"{folder}: no teacher {unknown[0]!r}, there are {', '.join(by_name)}")
+    columns = torch.cat([torch.arange(*by_name[n]["slice"]) for n in names])
+    teachers, start = [], 0
+    for name in names:
+        teachers.append(by_name[name] | {"slice": [start, start + by_name[name]["width"]]})
+        start += by_name[name]["width"]
+    for index in sorted(int(path.stem.rpartition("_")[2]) for path in Path(folder).glob("reinforced_*.safetensors")):
+        shard = read_shard(folder, index)
+        rows, image_emb = shard.augment[:, :n_aug], shard.image_emb[:, :n_aug, columns]
+        if n_aug == 0:
+            crops, found = plain(shard.keys, names)
+            rows = np.pad(crops, ((0, 0), (0, shard.augment.shape[2] - 4)))[:, None].astype(np.float32)  # op 0: none
+            image_emb = found[:, None].bfloat16()
+        texts, syn_text, text_emb = shard.captions, shard.syn_text, shard.text_emb[:, :, columns]
+        if captions == "synthetic":
+            texts, syn_text, text_emb = [s[0] for s in syn_text], [s[1:] for s in syn_text], text_emb[:, 1:]
+        if n_syn is not None:
+            syn_text, text_emb = [s[:n_syn] for s in syn_text], text_emb[:, : 1 + n_syn]
+        write_shard(out, index, Shard(shard.keys, texts, syn_text, rows, image_emb, text_emb))
+    settings |= {k: v for k, v in {"n_aug": n_aug, "n_syn": n_syn, "ensemble": ensemble}.items() if v is not None}
+    if n_aug == 0:
+        settings |= {"n_aug": 1, "scale_min": "plain", "randaugment_ops": 0}
+    write_json(Path(out) / "meta.json", meta | {"settings": settings, "teachers": teachers, "captions": captions})
 
 
 def from_published_sample(sample: dict[str, bytes]) -> dict:

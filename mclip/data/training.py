@@ -231,7 +231,7 @@ def pixel_cache(spec: TrainingSet, *, workers: int = 2) -> np.ndarray:
     kind = "reinforced" if spec.pairs_kind == "reinforced" else "light"
     made_of = [manifest, kind, spec.image_px]
     if kind == "reinforced":
-        made_of.append(reinforced.read_meta(spec.reinforced))
+        made_of.append(reinforced.pictures(reinforced.read_meta(spec.reinforced)))
     else:
         made_of += [spec.light_scale_min, spec.light_views, spec.seed]
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,196 @@
+"""Does what a paper says hold here? Differences between variants with few seeds, and samples to the same accuracy.
+
+With two or three seeds a variant's own spread says little. But the runs of a seed start from the same weights and see
+their pairs in the same order, whatever the variant: a lucky seed is lucky in all of them. So a value is taken to be the
+sum of what the variant does, what the seed does, and a rest whose variance is the same for all variants (a randomised
+block design; least squares, also where a variant lacks a seed). V variants with S seeds leave (V - 1)(S - 1) degrees of
+freedom to the rest, and an interval is Student's t with them. Each interval stands for itself: they are not widened for
+being several.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from .compare import HELD_OUT
+
+HOLDS, REVERSED, OPEN = "holds", "does not hold", "can't be told"
+
+
+class Claim(NamedTuple):
+    """`better` is above `worse`, says the paper."""
+
+    text: str
+    better: str
+    worse: str
+
+
+class Fit(NamedTuple):
+    """value = variant + seed + rest, of one set."""
+
+    variants: list[str]
+    effect: np.ndarray  # (V,)
+    inverse: np.ndarray  # (V, V), of the normal equations: the variance of a contrast c is std^2 c' inverse c
+    std: float  # of the rest; NaN where df is 0
+    df: int
+
+    def difference(self, a: str, b: str, level: float = 0.95) -> tuple[float, float]:
+        """Variant a less variant b, and half the width of its interval (infinite where df is 0)."""
+        c = np.array([(v == a) - float(v == b) for v in self.variants])
+        if a == b:
+            return 0.0, 0.0
+        if not self.df:
+            return float(c @ self.effect), math.inf
+        from scipy import stats  # slow to import
+
+        width = stats.t.ppf((1 + level) / 2, self.df) * self.std * math.sqrt(c @ self.inverse @ c)
+        return float(c @ self.effect), float(width)
+
+
+def fit(values: pd.DataFrame) -> Fit:
+    """values: columns recipe, seed, value, of one set."""
+    variants, seeds = (list(dict.fromkeys(values[column])) for column in ("recipe", "seed"))
+    design = np.array([[row.recipe == v for v in variants] + [row.seed == s for s in seeds[1:]]
+                       for row in values.itertuples()], float)
+    y = values["value"].to_numpy(float)
+    solution, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
+    df = len(y) - int(rank)
+    std = math.sqrt(float(((y - design @ solution) ** 2).sum()) / df) if df else math.nan
+    n = len(variants)
+    return Fit(variants, solution[:n], np.linalg.pinv(design.T @ design)[:n, :n], std, df)
+
+
+def fits(main: pd.DataFrame) -> dict[str, Fit]:
+    """The fit of each set; main: of compare.main_metric."""
+    return {name: fit(values) for name, values in main.groupby("set", sort=False)}
+
+
+def differences(main: pd.DataFrame, claims: Sequence[Claim], level: float = 0.95) -> pd.DataFrame:
+    """Each claim on each set: columns claim, set, difference, half (of its interval), df, verdict; fractions.
+
+    Claims about variants that were not run are left out.
+    """
+    rows, found = [], fits(main)
+    for claim in claims:
+        for name, own in found.items():
+            if {claim.better, claim.worse} <= set(own.variants):
+                gap, half = own.difference(claim.better, claim.worse, level)
+                said = HOLDS if gap > half else REVERSED if gap < -half else OPEN
+                rows.append((claim.text, name, gap, half, own.df, said))
+    return pd.DataFrame(rows, columns=["claim", "set", "difference", "half", "df", "verdict"])
+
+
+def against(main: pd.DataFrame, name: str, first: str, level: float = 0.95) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Every variant less `first` on a set, in points: (recipe, mean, low, high), and each seed's: (recipe, value)."""
+    own, rows = main[main["set"] == name], []
+    found = fit(own)
+    for variant in found.variants:
+        gap, half = found.difference(variant, first, level)
+        rows.append((variant, 100 * gap, 100 * (gap - half), 100 * (gap + half)))
+    base = own[own["recipe"] == first].set_index("seed")["value"]
+    seeds = own.assign(value=100 * (own["value"] - own["seed"].map(base)))[["recipe", "value"]].dropna()
+    return pd.DataFrame(rows, columns=["recipe", "mean", "low", "high"]), seeds
+
+
+def verdict(found: pd.DataFrame, sets: Sequence[str] = (HELD_OUT,)) -> str:
+    """All claims on some sets in a sentence; found: of `differences`."""
+    parts = []
+    for name in sets:
+        own = found[found["set"] == name]
+        count = own["verdict"].value_counts()
+        said = ", ".join(f"{text} {count[v]}" for v, text in (
+            (HOLDS, "holds in"), (REVERSED, "does not in"), (OPEN, "can't be told at this size in")) if v in count)
+        each = "; ".join(f"{r.claim}: {r.verdict} ({_points(r)})" for r in own.itertuples())
+        if len(own):
+            parts.append(f"n {name} the paper's direction {said} of {len(own)} comparisons: {each}.")
+    if not parts:
+        return "The variants that the paper compares were not run."
+    return f"With 95 % intervals ({found['df'].iloc[0]} degrees of freedom), o{' O'.join(parts)}"
+
+
+def _points(row) -> str:
+    return f"{100 * row.difference:+.1f} " + (f"± {100 * row.half:.1f} points" if math.isfinite(row.half)
+                                              else "points, one seed")
+
+
+def table(main: pd.DataFrame, titles: Mapping[str, str], sets: Sequence[str],
+          paper: Mapping[str, Mapping[str, float]] | None = None) -> pd.DataFrame:
+    """A row a variant: its means, in percent, and the paper's numbers of it by column name, where there are any."""
+    means = (100 * main.groupby(["recipe", "set"])["value"].mean()).unstack()
+    out = pd.DataFrame({f"{name}, %": means[name].reindex(list(titles)) for name in sets})
+    for column, numbers in (paper or {}).items():
+        out[f"the paper's: {column}"] = [numbers.get(name, math.nan) for name in titles]
+    return out.rename(index=titles).rename_axis("variant")
+
+
+# --- learning efficiency ----------------------------------------------------------------------------------------
+
+
+def samples_to(samples: Sequence[float], accuracy: Sequence[float], target: float) -> float:
+    """Samples at which a learning curve first reaches an accuracy, between its points linear in log(samples).
+
+    The number of its first point where that is above the target already, infinity where it never is.
+    """
+    x, y = np.log(np.asarray(samples, float)), np.asarray(accuracy, float)
+    if y[0] >= target:
+        return float(np.asarray(samples)[0])
+    for i in range(1, len(x)):
+        if y[i] >= target:
+            return float(np.exp(x[i - 1] + (x[i] - x[i - 1]) * (target - y[i - 1]) / (y[i] - y[i - 1])))
+    return math.inf
+
+
+def savings(main: pd.DataFrame, baseline: str, at_least: int) -> pd.DataFrame:
+    """How many times fewer samples each recipe takes to the baseline's accuracy at its longer runs.
+
+    Parameters
+    ----------
+    main : columns recipe, samples, set, seed, value.
+    at_least : samples from which on the baseline's runs are what others are held against.
+
+    Returns
+    -------
+    columns recipe, set, reference (the baseline's samples), accuracy, needed, factor, bound: "=" between two points,
+    ">=" where the shortest run is above it already, "<" where no run reaches it (then `needed` is the longest).
+    """
+    means = main.groupby(["set", "recipe", "samples"], sort=False)["value"].mean().reset_index()
+    rows = []
+    for name, own in means.groupby("set", sort=False):
+        long = own[(own["recipe"] == baseline) & (own["samples"] >= at_least)]
+        for recipe, curve in own[own["recipe"] != baseline].groupby("recipe", sort=False):
+            curve = curve.sort_values("samples")
+            for reference, accuracy in zip(long["samples"], long["value"], strict=True):
+                needed, bound = samples_to(curve["samples"], curve["value"], accuracy), "="
+                if math.isinf(needed):
+                    needed, bound = float(curve["samples"].max()), "<"
+                elif curve["value"].iloc[0] >= accuracy:
+                    bound = ">="
+                rows.append((recipe, name, int(reference), accuracy, needed, reference / needed, bound))
+    return pd.DataFrame(rows, columns=["recipe", "set", "reference", "accuracy", "needed", "factor", "bound"])
+
+
+def saving(saved: pd.DataFrame, titles: Mapping[str, str], baseline: str, claimed: float) -> str:
+    """What `savings` found in a sentence: factors at the first reference, and the largest of all against the claim."""
+    if not len(saved):
+        return f"No recipe but {titles[baseline]} was run for long enough."
+    reference = saved["reference"].min()
+    said = []
+    first = saved[(saved["reference"] == reference) & (saved["set"] == HELD_OUT)]
+    for recipe, own in first.groupby("recipe", sort=False):
+        said.append(f"{titles[recipe]} {_factor(own.iloc[0])}")
+    there = saved[saved["bound"] != "<"]
+    if not len(there):
+        return f"No recipe reaches {titles[baseline]}'s accuracy at {reference:,} samples on any set."
+    best = there.loc[there["factor"].idxmax()]
+    holds = "holds" if best["factor"] >= claimed else "does not hold at this size"
+    base = titles[baseline]
+    return (f"To {base}'s {HELD_OUT} at {reference:,} samples, times fewer samples: {', '.join(said)}. The largest "
+            f"on one set: {titles[best['recipe']]} {_factor(best)} on {best['set']}, to {base}'s accuracy at "
+            f"{best['reference']:,} samples; the paper's factor of {claimed:g} {holds}.")
+
+
+def _factor(row) -> str:
+    return {"=": "", ">=": "at least ", "<": "less than "}[row["bound"]] + f"{row['factor']:.1f}"

@@ -1,0 +1,154 @@
+"""The data of an ablation's variant: other kept pairs, other clusters, a part of the reinforced set.
+
+Each is a folder in the format of the stage that writes the default one, under `cache`, named by what it was made of:
+what is there is not made again, what was made of other data or by other code is made anew under another name.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import balance, cluster, embed, prune
+from .data import reinforced, shards
+from .files import whole_folder
+from .params import Balance, Cluster, KeptPairs, Recipe, Selection, Variant
+
+CODE = ("balance.py", "cluster.py", "components.py", "derive.py", "links.py", "prune.py", "rows.py", "unionfind.py",
+        "data/reinforced.py", "data/shards.py")
+FOLDERS = {name: f"data/{name}" for name in ("pairs", "balance", "clusters", "embeddings", "reinforced")}
+
+
+def folders(variant: Variant, recipe: Recipe, kept: Balance, clusters: Cluster, *, cache: str | Path,
+            data: dict[str, str] | None = None) -> tuple[dict[str, str], str | None]:
+    """Where a variant's data lies and which teacher it has: overrides of TrainingSet, made where they aren't there.
+
+    Parameters
+    ----------
+    recipe : the variant's own, with its changes.
+    kept, clusters : the settings of the stages balance and cluster.
+    data : folders of the default data; None: the stages'.
+    """
+    own, cache = FOLDERS | (data or {}), Path(cache)
+    teacher = variant.teacher or clusters.teacher
+    if variant.keep:
+        own["balance"] = str(_kept(variant.keep, kept, clusters, own, cache))
+    if (recipe.weight.cluster or recipe.weight.instance) and (variant.keep or variant.clusters or variant.teacher):
+        k = variant.clusters or clusters.clusters
+        own["clusters"] = str(_clusters(clusters.model_copy(update={"teacher": teacher, "clusters": k}), own, cache))
+    if variant.reinforced:
+        own["reinforced"] = str(_selected(variant.reinforced, own, cache))
+    return own, teacher
+
+
+def _kept(wanted: KeptPairs, settings: Balance, clusters: Cluster, data: dict[str, str], cache: Path) -> Path:
+    """A balance folder: by another threshold, or as many pairs as the default keeps by another method."""
+    embeddings = Path(data["embeddings"]) / settings.teacher
+    made_of = [wanted.model_dump(), settings.metric, fingerprint(embeddings)]
+    if wanted.prune:
+        made_of += [fingerprint(data["balance"]), clusters.clusters, clusters.iterations, clusters.seed]
+    folder = _named(cache, "balance", made_of)
+    if folder.exists():
+        return folder
+    table = embed.load(embeddings)
+    if wanted.threshold is not None:
+        found = balance.balance(table.image, table.keys, threshold=wanted.threshold, metric=settings.metric)
+    else:
+        n, count = len(table.keys), int(balance.read(data["balance"]).keep.sum())
+        k_means = {"clusters": clusters.clusters, "iterations": clusters.iterations, "seed": clusters.seed}
+        keep = {"semdedup": lambda: prune.semdedup(table.image, count, **k_means),
+                "density": lambda: prune.density(table.image, count, **k_means),
+                "random": lambda: prune.random(n, count, seed=clusters.seed)}[wanted.prune]()
+        # no sets, nor a threshold of ours: every pair is one of its own
+        found = balance.Balance(np.arange(n), keep, np.zeros(n), np.asarray(table.keys), 0.0, wanted.prune)
+    with whole_folder(folder) as draft:
+        balance.write(draft, found)
+    return folder
+
+
+def _clusters(settings: Cluster, data: dict[str, str], cache: Path) -> Path:
+    """A clusters folder of the kept pairs, by the settings' teacher and number."""
+    embeddings = Path(data["embeddings"]) / settings.teacher
+    made_of = [settings.clusters, settings.iterations, settings.seed, fingerprint(embeddings),
+               fingerprint(data["balance"])]
+    folder = _named(cache, "clusters", made_of)
+    if folder.exists():
+        return folder
+    table, balanced = embed.load(embeddings), balance.read(data["balance"])
+    keys = np.asarray(table.keys)
+    kept = np.isin(keys, balanced.keys[balanced.keep].astype(str))
+    found = cluster.cluster(table.image[kept], settings.clusters, iterations=settings.iterations, seed=settings.seed,
+                            keys=keys[kept])
+    with whole_folder(folder) as draft:
+        cluster.write(draft, found)
+    return folder
+
+
+def _selected(wanted: Selection, data: dict[str, str], cache: Path) -> Path:
+    """A part of the reinforced set; without augmentations, with the embeddings of the plain pictures."""
+    made_of = [wanted.model_dump(), fingerprint(data["reinforced"])]
+    if wanted.n_aug == 0:
+        names = wanted.ensemble or [t["name"] for t in reinforced.read_meta(data["reinforced"])["teachers"]]
+        made_of += [fingerprint(Path(data["embeddings"]) / name) for name in names]
+    folder = _named(cache, "reinforced", made_of)
+    if not folder.exists():
+        plain = _plain_pictures(data) if wanted.n_aug == 0 else None
+        with whole_folder(folder) as draft:
+            reinforced.select(data["reinforced"], draft, plain=plain, **wanted.model_dump())
+    return folder
+
+
+def _plain_pictures(data: dict[str, str]) -> reinforced.Plain:
+    sizes = {sample.key: shards.decode(sample).size for sample in shards.iter_samples(data["pairs"])}
+    tables: dict[str, tuple[dict[str, int], np.ndarray]] = {}
+
+    def plain(keys: list[str], names: list[str]) -> tuple[np.ndarray, torch.Tensor]:
+        for name in [name for name in names if name not in tables]:
+            table = embed.load(Path(data["embeddings"]) / name)
+            tables[name] = {key: i for i, key in enumerate(table.keys)}, table.image
+        crops = np.array([(0, 0, sizes[key][1], sizes[key][0]) for key in keys], np.float32).reshape(-1, 4)
+        parts = [torch.from_numpy(np.asarray(image[[row[key] for key in keys]], np.float32))
+                 for row, image in (tables[name] for name in names)]
+        return crops, torch.cat(parts, dim=1)
+
+    return plain
+
+
+# --- what something was made of ---------------------------------------------------------------------------------
+
+
+def fingerprint(folder: str | Path) -> str:
+    """What a folder of a stage holds: its manifest or meta.json, which name the data by checksums; else every file.
+
+    Raises FileNotFoundError naming the stage to run.
+    """
+    folder = Path(folder)
+    for name in ("manifest.json", "meta.json"):
+        if (folder / name).is_file():
+            return digest((folder / name).read_text())
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if not files:
+        stage = {"clusters": "cluster", "reinforced": "reinforce", "pairs": "data"}.get(folder.name, folder.name)
+        stage = "embed" if folder.parent.name == "embeddings" else stage
+        raise FileNotFoundError(f"{folder} is missing: run `dvc repro {stage}` first")
+    return digest([(str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files])
+
+
+def code(names: tuple[str, ...]) -> str:
+    """Digest of modules and packages of mclip: what they made is made anew when they change."""
+    root = Path(__file__).parent
+    files = sorted(path for name in names for path in [root / name, *(root / name).rglob("*")]
+                   if path.suffix in (".py", ".json"))
+    return digest([(str(path.relative_to(root)), path.read_text()) for path in files])
+
+
+def digest(content: Any) -> str:
+    """16 hex digits of anything JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _named(cache: Path, kind: str, made_of: list) -> Path:
+    return cache / "data" / f"{kind}-{digest([made_of, code(CODE)])}"

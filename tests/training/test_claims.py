@@ -1,0 +1,114 @@
+"""mclip.claims: pooled spreads and intervals against scipy's, verdicts at their borders, learning curves by hand."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from mclip import claims
+from mclip.claims import Claim
+from mclip.compare import HELD_OUT
+
+
+def frame(values: dict[str, list[float]], name: str = HELD_OUT) -> pd.DataFrame:
+    return pd.DataFrame([(variant, name, "", seed, value, 0.1) for variant, own in values.items()
+                         for seed, value in enumerate(own)], columns=["recipe", "set", "kind", "seed", "value", "chance"])
+
+
+def test_two_variants_with_the_same_seeds_give_the_paired_t_test():
+    a, b = [0.31, 0.35, 0.30], [0.25, 0.33, 0.21]
+    found = claims.differences(frame({"a": a, "b": b}), [Claim("a is above", "a", "b")]).iloc[0]
+    expected = stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert found["df"] == 2 and found["difference"] == pytest.approx(np.mean(a) - np.mean(b))
+    assert found["half"] == pytest.approx((expected.high - expected.low) / 2)
+
+
+def test_complete_blocks_are_the_two_way_analysis_of_variance():
+    x = np.random.default_rng(0).normal(size=(4, 3)) + np.arange(3) * 5
+    found = claims.fit(frame({f"v{i}": list(row) for i, row in enumerate(x)}))
+    rest = x - x.mean(1, keepdims=True) - x.mean(0) + x.mean()
+    std = math.sqrt((rest**2).sum() / 6)
+    assert found.df == 6 and found.std == pytest.approx(std)
+    gap, half = found.difference("v3", "v1")
+    assert gap == pytest.approx(x[3].mean() - x[1].mean())
+    assert half == pytest.approx(stats.t.ppf(0.975, 6) * std * math.sqrt(2 / 3))
+
+
+def test_a_variant_that_lacks_a_seed_is_compared_within_the_others():
+    values = {"a": [0.1, 0.6, 0.3], "b": [0.2, 0.7, 0.4], "c": [0.4]}  # seeds differ, variants by +0.1 and +0.3 exactly
+    found = claims.fit(frame(values))
+    assert found.df == 2 and found.std == pytest.approx(0, abs=1e-12)
+    assert found.difference("c", "a")[0] == pytest.approx(0.3) and found.difference("b", "c")[0] == pytest.approx(-0.2)
+    noisy = claims.fit(frame({"a": [0.1, 0.5, 0.3], "b": [0.2, 0.7, 0.4], "c": [0.4]}))
+    assert noisy.difference("c", "a")[1] > noisy.difference("b", "a")[1] > 0
+
+
+def test_differences_to_the_first_variant_seed_by_seed():
+    main = pd.concat([frame({"a": [0.1, 0.2], "b": [0.5, 0.4]}), frame({"a": [0.0, 0.0], "b": [0.0, 0.0]}, "other")])
+    rows, seeds = claims.against(main, HELD_OUT, "a")
+    assert rows["recipe"].tolist() == ["a", "b"] and rows["mean"].tolist() == pytest.approx([0, 30])
+    assert rows.loc[0, ["low", "high"]].tolist() == [0, 0]
+    half = 100 * claims.fit(main[main["set"] == HELD_OUT]).difference("b", "a")[1]
+    assert rows.loc[1, ["low", "high"]].tolist() == pytest.approx([30 - half, 30 + half])
+    assert seeds["value"].tolist() == pytest.approx([0, 0, 40, 20])
+
+
+@pytest.mark.parametrize("other, said", [([0.1, 0.101], claims.HOLDS), ([0.5, 0.501], claims.REVERSED),
+                                         ([0.3, 0.301], claims.OPEN)])
+def test_a_claim_holds_where_the_interval_is_above_zero(other, said):
+    found = claims.differences(frame({"a": [0.3, 0.301], "b": other}), [Claim("a is above", "a", "b")])
+    assert found["verdict"].tolist() == [said]
+    assert f"a is above: {said}" in claims.verdict(found)
+
+
+def test_one_seed_tells_nothing_and_variants_not_run_are_left_out():
+    found = claims.differences(frame({"a": [0.3], "b": [0.1]}), [Claim("x", "a", "b"), Claim("y", "a", "gone")])
+    assert found["claim"].tolist() == ["x"] and found["verdict"].tolist() == [claims.OPEN]
+    assert "can't be told at this size in 1 of 1" in claims.verdict(found) and "points, one seed" in claims.verdict(found)
+    assert claims.verdict(found.iloc[:0]) == "The variants that the paper compares were not run."
+
+
+def test_the_sentence_counts_and_names():
+    main = frame({"a": [0.3, 0.301], "b": [0.1, 0.101], "c": [0.5, 0.501]})
+    text = claims.verdict(claims.differences(main, [Claim("one", "a", "b"), Claim("two", "a", "c")]))
+    assert text == ("With 95 % intervals (2 degrees of freedom), on held-out mean the paper's direction holds in 1, does not "
+                    "in 1 of 2 comparisons: one: holds (+20.0 ± 0.0 points); two: does not hold (-20.0 ± 0.0 points).")
+
+
+def test_the_table_keeps_the_order_and_takes_the_paper_s_numbers():
+    made = claims.table(frame({"b": [0.2, 0.4], "a": [0.1, 0.1]}), {"a": "first", "b": "second"}, [HELD_OUT],
+                        {"zero-shot": {"b": 69.4}})
+    assert made.index.tolist() == ["first", "second"]
+    assert made[f"{HELD_OUT}, %"].tolist() == pytest.approx([10, 30])
+    assert made["the paper's: zero-shot"].tolist() == pytest.approx([math.nan, 69.4], nan_ok=True)
+
+
+def test_samples_to_an_accuracy_lie_between_points_in_the_logarithm():
+    samples, accuracy = [100, 400, 1600], [0.1, 0.3, 0.5]
+    assert claims.samples_to(samples, accuracy, 0.2) == pytest.approx(200)
+    assert claims.samples_to(samples, accuracy, 0.5) == pytest.approx(1600)
+    assert claims.samples_to(samples, accuracy, 0.05) == 100
+    assert claims.samples_to(samples, accuracy, 0.6) == math.inf
+    assert claims.samples_to([1, 2, 4], [0.1, 0.4, 0.2], 0.3) == pytest.approx(2 ** (2 / 3))  # the first crossing
+
+
+def learning() -> pd.DataFrame:
+    curves = {"clip": {100: 0.1, 400: 0.2, 1600: 0.3}, "fast": {100: 0.25, 400: 0.5}, "slow": {100: 0.05, 400: 0.15},
+              "same": {100: 0.1, 400: 0.2}}
+    return pd.DataFrame([(r, n, HELD_OUT, seed, v + seed / 100) for r, c in curves.items() for n, v in c.items()
+                         for seed in (0, 1)], columns=["recipe", "samples", "set", "seed", "value"])
+
+
+def test_savings_say_where_they_are_only_bounds():
+    found = claims.savings(learning(), "clip", 400).set_index(["recipe", "reference"])
+    assert sorted(set(found.index.get_level_values("reference"))) == [400, 1600]
+    assert found.loc[("fast", 400), ["needed", "factor", "bound"]].to_list() == [100, 4, ">="]
+    assert found.loc[("fast", 1600), "bound"] == "=" and found.loc[("fast", 1600), "needed"] == pytest.approx(
+        100 * 4**0.2)
+    assert found.loc[("slow", 400), ["needed", "factor", "bound"]].tolist() == [400, 1, "<"]
+    assert found.loc[("same", 400), ["needed", "bound"]].tolist() == [pytest.approx(400), "="]
+    text = claims.saving(found.reset_index(), {r: r.upper() for r in ("clip", "fast", "slow", "same")}, "clip", 10)
+    assert "FAST at least 4.0, SLOW less than 1.0, SAME 1.0" in text
+    assert "FAST 12.1 on held-out mean, to CLIP's accuracy at 1,600 samples; the paper's factor of 10 holds." in text
