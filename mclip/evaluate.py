@@ -9,9 +9,12 @@ Metrics are fractions, 0 to 1 (see mclip.metrics):
 
 - `top1`, `top5`, `mean_per_class`: zero-shot; a class's embedding is the mean of the unit-norm embeddings of
   its prompts, normalised again (CLIP's prompt ensemble).
-- `probe_top1`: logistic regression on frozen features.
-- `i2t_r1`, `t2i_r1` (and 5, 10), `mean_r1` of both: retrieval over *distinct* captions. Image to text asks
-  whether a right caption is among the k nearest, text to image whether any right picture is.
+- `probe_top1`: logistic regression on frozen features (mclip.probe).
+- `i2t_r1`, `t2i_r1` (and 5, 10), `mean_r1` of both: retrieval. Image to text asks whether a right caption is among
+  the k nearest, text to image whether a right picture is. `captions: each` (CLIP_benchmark's way) makes every
+  caption an entry of its own; `distinct` makes one of equal ones, right for all their pictures.
+
+Zero-shot and retrieval give CLIP_benchmark's numbers on the same model and set (tests/evaluation/test_parity.py).
 
 Every picture is decoded once for all models of a call (`evaluate_many`) and encoded once for all tasks;
 nothing is written to disk. A missing set or a picture that can't be decoded is named in `Result.problems`.
@@ -21,6 +24,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,19 +34,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mclip.compare import COLUMNS, IN_DOMAIN, MAIN
+from mclip.compare import COLUMNS, IN_DOMAIN
 from mclip.data.evalsets import EvalError, Split, batches, read_split, without
 from mclip.files import write_whole
 from mclip.metrics import (
     caption_pairs,
     classification,
     classification_chance,
-    probes,
+    nearest,
     retrieval,
     retrieval_chance,
 )
 from mclip.models import create, decoders, encode_texts, for_inference, image_encoder, side_by_side
 from mclip.params import EvalSet
+from mclip.probe import probes
 from mclip.progress import bar
 
 
@@ -54,7 +59,8 @@ class Result(NamedTuple):
     problems: list[str]  # missing sets, broken samples: one line each
     splits: dict[str, Split]  # the test split of each set that is there, broken pictures left out
     images: dict[str, list[Tensor]]  # (n, d) unit-norm embeddings of the test pictures
-    texts: dict[str, list[Tensor]]  # (classes, d) or (distinct captions, d)
+    texts: dict[str, list[Tensor]]  # (classes, d) or (captions, d)
+    gallery: dict[str, list[str]]  # what the rows of `texts` are: class names or captions
     probe_c: dict[str, list[float]]  # the C that each model's probe chose
 
 
@@ -86,10 +92,8 @@ def image_features(
     return without(split, kept, broken), features
 
 
-def prompts(split: Split, task: str) -> list[str]:
-    """The texts a split is scored against: the distinct captions, or every class in every template, class by class."""
-    if task == "retrieval":
-        return caption_pairs(split.captions)[0]
+def prompts(split: Split) -> list[str]:
+    """Every class in every template, class by class."""
     return [t.replace("{c}", name) for name in split.classes for t in split.templates or ["{c}"]]
 
 
@@ -121,15 +125,15 @@ def evaluate_many(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     models = [model.to(device).eval() for model in models]
-    result = Result([{} for _ in models], {}, [], {}, {}, {}, {})
+    result = Result([{} for _ in models], {}, [], {}, {}, {}, {}, {})
     loading = {"batch_size": batch_size, "workers": decoders(device, workers), "precision": precision}
     texting = {"batch_size": batch_size, "precision": precision}
     tests, shared = {}, set()
     for name, spec in sets.items():
         if Path(spec.path).is_dir():
             with _named(name):
-                tests[name] = read_split(spec.path, spec.task)
-            shared.update(prompts(tests[name], spec.task))
+                tests[name] = read_split(spec.path, spec.task, groups=spec.groups)
+            shared.update(prompts(tests[name]) if spec.task == "classification" else chain(*tests[name].captions))
     # sets have prompts in common: each text is encoded once a model
     row = {text: i for i, text in enumerate(sorted(shared))}
     known = [encode_texts(model, tokenizer, list(row), **texting) for model in models]
@@ -148,19 +152,19 @@ def evaluate_many(
                 train, train_images = image_features(models, train, preprocess, **loading)
         result.problems.extend(f"{name}: {line}" for line in split.problems + (train.problems if train else []))
         result.splits[name], result.images[name], result.texts[name] = split, images, []
-        pairs = caption_pairs(split.captions)[1]
-        result.chance[name] = (
-            retrieval_chance(pairs)
-            if spec.task == "retrieval"
-            else classification_chance(len(split.classes), spec.probe)
-        )
-        rows = [row[text] for text in prompts(split, spec.task)]
+        if spec.task == "classification":
+            texts, result.gallery[name] = prompts(split), split.classes
+        else:
+            texts, pairs = caption_pairs(split.captions, distinct=spec.captions == "distinct")
+            result.gallery[name] = texts
+        rows = [row[text] for text in texts]
         for i in range(len(models)):
-            texts = known[i][rows]
             if spec.task == "classification":
-                texts = class_features(texts, len(split.classes))
-                metrics = classification(images[i], texts, split.labels)
+                texts = class_features(known[i][rows], len(split.classes))
+                f1 = spec.main == "f1_macro"
+                metrics = classification(images[i], texts, split.labels, groups=split.groups, f1=f1)
             else:
+                texts = known[i][rows]
                 metrics = retrieval(images[i], texts, pairs)
             result.texts[name].append(texts)
             result.metrics[i][name] = metrics
@@ -169,6 +173,8 @@ def evaluate_many(
             for metrics, (score, _) in zip(result.metrics, fits, strict=True):
                 metrics[name]["probe_top1"] = score
             result.probe_c[name] = [best for _, best in fits]
+        guess = retrieval_chance(pairs) if spec.task == "retrieval" else classification_chance(len(split.classes))
+        result.chance[name] = {metric: guess[metric] for metric in result.metrics[0][name]}
     return result
 
 
@@ -197,7 +203,7 @@ def headline(metrics: Mapping[str, Mapping[str, float]], sets: Mapping[str, Eval
     """
     there = {name: spec for name, spec in sets.items() if metrics.get(name)}
     held_out = {name: spec for name, spec in there.items() if spec.kind != IN_DOMAIN} or there
-    values = [metrics[name][MAIN[spec.task]] for name, spec in held_out.items()]
+    values = [metrics[name][spec.main] for name, spec in held_out.items()]
     return float(np.mean(values)) if values else float("nan")
 
 
@@ -262,7 +268,7 @@ def load_students(
 
 
 def predictions(result: Result, name: str, model: int = 0) -> np.ndarray:
-    """(n, m) gallery rows (classes or distinct captions) of each test picture, the nearest first."""
+    """(n, m) gallery rows (classes or captions) of each test picture, the nearest first."""
     similarity = result.images[name][model] @ result.texts[name][model].T
     return similarity.argsort(dim=1, descending=True, stable=True).numpy()
 
@@ -272,7 +278,7 @@ def confusion(result: Result, name: str) -> pd.DataFrame:
     split = result.splits[name]
     labels, n = np.asarray(split.labels), len(split.classes)
     counts = sum(
-        np.bincount(labels * n + predictions(result, name, i)[:, 0], minlength=n * n)
+        np.bincount(labels * n + nearest(result.images[name][i], result.texts[name][i]), minlength=n * n)
         for i in range(len(result.metrics))
     ).reshape(n, n)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)

@@ -231,11 +231,22 @@ class Distill(_Section):
     recipes: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], Recipe] = Field(min_length=1)
 
 
+EvalMetric = Literal["top1", "mean_per_class", "mean_r1", "f1_macro", "worst_group_top1", "worst_group_top5"]
+
+
 class EvalSet(_Section):
     path: str
     task: Literal["classification", "retrieval"] = "classification"
+    metric: EvalMetric | None = None  # the one that stands for the set; None: see `main`
+    captions: Literal["each", "distinct"] = "each"  # retrieval: what is an entry, see mclip.metrics.caption_pairs
+    groups: NonNegativeInt | None = None  # the column of KEY.npy that worst_group metrics group by
     probe: bool = False
     kind: str = ""
+
+    @property
+    def main(self) -> str:
+        """The metric that stands for the set: top1, for retrieval mean_r1, if it has none of its own."""
+        return self.metric or {"classification": "top1", "retrieval": "mean_r1"}[self.task]
 
 
 class Evaluate(_Section):
