@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision import transforms
 
-from mclip import evaluate, metrics, probe
+from mclip import evaluate, metrics
 from mclip.data import evalsets
 from mclip.params import EvalSet
 
@@ -138,19 +138,6 @@ def test_chance_is_what_random_features_score():
     assert metrics.classification_chance(10)["top5"] == 0.5
     assert "top5" not in metrics.classification_chance(5)
     assert metrics.retrieval_chance(np.array([[0, 0], [1, 1]]))["i2t_r10"] == 1  # more draws than captions
-
-
-def test_probe_separable_and_repeatable():
-    rng = np.random.default_rng(4)
-    centres, labels = unit(rng, 5, 32), rng.integers(0, 5, 300)
-    noise = torch.tensor(rng.normal(scale=0.05, size=(300, 32)), dtype=torch.float32)
-    x = F.normalize(centres[labels] + noise, dim=-1)
-    arguments = ([x[:200], -x[:200]], labels[:200], [x[200:], -x[200:]], labels[200:])
-    first = probe.probes(*arguments, c=(0.001, 1.0))
-    assert all(score > 0.97 and c in (0.001, 1.0) for score, c in first)
-    assert probe.probes(*arguments, c=(1.0, 0.001)) == first
-    with pytest.raises(ValueError, match="one class"):
-        probe.probes([x[:10]], [0] * 10, [x], labels)
 
 
 # ---------------------------------------------------------------- sets
