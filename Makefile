@@ -41,7 +41,7 @@ hooks: $(STAMP)    ## strip source notebooks at every commit (a git hook of this
 setup: $(STAMP)    ## the locked packages in .venv, nothing more
 
 # uv installs several times faster than pip and asks the index that pip is set to; pip where uv can't.
-$(STAMP): requirements.txt pyproject.toml
+$(STAMP): requirements.txt pyproject.toml tests/peers.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "Python 3.11 or newer is needed; name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
@@ -51,9 +51,9 @@ $(STAMP): requirements.txt pyproject.toml
 	@index="$${PIP_INDEX_URL:-$$(python -m pip config get global.index-url 2>/dev/null)}"; \
 	[ -z "$$index" ] || export UV_DEFAULT_INDEX="$$index"; \
 	{ uv pip install --python .venv/bin/python -r requirements.txt && \
-	  uv pip install --quiet --python .venv/bin/python --no-deps --editable . ; } || \
+	  uv pip install --quiet --python .venv/bin/python --no-deps -r tests/peers.txt --editable . ; } || \
 	{ python -m pip install --disable-pip-version-check -r requirements.txt && \
-	  python -m pip install --quiet --disable-pip-version-check --no-deps --editable . ; }
+	  python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/peers.txt --editable . ; }
 	@touch $@
 
 .PHONY: help repro test lab report lint bench hooks setup

@@ -15,10 +15,11 @@ import pandas as pd
 from mclip.files import write_json
 from mclip.params import EvalSet
 
-MAIN = {"classification": "top1", "retrieval": "mean_r1"}  # the metric that stands for a set
+MAIN = {"classification": "top1", "retrieval": "mean_r1"}  # the metric that stands for a set with none of its own
 IN_DOMAIN = "in domain"  # the kind of a set whose like was trained on; every other kind is held out
 HELD_OUT = "held-out mean"
 COLUMNS = ["recipe", "set", "kind", "task", "metric", "seed", "value", "chance"]
+MAIN_COLUMN = "main"  # in files after them: which metric stands for the set
 
 
 class Row(NamedTuple):
@@ -57,11 +58,13 @@ def read_seeds(recipes: Iterable[str], folder: str | Path = "reports/metrics") -
 
 
 def main_metric(frame: pd.DataFrame) -> pd.DataFrame:
-    """A row a recipe, set and seed with its main metric (top-1, or the mean of both R@1), the held-out mean first.
+    """A row a recipe, set and seed with its main metric (top-1, the mean of both R@1, or what the set says).
 
-    The held-out mean is over the sets of a kind other than "in domain" (over all sets if there is none).
+    The held-out mean comes first: over the sets of a kind other than "in domain" (over all sets if there is none).
     """
-    main = frame[frame["metric"] == frame["task"].map(MAIN)].fillna({"kind": ""})
+    chosen = frame["task"].map(MAIN)
+    chosen = frame[MAIN_COLUMN].fillna(chosen) if MAIN_COLUMN in frame else chosen
+    main = frame[frame["metric"] == chosen].astype({"kind": object}).fillna({"kind": ""})
     held_out = main[main["kind"] != IN_DOMAIN]
     held_out = held_out if len(held_out) else main
     mean = held_out.groupby(["recipe", "seed"], sort=False, as_index=False)[["value", "chance"]].mean()
@@ -108,7 +111,7 @@ def main_rows(metrics: Mapping[str, Mapping[str, Any]], sets: Mapping[str, EvalS
         for name, tree in named.items():
             own: list[Row] = []
             for set_name, spec in sets.items():
-                if leaf := _leaf(tree.get(set_name, {}).get(MAIN[spec.task])):
+                if leaf := _leaf(tree.get(set_name, {}).get(spec.main)):
                     own.append(Row(group, name, set_name, spec.kind, *leaf))
             held_out = [r for r in own if r.kind != IN_DOMAIN] or own
             if held_out:

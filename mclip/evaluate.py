@@ -5,57 +5,52 @@
     evaluate.evaluate(model, preprocess, tokenizer, params.load().evaluate.sets)
     # {"cifar10": {"top1": 0.83, "top5": ..., "mean_per_class": ..., "probe_top1": ...}, ...}
 
+    python -m mclip.evaluate ViT-B-32/laion2b_s34b_b79k --sets imagenet1k robustness my/folder --out scores.json
+
 Metrics are fractions, 0 to 1 (see mclip.metrics):
 
 - `top1`, `top5`, `mean_per_class`: zero-shot; a class's embedding is the mean of the unit-norm embeddings of
   its prompts, normalised again (CLIP's prompt ensemble).
-- `probe_top1`: logistic regression on frozen features.
-- `i2t_r1`, `t2i_r1` (and 5, 10), `mean_r1` of both: retrieval over *distinct* captions. Image to text asks
-  whether a right caption is among the k nearest, text to image whether any right picture is.
+- `probe_top1`: logistic regression on frozen features (mclip.probe).
+- `i2t_r1`, `t2i_r1` (and 5, 10), `mean_r1` of both: retrieval. Image to text asks whether a right caption is among
+  the k nearest, text to image whether a right picture is. `captions: each` (CLIP_benchmark's way) makes every
+  caption an entry of its own; `distinct` makes one of equal ones, right for all their pictures.
+
+Zero-shot and retrieval give CLIP_benchmark's numbers on the same model and set (tests/evaluation/test_parity.py).
+
+`worst_group_top1` and others where a set has them: mclip.metrics. Few-shot: mclip.fewshot, on `Result.train`.
 
 Every picture is decoded once for all models of a call (`evaluate_many`) and encoded once for all tasks;
 nothing is written to disk. A missing set or a picture that can't be decoded is named in `Result.problems`.
 """
 
+import argparse
 import json
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import pandas as pd
+import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mclip.compare import COLUMNS, IN_DOMAIN, MAIN
+from mclip import probe
+from mclip.data import registry
 from mclip.data.evalsets import EvalError, Split, batches, read_split, without
 from mclip.files import write_whole
-from mclip.metrics import (
-    caption_pairs,
-    classification,
-    classification_chance,
-    probes,
-    retrieval,
-    retrieval_chance,
-)
-from mclip.models import create, decoders, encode_texts, for_inference, image_encoder, side_by_side
+from mclip.metrics import caption_pairs, classification, classification_chance, retrieval, retrieval_chance
+from mclip.models import ModelError, create, decoders, encode_texts, for_inference, image_encoder, side_by_side
 from mclip.params import EvalSet
 from mclip.progress import bar
+from mclip.scores import Result, confusion, headline, predictions, summary, write
 
-
-class Result(NamedTuple):
-    """What `evaluate_many` returns; lists are in the order of the models."""
-
-    metrics: list[dict[str, dict[str, float]]]  # a model -> set -> metric; a missing set has no metrics
-    chance: dict[str, dict[str, float]]
-    problems: list[str]  # missing sets, broken samples: one line each
-    splits: dict[str, Split]  # the test split of each set that is there, broken pictures left out
-    images: dict[str, list[Tensor]]  # (n, d) unit-norm embeddings of the test pictures
-    texts: dict[str, list[Tensor]]  # (classes, d) or (distinct captions, d)
-    probe_c: dict[str, list[float]]  # the C that each model's probe chose
+__all__ = ["Result", "class_features", "confusion", "evaluate", "evaluate_many", "headline", "image_features",
+           "load_students", "predictions", "prompts", "summary", "write"]
 
 
 # ---------------------------------------------------------------- encoding
@@ -66,7 +61,7 @@ def image_features(
     preprocess,
     *,
     batch_size: int = 256,
-    workers: int | None = None,
+    workers: int = 0,
     precision: str = "fp32",
 ) -> tuple[Split, list[Tensor]]:
     """Unit-norm (n, d) float32 embeddings of every readable picture by each model, decoded once for all."""
@@ -86,10 +81,8 @@ def image_features(
     return without(split, kept, broken), features
 
 
-def prompts(split: Split, task: str) -> list[str]:
-    """The texts a split is scored against: the distinct captions, or every class in every template, class by class."""
-    if task == "retrieval":
-        return caption_pairs(split.captions)[0]
+def prompts(split: Split) -> list[str]:
+    """Every class in every template, class by class."""
     return [t.replace("{c}", name) for name in split.classes for t in split.templates or ["{c}"]]
 
 
@@ -108,7 +101,8 @@ def evaluate_many(
     sets: Mapping[str, EvalSet],
     *,
     batch_size: int = 256,
-    probe_c: Sequence[float] = (0.01, 0.1, 1.0, 10.0, 100.0),
+    probe_c: Sequence[float] = probe.GRID,
+    probe_halvings: int = probe.HALVINGS,
     seed: int = 0,
     workers: int | None = None,
     device: str | None = None,
@@ -117,59 +111,92 @@ def evaluate_many(
     """Evaluate models that share preprocessing and tokenizer (seeds of one recipe) on every set.
 
     sets: name -> params.EvalSet(path, task, probe, kind). device: None is cuda where there is one.
+    probe_c, probe_halvings: the linear probe's search, see probe.search.
     precision: of the encoders, see models.resolve_precision.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     models = [model.to(device).eval() for model in models]
-    result = Result([{} for _ in models], {}, [], {}, {}, {}, {})
+    result = Result([{} for _ in models], {}, [], {}, {}, {}, {}, {}, {})
     loading = {"batch_size": batch_size, "workers": decoders(device, workers), "precision": precision}
-    texting = {"batch_size": batch_size, "precision": precision}
     tests, shared = {}, set()
     for name, spec in sets.items():
-        if Path(spec.path).is_dir():
-            with _named(name):
-                tests[name] = read_split(spec.path, spec.task)
-            shared.update(prompts(tests[name], spec.task))
+        if missing := _missing(name, spec):
+            result.problems.append(f"{name}: {missing}")
+            continue
+        with _named(name):
+            tests[name] = _named_classes(name, read_split(spec.path, spec.task, groups=spec.groups))
+        shared.update(prompts(tests[name]) if spec.task == "classification" else chain(*tests[name].captions))
     # sets have prompts in common: each text is encoded once a model
     row = {text: i for i, text in enumerate(sorted(shared))}
-    known = [encode_texts(model, tokenizer, list(row), **texting) for model in models]
+    known = [encode_texts(m, tokenizer, list(row), batch_size=batch_size, precision=precision) for m in models]
     for name, spec in bar(list(sets.items()), desc="evaluate", unit="set"):
+        for metrics in result.metrics:
+            metrics[name] = {}
         if name not in tests:
-            result.problems.append(f"{name}: {spec.path} is missing, not evaluated")
-            for metrics in result.metrics:
-                metrics[name] = {}
             continue
         with _named(name):
             split, images = image_features(models, tests[name], preprocess, **loading)
             _check(split, spec)
-            train, train_images = None, []
-            if spec.task == "classification" and spec.probe:
-                train = read_split(spec.path, spec.task, "train")
+            train = _train(spec, result.problems, name)
+            if train:
                 train, train_images = image_features(models, train, preprocess, **loading)
+                result.train[name] = train.labels, train_images
         result.problems.extend(f"{name}: {line}" for line in split.problems + (train.problems if train else []))
-        result.splits[name], result.images[name], result.texts[name] = split, images, []
-        pairs = caption_pairs(split.captions)[1]
-        result.chance[name] = (
-            retrieval_chance(pairs)
-            if spec.task == "retrieval"
-            else classification_chance(len(split.classes), spec.probe)
-        )
-        rows = [row[text] for text in prompts(split, spec.task)]
-        for i in range(len(models)):
-            texts = known[i][rows]
-            if spec.task == "classification":
-                texts = class_features(texts, len(split.classes))
-                metrics = classification(images[i], texts, split.labels)
-            else:
-                metrics = retrieval(images[i], texts, pairs)
-            result.texts[name].append(texts)
-            result.metrics[i][name] = metrics
+        result.splits[name], result.images[name] = split, images
+        if spec.task == "classification":
+            rows, result.gallery[name] = [row[text] for text in prompts(split)], split.classes
+            result.texts[name] = [class_features(own[rows], len(split.classes)) for own in known]
+            options = {"groups": split.groups, "f1": spec.main == "f1_macro"}
+            found = [classification(x, texts, split.labels, **options)
+                     for x, texts in zip(images, result.texts[name], strict=True)]
+            guess = classification_chance(len(split.classes))
+        else:
+            result.gallery[name], pairs = caption_pairs(split.captions, distinct=spec.captions == "distinct")
+            rows = [row[text] for text in result.gallery[name]]
+            result.texts[name] = [own[rows] for own in known]
+            found = [retrieval(x, texts, pairs) for x, texts in zip(images, result.texts[name], strict=True)]
+            guess = retrieval_chance(pairs)
         if train:
-            fits = probes(train_images, train.labels, images, split.labels, c=probe_c, seed=seed)
-            for metrics, (score, _) in zip(result.metrics, fits, strict=True):
-                metrics[name]["probe_top1"] = score
+            fits = probe.probes(train_images, train.labels, images, split.labels, c=probe_c, halvings=probe_halvings,
+                                seed=seed)
             result.probe_c[name] = [best for _, best in fits]
+            found = [metrics | {"probe_top1": score} for metrics, (score, _) in zip(found, fits, strict=True)]
+        for metrics, own in zip(result.metrics, found, strict=True):
+            metrics[name] = own
+        result.chance[name] = {metric: guess[metric] for metric in found[0]}
     return result
+
+
+def _missing(name: str, spec: EvalSet) -> str | None:
+    """Why a set can't be evaluated, and what to do about it; None: it is there."""
+    entry = registry.get(name)
+    if Path(spec.path).is_dir():
+        return f"not evaluated: {entry.lacks}" if entry and entry.metric == "jaccard" else None
+    where = f" ({entry.where.replace('FOLDER', spec.path)})" if entry else ""
+    return f"{spec.path} is missing, not evaluated{where}"
+
+
+def _named_classes(name: str, split: Split) -> Split:
+    """The split with open_clip's ImageNet names and templates where it is ImageNet's and has none of its own."""
+    entry = registry.get(name)
+    if entry and entry.imagenet:
+        classes = split.classes or list(open_clip.IMAGENET_CLASSNAMES)
+        templates = split.templates or [make("{c}") for make in open_clip.OPENAI_IMAGENET_TEMPLATES]
+        return split._replace(classes=classes, templates=templates)
+    if entry and entry.size and entry.classes and len(split.classes) != entry.classes:
+        line = f"classnames.txt has {len(split.classes)} classes, the set {entry.classes}"
+        return split._replace(problems=[*split.problems, line])
+    return split
+
+
+def _train(spec: EvalSet, problems: list[str], name: str) -> Split | None:
+    """The split that the linear probe and few-shot take, if they are wanted and it is there."""
+    if spec.task != "classification" or not spec.probe:
+        return None
+    if not (Path(spec.path) / "train").is_dir():
+        problems.append(f"{name}: {spec.path}/train is missing: no linear probe")
+        return None
+    return read_split(spec.path, spec.task, "train")
 
 
 @contextmanager
@@ -189,64 +216,6 @@ def evaluate(model, preprocess, tokenizer, sets: Mapping[str, EvalSet], **option
     return result.metrics[0]
 
 
-def headline(metrics: Mapping[str, Mapping[str, float]], sets: Mapping[str, EvalSet]) -> float:
-    """One number a model: the mean of the main metric over the held-out sets (kind other than "in domain").
-
-    The main metric is zero-shot top-1, for retrieval the mean of both R@1. Sets without metrics do not count; with
-    no held-out set at all, every set counts.
-    """
-    there = {name: spec for name, spec in sets.items() if metrics.get(name)}
-    held_out = {name: spec for name, spec in there.items() if spec.kind != IN_DOMAIN} or there
-    values = [metrics[name][MAIN[spec.task]] for name, spec in held_out.items()]
-    return float(np.mean(values)) if values else float("nan")
-
-
-def summary(
-    results: Sequence[Mapping[str, Mapping[str, float]]], sets: Mapping[str, EvalSet], *, digits: int = 5
-) -> dict[str, Any]:
-    """{set: {metric: {"mean", "std"}}, "mean": {"mean", "std", "sets"}} over the seeds.
-
-    For `dvc metrics show`: a nested dict of numbers. std is the sample standard deviation (n - 1), 0 for one
-    seed. "mean" holds the headline number.
-    """
-
-    def spread(values: list[float]) -> dict[str, float]:
-        std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-        return {"mean": round(float(np.mean(values)), digits), "std": round(std, digits)}
-
-    out: dict[str, Any] = {
-        name: {metric: spread([r[name][metric] for r in results]) for metric in results[0][name]}
-        for name in sets
-        if results[0].get(name)
-    }
-    counted = [n for n in out if sets[n].kind != IN_DOMAIN] or list(out)
-    if counted:
-        out["mean"] = spread([headline(r, sets) for r in results]) | {"sets": len(counted)}
-    return out
-
-
-def write(
-    recipe: str,
-    result: Result,
-    sets: Mapping[str, EvalSet],
-    seeds: Sequence[int],
-    folder: str | Path = "reports/metrics",
-) -> None:
-    """FOLDER/RECIPE.json, {recipe: summary}, for DVC, and FOLDER/RECIPE.csv with every seed's numbers and chance."""
-    folder = Path(folder)
-    rows = [
-        (recipe, name, sets[name].kind, sets[name].task, metric, seed, round(value, 6), round(chance, 6))
-        for name in result.chance
-        for metric, chance in result.chance[name].items()
-        for seed, metrics in zip(seeds, result.metrics, strict=True)
-        for value in [metrics[name][metric]]
-    ]
-    tree = {recipe: summary(result.metrics, sets)}
-    write_whole(folder / f"{recipe}.json", json.dumps(tree, indent=1, allow_nan=False) + "\n")
-    table = pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False, lineterminator="\n")
-    write_whole(folder / f"{recipe}.csv", table)
-
-
 def load_students(
     recipe: str, seeds: Sequence[int], folder: str | Path = "models/students"
 ) -> tuple[list[torch.nn.Module], Any, Any]:
@@ -261,27 +230,73 @@ def load_students(
     return students, preprocess, tokenizer
 
 
-def predictions(result: Result, name: str, model: int = 0) -> np.ndarray:
-    """(n, m) gallery rows (classes or distinct captions) of each test picture, the nearest first."""
-    similarity = result.images[name][model] @ result.texts[name][model].T
-    return similarity.argsort(dim=1, descending=True, stable=True).numpy()
-
-
-def confusion(result: Result, name: str) -> pd.DataFrame:
-    """Share of each true class (row) that is taken for each class (column), the mean over the models."""
-    split = result.splits[name]
-    labels, n = np.asarray(split.labels), len(split.classes)
-    counts = sum(
-        np.bincount(labels * n + predictions(result, name, i)[:, 0], minlength=n * n)
-        for i in range(len(result.metrics))
-    ).reshape(n, n)
-    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    return pd.DataFrame(share, index=split.classes, columns=split.classes)
-
-
 def _check(split: Split, spec: EvalSet) -> None:
     if not split.keys:
         raise EvalError(f"{spec.path}: no readable sample in test ({(split.problems or ['it is empty'])[0]})")
     top = max(split.labels, default=-1)
     if spec.task == "classification" and top >= len(split.classes):
         raise EvalError(f"{spec.path}/classnames.txt: {len(split.classes)} classes, but labels go up to {top}")
+
+
+# ---------------------------------------------------------------- in a terminal
+
+
+def named_sets(names: Sequence[str], root: str | Path = registry.ROOT, *, probe: bool = False) -> dict[str, EvalSet]:
+    """Sets by name: of a suite, of the registry (below `root`, in a folder of the copy's or the set's own name), or of
+    a folder in CLIP_benchmark's layout.
+
+    Raises
+    ------
+    ValueError : neither; with the nearest known name.
+    """
+    found = {}
+    for name in chain.from_iterable(registry.SUITES.get(name, [name]) for name in names):
+        path = Path(name)
+        if path.is_dir():
+            known = next((key for key, entry in registry.SETS.items() if path.name in (key, entry.folder)), path.name)
+            kind = path / "dataset_type.txt"
+            values = {"path": name, "task": kind.read_text().strip() if kind.exists() else "classification"}
+        else:
+            known, values = name, {"path": str(Path(root) / name)} if (Path(root) / name).is_dir() else {}
+        values = registry.filled(known, values, root)
+        found[known] = EvalSet(**values | {"probe": probe and values.get("task") != "retrieval"})
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m mclip.evaluate", description="Zero-shot and retrieval of a model.")
+    parser.add_argument("model", help="any open_clip model string: ViT-B-32/laion2b_s34b_b79k, local-dir:FOLDER, ...")
+    parser.add_argument("--sets", nargs="+", required=True, metavar="NAME_OR_FOLDER",
+                        help=f"of the registry, a folder, or a suite: {', '.join(registry.SUITES)}")
+    parser.add_argument("--root", default=registry.ROOT, help="where the registry's sets lie (%(default)s)")
+    parser.add_argument("--out", metavar="FILE", help="every metric, as JSON")
+    parser.add_argument("--probe", action="store_true", help="linear probes too, where there is a train split")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--device", help="cpu | cuda; cuda where there is one")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "auto"])
+    args = parser.parse_args(argv)
+    try:
+        sets = named_sets(args.sets, args.root, probe=args.probe)
+        model, _, preprocess, tokenizer = create(args.model)
+        result = evaluate_many([for_inference(model)], preprocess, tokenizer, sets, batch_size=args.batch_size,
+                               device=args.device, precision=args.precision)
+    except (ModelError, EvalError, ValueError) as err:
+        print(f"error: {str(err).splitlines()[0]}", file=sys.stderr)
+        return 2
+    for line in result.problems:
+        print(line, file=sys.stderr)
+    found = {name: metrics for name, metrics in result.metrics[0].items() if metrics}
+    for name, metrics in found.items():
+        others = ", ".join(f"{key} {100 * value:.1f}" for key, value in metrics.items() if key != sets[name].main)
+        print(f"{name:30} {sets[name].main:16} {100 * metrics[sets[name].main]:5.1f} %   ({others})")
+    if len(found) > 1:
+        print(f"mean of the main metric over {len(found)} sets: "
+              f"{100 * sum(metrics[sets[name].main] for name, metrics in found.items()) / len(found):.1f} %")
+    if args.out:
+        tree = {"model": args.model, "sets": found, "problems": result.problems}
+        write_whole(args.out, json.dumps(tree, indent=1) + "\n")
+    return 0 if found else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

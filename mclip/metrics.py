@@ -1,112 +1,113 @@
-"""Ranks, zero-shot accuracy, retrieval recall, linear probe: arrays in, numbers in 0..1 out.
+"""Ranks, zero-shot accuracy, retrieval recall: arrays in, numbers in 0..1 out; what guessing scores in each.
 
-A tie with a wrong answer counts as a miss, so that a collapsed model scores 0 and not 1.
+Of equal similarities the earlier gallery row comes first, as in argmax. So a collapsed model scores as if it always
+named the first class, which is chance and not 1.
 """
 
-import warnings
 from collections.abc import Sequence
 
-import joblib
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 RECALL_AT = (1, 5, 10)
+AT_ONCE = 1 << 24  # similarities held at once: 64 MB
 
 
-def ranks(queries: Tensor, gallery: Tensor, pairs: np.ndarray, *, chunk: int = 1024) -> Tensor:
-    """(n,) how many wrong gallery rows lie at least as near as the nearest right one; 0 hits at 1.
+def ranks(queries: Tensor, gallery: Tensor, pairs: np.ndarray, *, chunk: int | None = None) -> Tensor:
+    """(n,) how many wrong gallery rows come before the nearest right one; 0 hits at 1.
 
-    queries (n, d), gallery (m, d) unit-norm; pairs (p, 2) rows (query, gallery) that belong together, at least
-    one a query. Never more than chunk x m similarities at once.
+    Parameters
+    ----------
+    queries, gallery : (n, d) and (m, d), unit-norm.
+    pairs : (p, 2) rows (query, gallery) that belong together, at least one a query.
+    chunk : queries at a time; None: so many that chunk x m similarities stay below `AT_ONCE`.
     """
-    pairs = torch.as_tensor(pairs)[torch.as_tensor(pairs)[:, 0].argsort(stable=True)]
+    chunk = chunk or max(1, AT_ONCE // max(len(gallery), 1))
+    pairs = torch.as_tensor(pairs)
+    pairs = pairs[pairs[:, 0].argsort(stable=True)]
     bounds = torch.searchsorted(pairs[:, 0].contiguous(), torch.arange(0, len(queries) + chunk, chunk))
-    out = []
+    position, out = torch.arange(len(gallery)), []
     for number, start in enumerate(range(0, len(queries), chunk)):
         similarity = queries[start : start + chunk] @ gallery.T
-        here = pairs[bounds[number] : bounds[number + 1]]
-        right = torch.zeros_like(similarity, dtype=torch.bool)
-        right[here[:, 0] - start, here[:, 1]] = True
-        best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        out.append(((similarity >= best) & ~right).sum(1))
+        query, right = (pairs[bounds[number] : bounds[number + 1]] - torch.tensor([start, 0])).T
+        values = similarity[query, right]
+        best = torch.full((len(similarity),), -torch.inf).scatter_reduce(0, query, values, "amax")
+        # the first of the right ones that are as near as the best
+        first = torch.full((len(similarity),), len(gallery)).scatter_reduce(
+            0, query, torch.where(values == best[query], right, len(gallery)), "amin"
+        )
+        before = (similarity > best[:, None]).sum(1)
+        before += ((similarity == best[:, None]) & (position < first[:, None])).sum(1)
+        out.append(before)
     return torch.cat(out)
 
 
-def classification(images: Tensor, classes: Tensor, labels: Sequence[int]) -> dict[str, float]:
-    """Zero-shot top-1, top-5 (with more than five classes) and the mean of the classes' own accuracies."""
+def classification(
+    images: Tensor, classes: Tensor, labels: Sequence[int], *, groups: Sequence[int] = (), f1: bool = False
+) -> dict[str, float]:
+    """Zero-shot accuracy of (n, d) pictures against (c, d) classes, both unit-norm.
+
+    Returns
+    -------
+    top1, top5 (with more than five classes), mean_per_class: the mean of the classes' own accuracies, of those that
+    have a picture (balanced accuracy); with `groups`, a number a picture, worst_group_top1 and worst_group_top5: the
+    accuracy in the group where it is lowest; with `f1`, f1_macro: the mean of the F1 of those classes.
+    """
     labels = np.asarray(labels)
     rank = ranks(images, classes, np.stack([np.arange(len(labels)), labels], 1)).numpy()
-    hit = rank == 0
-    out = {"top1": hit.mean()}
-    if len(classes) > 5:
-        out["top5"] = (rank < 5).mean()
-    out["mean_per_class"] = np.mean([hit[labels == c].mean() for c in np.unique(labels)])
+    hit, out = {1: rank == 0, 5: rank < 5}, {}
+    for k in (1, 5) if len(classes) > 5 else (1,):
+        out[f"top{k}"] = hit[k].mean()
+        if len(groups):
+            out[f"worst_group_top{k}"] = min(hit[k][np.asarray(groups) == g].mean() for g in np.unique(groups))
+    there = np.unique(labels)
+    out["mean_per_class"] = np.mean([hit[1][labels == c].mean() for c in there])
+    if f1:
+        right = np.array([hit[1][labels == c].sum() for c in there])
+        named, real = np.bincount(nearest(images, classes), minlength=len(classes))[there], np.bincount(labels)[there]
+        out["f1_macro"] = np.mean(2 * right / (named + real))
     return {name: float(value) for name, value in out.items()}
 
 
-def caption_pairs(captions: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarray]:
-    """The distinct captions in order of appearance, and (p, 2) rows (picture, distinct caption)."""
+def nearest(queries: Tensor, gallery: Tensor) -> np.ndarray:
+    """(n,) the gallery row nearest to each query, of equals the first."""
+    rows = max(1, AT_ONCE // max(len(gallery), 1))
+    parts = [(part @ gallery.T).numpy().argmax(1) for part in queries.split(rows)]
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
+def caption_pairs(captions: Sequence[Sequence[str]], distinct: bool = True) -> tuple[list[str], np.ndarray]:
+    """The captions to search among, in order of appearance, and (p, 2) rows (picture, caption) that belong together.
+
+    distinct: a caption that several pictures share is one entry and right for all of them. Otherwise each is an
+    entry of its own that is right for its own picture only, as CLIP_benchmark, and so the literature, counts.
+    """
+    if not distinct:
+        owner = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions])
+        return [text for texts in captions for text in texts], np.stack([owner, np.arange(len(owner))], 1)
     ids: dict[str, int] = {}
     pairs = [(i, ids.setdefault(text, len(ids))) for i, texts in enumerate(captions) for text in texts]
     return list(ids), np.unique(np.asarray(pairs, dtype=np.int64).reshape(-1, 2), axis=0)
 
 
 def retrieval(images: Tensor, texts: Tensor, pairs: np.ndarray, ks: Sequence[int] = RECALL_AT) -> dict[str, float]:
-    """R@k from pictures to distinct captions (i2t) and back (t2i), and `mean_r1` of the two R@1."""
+    """R@k from pictures to captions (i2t) and back (t2i), and `mean_r1` of the two R@1: see `caption_pairs`."""
     out = {}
     for name, rank in (("i2t", ranks(images, texts, pairs)), ("t2i", ranks(texts, images, pairs[:, ::-1].copy()))):
         out |= {f"{name}_r{k}": float((rank < k).double().mean()) for k in ks}
     return out | {"mean_r1": (out["i2t_r1"] + out["t2i_r1"]) / 2}
 
 
-def probes(
-    train: Sequence[Tensor],
-    train_labels: Sequence[int],
-    test: Sequence[Tensor],
-    test_labels: Sequence[int],
-    *,
-    c: Sequence[float] = (0.01, 0.1, 1.0, 10.0, 100.0),
-    seed: int = 0,
-    max_iter: int = 200,
-) -> list[tuple[float, float]]:
-    """Linear probe of several models' (n, d) features: top-1 and the C that was chosen, a pair a model.
+def classification_chance(classes: int) -> dict[str, float]:
+    """What guessing at random scores in each metric of `classification`.
 
-    Multinomial logistic regression on frozen features as in CLIP (Radford et al., 2021, section 3.2 and appendix
-    A.3): L-BFGS, the strength of the L2 penalty found on a validation split (20 % of the train split, drawn with
-    `seed`), then a fit on the whole train split. Features are the unit-norm embeddings times sqrt(d), so that a
-    coordinate's mean square is 1 and one grid of C suits every width; they are not standardised one by one, and
-    nor are CLIP's. Each fit of the search starts from the solution for the C before.
+    For worst_group and f1_macro this is the accuracy of guessing, which the lowest of several groups stays a little
+    below and the F1 of uneven classes, too.
     """
-    y, y_test = np.asarray(train_labels), np.asarray(test_labels)
-    if len(np.unique(y)) < 2:
-        raise ValueError("linear probe: the train split holds one class only")
-    order = np.random.default_rng(seed).permutation(len(y))
-    held, rest = np.split(order, [max(1, len(y) // 5)])
-
-    def one(x: np.ndarray, x_test: np.ndarray) -> tuple[float, float]:
-        x, x_test = x * x.shape[1] ** 0.5, x_test * x.shape[1] ** 0.5  # float32 still: half the time
-        regression = LogisticRegression(solver="lbfgs", max_iter=max_iter, warm_start=True)
-        scores = [regression.set_params(C=value).fit(x[rest], y[rest]).score(x[held], y[held]) for value in sorted(c)]
-        best = sorted(c)[int(np.argmax(scores))]  # of equals the first, so the strongest penalty
-        final = LogisticRegression(solver="lbfgs", max_iter=max_iter, C=best).fit(x, y)
-        return float(final.score(x_test, y_test)), best
-
-    # One BLAS thread a fit: the products are small, and two threads that wait for each other took ten times as long.
-    with warnings.catch_warnings(), threadpool_limits(1):
-        warnings.simplefilter("ignore", ConvergenceWarning)  # bounded on purpose; accuracy is flat by then
-        return joblib.Parallel(n_jobs=-1, prefer="threads")(
-            joblib.delayed(one)(a.numpy(), b.numpy()) for a, b in zip(train, test, strict=True)
-        )
-
-
-def classification_chance(classes: int, probe: bool = False) -> dict[str, float]:
-    """What guessing at random scores in each metric of `classification` (and of the probe)."""
-    out = {"top1": 1 / classes, "mean_per_class": 1 / classes}
-    return out | ({"top5": 5 / classes} if classes > 5 else {}) | ({"probe_top1": 1 / classes} if probe else {})
+    top = {"top1": 1 / classes} | ({"top5": 5 / classes} if classes > 5 else {})
+    worst = {f"worst_group_{name}": value for name, value in top.items()}
+    return top | worst | {"mean_per_class": 1 / classes, "f1_macro": 1 / classes, "probe_top1": 1 / classes}
 
 
 def retrieval_chance(pairs: np.ndarray, ks: Sequence[int] = RECALL_AT) -> dict[str, float]:

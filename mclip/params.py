@@ -32,6 +32,7 @@ from pydantic import (
 )
 from ruamel.yaml import YAML, YAMLError
 
+from mclip.data.registry import filled
 from mclip.files import write_whole
 
 Metric = Literal["l2", "sql2", "cosine"]
@@ -231,18 +232,51 @@ class Distill(_Section):
     recipes: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], Recipe] = Field(min_length=1)
 
 
+EvalMetric = Literal["top1", "mean_per_class", "mean_r1", "f1_macro", "worst_group_top1", "worst_group_top5"]
+
+
 class EvalSet(_Section):
+    """A set of `evaluate.sets`: what it does not say is the registry's (mclip/data/registry.py), found by its name."""
+
     path: str
     task: Literal["classification", "retrieval"] = "classification"
+    metric: EvalMetric | None = None  # the one that stands for the set; None: see `main`
+    captions: Literal["each", "distinct"] = "each"  # retrieval: what is an entry, see mclip.metrics.caption_pairs
+    groups: NonNegativeInt | None = None  # the column of KEY.npy that worst_group metrics group by
     probe: bool = False
     kind: str = ""
+
+    @pydantic.model_validator(mode="after")
+    def _metric_fits(self):
+        if (self.metric == "mean_r1") != (self.task == "retrieval") and self.metric:
+            raise ValueError(f"metric: {self.metric} is none of {self.task}")
+        if (self.metric or "").startswith("worst_group") and self.groups is None:
+            raise ValueError(f"metric: {self.metric} needs groups, a column of KEY.npy")
+        return self
+
+    @classmethod
+    def named(cls, name: str, values: Any) -> Any:
+        """An entry of `evaluate.sets`, a map, a path or nothing, filled up."""
+        return filled(name, values) if values is None or isinstance(values, dict | str) else values
+
+    @property
+    def main(self) -> str:
+        """The metric that stands for the set: top1, for retrieval mean_r1, if it has none of its own."""
+        return self.metric or {"classification": "top1", "retrieval": "mean_r1"}[self.task]
 
 
 class Evaluate(_Section):
     batch_size: PositiveInt
     sets: dict[str, EvalSet] = Field(min_length=1)
     probe_c: list[PositiveFloat] = Field(min_length=1)
+    probe_halvings: NonNegativeInt
+    shots: list[PositiveInt]
     seed: NonNegativeInt
+
+    @pydantic.field_validator("sets", mode="before")
+    @classmethod
+    def _from_registry(cls, sets: Any) -> Any:
+        return {k: EvalSet.named(k, v) for k, v in sets.items()} if isinstance(sets, dict) else sets
 
 
 class StudentsAblation(_Section):
@@ -499,6 +533,8 @@ def stage(injected: dict[str, Any] | None) -> Any:
 
 def _typed(kind: Any, value: Any, path: str) -> Any:
     """value at a dotted path of the tree: a model where the section is whole, a part where it is not."""
+    if get_origin(kind) is dict and hasattr(get_args(kind)[1], "named") and isinstance(value, dict):
+        value = {k: get_args(kind)[1].named(k, v) for k, v in value.items()}
     if not isinstance(value, dict):
         return value
     below = {k: (_child(kind, k), f"{path}.{k}".lstrip(".")) for k in value}

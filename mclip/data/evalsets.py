@@ -1,6 +1,7 @@
 """Evaluation sets in CLIP_benchmark's webdataset layout, read as they lie: nothing is unpacked.
 
     SET/{test,train}/{0,1,...}.tar + nshards.txt     KEY.{png,webp,jpg} + KEY.cls or .txt (a caption a line)
+                                                     KEY.npy: numbers about the picture, such as its region
     SET/classnames.txt                               one class a line; KEY.cls is its line number, from 0
     SET/zeroshot_classification_templates.txt        one prompt a line, {c} is the class name
 """
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -34,12 +36,14 @@ class Split(NamedTuple):
     classes: list[str]
     templates: list[str]
     problems: list[str]
+    groups: list[int] = []  # noqa: RUF012 - a number a picture, where one was asked for; never changed in place
 
 
-def read_split(folder: str | Path, task: str, split: str = "test") -> Split:
+def read_split(folder: str | Path, task: str, split: str = "test", groups: int | None = None) -> Split:
     """Index one split: labels or captions now, pictures by their place in the tar (see `read_image`).
 
     task: "classification" reads KEY.cls, "retrieval" KEY.txt. A set may hold both.
+    groups: the column of KEY.npy to keep as the picture's group.
     """
     folder, answer = Path(folder), ANSWER[task]
     count = folder / split / "nshards.txt"
@@ -49,7 +53,7 @@ def read_split(folder: str | Path, task: str, split: str = "test") -> Split:
         _lines(folder / "classnames.txt"),
         _lines(folder / "zeroshot_classification_templates.txt"),
     )
-    keys, places, labels, captions, problems = [], [], [], [], []
+    keys, places, labels, captions, problems, group = [], [], [], [], [], []
     for number in range(int(count.read_text())):
         path = folder / split / f"{number}.tar"
         if not path.exists():
@@ -66,6 +70,8 @@ def read_split(folder: str | Path, task: str, split: str = "test") -> Split:
                             sample["place"] = (str(path), member.offset_data, member.size)
                         elif ext == answer:
                             sample["answer"] = tar.extractfile(member).read().decode().strip()
+                        elif ext == "npy" and groups is not None:
+                            sample["group"] = _number(tar.extractfile(member).read(), groups)
                 tar.fileobj.seek(tar.offset)
                 if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                     raise tarfile.ReadError("truncated, no end-of-archive mark")  # tarfile passes over it
@@ -78,14 +84,17 @@ def read_split(folder: str | Path, task: str, split: str = "test") -> Split:
                 problems.append(f"{path}: {key}: no .{answer}, or an empty one")
             elif task == "classification" and not sample["answer"].isdigit():
                 problems.append(f"{path}: {key}: .cls holds {sample['answer']!r}, not a class number")
+            elif groups is not None and sample.get("group") is None:
+                problems.append(f"{path}: {key}: no .npy with a column {groups}, which the set's metric groups by")
             else:
                 keys.append(key)
                 places.append(sample["place"])
+                group.extend([sample["group"]] if groups is not None else [])
                 if task == "classification":
                     labels.append(int(sample["answer"]))
                 else:
                     captions.append([line.strip() for line in sample["answer"].splitlines() if line.strip()])
-    return Split(keys, places, labels, captions, classes, templates, problems)
+    return Split(keys, places, labels, captions, classes, templates, problems, group)
 
 
 def read_image(place: tuple[str, int, int]) -> Image.Image:
@@ -139,9 +148,18 @@ def without(split: Split, kept: list[int], broken: dict[int, str]) -> Split:
         places=pick(split.places),
         labels=pick(split.labels),
         captions=pick(split.captions),
+        groups=pick(split.groups),
         problems=split.problems + lines,
     )
 
 
 def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+    """A file's lines; one in the middle may be empty: a class's number is its line's."""
+    return [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()] if path.exists() else []
+
+
+def _number(data: bytes, column: int) -> int | None:
+    try:
+        return int(np.load(io.BytesIO(data), allow_pickle=False).ravel()[column])
+    except (ValueError, EOFError, IndexError):
+        return None

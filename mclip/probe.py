@@ -1,0 +1,96 @@
+"""Linear probe: logistic regression on frozen features, as CLIP evaluates representations.
+
+Why C is searched over twelve decades: on features of this scale the default's teachers do best at 0.001 to 0.01, their
+students at 0.01 to 0.1. A grid that began at 1 gave the largest teacher 61.6 % on CIFAR-10 with 1,000 pictures, below
+its own zero-shot 68.0 %; C = 0.001 gives 68.0 %, 0.01 68.4 %.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import joblib
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from mclip.progress import bar
+
+GRID = tuple(10.0**i for i in range(-6, 7, 2))  # CLIP's: seven from 1e-6 to 1e6
+HALVINGS = 4  # of the two decades between them: eight steps a decade, CLIP's 96 in all
+
+
+def probes(
+    train: Sequence[Tensor],
+    train_labels: Sequence[int],
+    test: Sequence[Tensor],
+    test_labels: Sequence[int],
+    *,
+    c: Sequence[float] = GRID,
+    halvings: int = HALVINGS,
+    seed: int = 0,
+    max_iter: int = 1000,
+) -> list[tuple[float, float]]:
+    """Linear probe of several models' (n, d) features: top-1 and the C that was chosen, a pair a model.
+
+    Multinomial logistic regression on frozen features as in CLIP (Radford et al., 2021, section 3.2 and appendix
+    A.3): L-BFGS, at most 1,000 iterations, the strength of the L2 penalty found by `search` on a validation split
+    (20 % of the train split, drawn with `seed`), then a fit on the whole train split. Features are the unit-norm
+    embeddings times sqrt(d), so that a coordinate's mean square is 1 and one grid of C suits every width; they are
+    not standardised one by one, and nor are CLIP's.
+
+    Raises
+    ------
+    ValueError : the train split holds one class only.
+    """
+    y, y_test = np.asarray(train_labels), np.asarray(test_labels)
+    order = np.random.default_rng(seed).permutation(len(y))
+    held, rest = np.split(order, [max(1, len(y) // 5)])
+    if len(np.unique(y[rest])) < 2:
+        raise ValueError("linear probe: the train split holds one class only")
+
+    def one(x: np.ndarray, x_test: np.ndarray) -> tuple[float, float]:
+        x, x_test = x * x.shape[1] ** 0.5, x_test * x.shape[1] ** 0.5  # float32 still: half the time
+        # each fit of the search starts from the solution of the one before
+        regression = LogisticRegression(solver="lbfgs", max_iter=max_iter, warm_start=True)
+
+        def score(value: float) -> float:
+            going.update()
+            return regression.set_params(C=value).fit(x[rest], y[rest]).score(x[held], y[held])
+
+        best = search(score, c, halvings)
+        going.update()
+        final = LogisticRegression(solver="lbfgs", max_iter=max_iter, C=best).fit(x, y)
+        return float(final.score(x_test, y_test)), best
+
+    most = len(train) * (len(c) + 2 * halvings + 1)  # a search that passed its peak stops earlier
+    # One BLAS thread a fit: the products are small, and two threads that wait for each other took ten times as long.
+    with warnings.catch_warnings(), threadpool_limits(1), bar(desc="linear probe", unit="fit", total=most) as going:
+        warnings.simplefilter("ignore", ConvergenceWarning)  # bounded on purpose; accuracy is flat by then
+        return joblib.Parallel(n_jobs=-1, prefer="threads")(
+            joblib.delayed(one)(a.numpy(), b.numpy()) for a, b in zip(train, test, strict=True)
+        )
+
+
+def search(score: Callable[[float], float], c: Sequence[float] = GRID, halvings: int = HALVINGS) -> float:
+    """The C of the highest score by CLIP's search: the grid, then its steps around the peak halved again and again.
+
+    The grid is walked upwards and left once two values in a row score below the best: the weaker the penalty, the
+    slower the fit. Of equals the smallest C, so the strongest penalty.
+    """
+    grid = sorted(c)
+    scores: dict[float, float] = {}
+    best = grid[0]
+    for i, value in enumerate(grid):
+        scores[value] = score(value)
+        best = max(scores, key=lambda v: (scores[v], -v))
+        if i - grid.index(best) >= 2 and scores[grid[i - 1]] < scores[best]:
+            break
+    step = (grid[1] / grid[0]) if len(grid) > 1 else 1.0
+    for _ in range(halvings if step > 1 else 0):
+        step **= 0.5
+        for value in (best / step, best * step):
+            scores[value] = score(value)
+        best = max(scores, key=lambda v: (scores[v], -v))
+    return best

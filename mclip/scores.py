@@ -1,0 +1,107 @@
+"""What an evaluation found, as tables: the headline number, the files of `reports/metrics`, confusions."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from mclip.compare import COLUMNS, IN_DOMAIN, MAIN_COLUMN
+from mclip.data.evalsets import Split
+from mclip.files import write_whole
+from mclip.metrics import nearest
+from mclip.params import EvalSet
+
+
+class Result(NamedTuple):
+    """What `evaluate.evaluate_many` returns; lists are in the order of the models."""
+
+    metrics: list[dict[str, dict[str, float]]]  # a model -> set -> metric; a missing set has no metrics
+    chance: dict[str, dict[str, float]]
+    problems: list[str]  # missing sets, broken samples: one line each
+    splits: dict[str, Split]  # the test split of each set that is there, broken pictures left out
+    images: dict[str, list[Tensor]]  # (n, d) unit-norm embeddings of the test pictures
+    texts: dict[str, list[Tensor]]  # (classes, d) or (captions, d)
+    gallery: dict[str, list[str]]  # what the rows of `texts` are: class names or captions
+    probe_c: dict[str, list[float]]  # the C that each model's probe chose
+    train: dict[str, tuple[list[int], list[Tensor]]]  # sets with a probe: the train split's labels, (n, d) pictures
+
+
+def headline(metrics: Mapping[str, Mapping[str, float]], sets: Mapping[str, EvalSet]) -> float:
+    """One number a model: the mean of the main metric over the held-out sets (kind other than "in domain").
+
+    The main metric is `EvalSet.main`: zero-shot top-1, for retrieval the mean of both R@1, or the set's own. Sets
+    without metrics do not count; with no held-out set at all, every set counts.
+    """
+    there = {name: spec for name, spec in sets.items() if metrics.get(name)}
+    held_out = {name: spec for name, spec in there.items() if spec.kind != IN_DOMAIN} or there
+    values = [metrics[name][spec.main] for name, spec in held_out.items()]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def summary(
+    results: Sequence[Mapping[str, Mapping[str, float]]], sets: Mapping[str, EvalSet], *, digits: int = 5
+) -> dict[str, Any]:
+    """{set: {metric: {"mean", "std"}}, "mean": {"mean", "std", "sets"}} over the seeds.
+
+    For `dvc metrics show`: a nested dict of numbers. std is the sample standard deviation (n - 1), 0 for one
+    seed. "mean" holds the headline number.
+    """
+
+    def spread(values: list[float]) -> dict[str, float]:
+        std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        return {"mean": round(float(np.mean(values)), digits), "std": round(std, digits)}
+
+    out: dict[str, Any] = {
+        name: {metric: spread([r[name][metric] for r in results]) for metric in results[0][name]}
+        for name in sets
+        if results[0].get(name)
+    }
+    counted = [n for n in out if sets[n].kind != IN_DOMAIN] or list(out)
+    if counted:
+        out["mean"] = spread([headline(r, sets) for r in results]) | {"sets": len(counted)}
+    return out
+
+
+def write(
+    recipe: str,
+    result: Result,
+    sets: Mapping[str, EvalSet],
+    seeds: Sequence[int],
+    folder: str | Path = "reports/metrics",
+) -> None:
+    """FOLDER/RECIPE.json, {recipe: summary}, for DVC, and FOLDER/RECIPE.csv with every seed's numbers and chance."""
+    folder = Path(folder)
+    rows = [
+        (recipe, name, spec.kind, spec.task, metric, seed, round(value, 6), round(chance, 6), spec.main)
+        for name, spec in sets.items()
+        if name in result.chance
+        for metric, chance in result.chance[name].items()
+        for seed, metrics in zip(seeds, result.metrics, strict=True)
+        for value in [metrics[name][metric]]
+    ]
+    tree = {recipe: summary(result.metrics, sets)}
+    write_whole(folder / f"{recipe}.json", json.dumps(tree, indent=1, allow_nan=False) + "\n")
+    table = pd.DataFrame(rows, columns=[*COLUMNS, MAIN_COLUMN]).to_csv(index=False, lineterminator="\n")
+    write_whole(folder / f"{recipe}.csv", table)
+
+
+def predictions(result: Result, name: str, model: int = 0) -> np.ndarray:
+    """(n, m) gallery rows (classes or captions) of each test picture, the nearest first."""
+    similarity = result.images[name][model] @ result.texts[name][model].T
+    return similarity.argsort(dim=1, descending=True, stable=True).numpy()
+
+
+def confusion(result: Result, name: str) -> pd.DataFrame:
+    """Share of each true class (row) that is taken for each class (column), the mean over the models."""
+    split = result.splits[name]
+    labels, n = np.asarray(split.labels), len(split.classes)
+    counts = sum(
+        np.bincount(labels * n + nearest(result.images[name][i], result.texts[name][i]), minlength=n * n)
+        for i in range(len(result.metrics))
+    ).reshape(n, n)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    return pd.DataFrame(share, index=split.classes, columns=split.classes)
