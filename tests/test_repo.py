@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 STAGES = {name: entry.get("do", entry)
           for name, entry in YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"].items()}
 OVERLAYS = sorted(ROOT.glob("params/*.yaml"))
-SHOWING = {"compare", "files", "params", "plots", "progress", "report"}  # never change a stage's data
+SHOWING = {"compare", "files", "needs", "params", "plots", "progress", "report"}  # never change a stage's data
 
 
 def call(entry) -> list[str]:
