@@ -340,6 +340,31 @@ class Learning(_Section):
     longer_seeds: list[NonNegativeInt]
 
 
+class PcaPictures(_Section):
+    baseline: str
+    distilled: str
+    teacher: str
+    image_px: Annotated[int, Field(ge=32)]
+    shown: dict[str, str | None] = Field(min_length=1)
+    columns: Annotated[int, Field(ge=2)]
+    classes: PositiveInt
+    captions: str
+    mosaics: PositiveInt
+
+
+class WeightsPictures(_Section):
+    near_zero: PositiveFloat
+
+
+class SearchPictures(_Section):
+    baseline: str
+    distilled: str
+    set: str
+    queries: list[str]
+    rows: PositiveInt
+    top: PositiveInt
+
+
 class Ablations(_Section):
     samples: PositiveInt
     seeds: list[NonNegativeInt] = Field(min_length=1)
@@ -347,6 +372,9 @@ class Ablations(_Section):
     learning: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], Learning]
     students: StudentsAblation
     latency: LatencyAblation
+    pca: PcaPictures
+    weights: WeightsPictures
+    search: SearchPictures
 
 
 class Params(_Section):
@@ -376,6 +404,17 @@ class Params(_Section):
         if unknown := sorted(set(students.seeds) - set(self.distill.seeds)):
             raise ValueError(f"ablations.students.seeds: {unknown[0]} is not among distill.seeds "
                              f"({', '.join(map(str, self.distill.seeds))}), which train the student compared with")
+        pca, search = self.ablations.pca, self.ablations.search
+        for key, name, known in (
+            *((f"pca.{k}", getattr(pca, k), recipes) for k in ("baseline", "distilled")),
+            *((f"search.{k}", getattr(search, k), recipes) for k in ("baseline", "distilled")),
+            ("pca.teacher", pca.teacher, models),
+            *((f"pca.shown.{name}", name, sorted(self.evaluate.sets)) for name in pca.shown),
+            ("pca.captions", pca.captions, sorted(self.evaluate.sets)),
+            ("search.set", search.set, sorted(self.evaluate.sets)),
+        ):
+            if name not in known:
+                raise ValueError(f"ablations.{key}: no such entry {name!r}; there are {', '.join(known)}")
         return self
 
     @pydantic.model_validator(mode="after")

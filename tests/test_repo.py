@@ -32,7 +32,7 @@ def stages() -> dict:
 
 STAGES = stages()
 OVERLAYS = sorted(ROOT.glob("params/*.yaml"))
-SHOWING = {"compare", "files", "params", "plots", "progress", "report"}  # never change a stage's data
+SHOWING = {"compare", "files", "needs", "params", "plots", "progress", "report"}  # never change a stage's data
 
 
 def call(entry) -> list[str]:
