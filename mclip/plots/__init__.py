@@ -15,5 +15,5 @@ from mclip.plots.sheets import gallery, grid, ranked, wrap
 from mclip.plots.tables import table
 from mclip.plots.theme import COLOURS, DPI, GRID, INK, MUTED, SPARE, WIDTH, describe, palette, style
 
-__all__ = ["COLOURS", "DPI", "GRID", "INK", "MUTED", "SPARE", "WIDTH", "bars", "curves", "describe", "estimates", "gallery", "grid",
-           "heatmap", "palette", "radar", "ranked", "style", "table", "tradeoff", "wrap"]
+__all__ = ["COLOURS", "DPI", "GRID", "INK", "MUTED", "SPARE", "WIDTH", "bars", "curves", "describe", "estimates",
+           "gallery", "grid", "heatmap", "palette", "radar", "ranked", "style", "table", "tradeoff", "wrap"]
