@@ -96,24 +96,23 @@ def against(main: pd.DataFrame, name: str, first: str, level: float = 0.95) -> t
 
 
 def verdict(found: pd.DataFrame, sets: Sequence[str] = (HELD_OUT,)) -> str:
-    """All claims on some sets in a sentence; found: of `differences`."""
+    """How many claims hold on some sets, and which of them can be told, in a sentence; found: of `differences`."""
     parts = []
     for name in sets:
         own = found[found["set"] == name]
-        count = own["verdict"].value_counts()
-        said = ", ".join(f"{text} {count[v]}" for v, text in (
-            (HOLDS, "holds in"), (REVERSED, "does not in"), (OPEN, "can't be told at this size in")) if v in count)
-        each = "; ".join(f"{r.claim}: {r.verdict} ({_points(r)})" for r in own.itertuples())
+        told = {said: [f"{r.claim}, {100 * r.difference:+.1f} ± {100 * r.half:.1f} points" for r in own.itertuples()
+                       if r.verdict == said] for said in (HOLDS, REVERSED)}
+        said = [f"{word} for {len(each)} ({'; '.join(each)})" for word, each in told.items() if each]
+        left = len(own) - sum(map(len, told.values()))
+        if left:
+            said.append(f"{OPEN} at this size for {left}")
         if len(own):
-            parts.append(f"n {name} the paper's direction {said} of {len(own)} comparisons: {each}.")
+            parts.append(f"on {name} it {', '.join(said)}")
     if not parts:
         return "The variants that the paper compares were not run."
-    return f"With 95 % intervals ({found['df'].iloc[0]} degrees of freedom), o{' O'.join(parts)}"
-
-
-def _points(row) -> str:
-    return f"{100 * row.difference:+.1f} " + (f"± {100 * row.half:.1f} points" if math.isfinite(row.half)
-                                              else "points, one seed")
+    count = found["claim"].nunique()
+    return (f"The paper's direction, in {count} comparison{'s' * (count > 1)} with 95 % intervals "
+            f"({found['df'].iloc[0]} degrees of freedom): {'; '.join(parts)}.")
 
 
 def table(main: pd.DataFrame, titles: Mapping[str, str], sets: Sequence[str],

@@ -164,7 +164,7 @@ def test_pruned_pairs_are_as_many_and_have_clusters(shared, method):
     assert kept.keep.sum() == default.keep.sum() and set(kept.keys) == set(default.keys)
     found = cluster.read(data["clusters"])
     assert len(found.centres) == 3 and sorted(found.keys) == sorted(kept.keys[kept.keep])
-    spec = training.TrainingSet("kept", image_px=PX, teacher="large", cache=str(shared.cache), **data)
+    spec = training.TrainingSet("kept", image_px=PX, teacher="large", **data)
     side = training.load_side(spec)
     assert set(side.keys) == set(kept.keys[kept.keep]) and "label" in side.arrays
 
