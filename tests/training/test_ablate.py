@@ -194,7 +194,8 @@ def test_a_part_of_the_reinforced_set(shared):
     swapped, meta = selected(shared, ensemble=["large", "base"])
     assert [t["slice"] for t in meta["teachers"]] == [[0, 5], [5, 11]]
     assert torch.equal(swapped.text_emb[..., :5], whole.text_emb[..., 6:])
-    synthetic, _ = selected(shared, captions="synthetic")
+    synthetic, meta = selected(shared, captions="synthetic")
+    assert meta["settings"]["n_syn"] == 1 and {len(s) for s in synthetic.syn_text} == {1}
     assert synthetic.captions == [s[0] for s in whole.syn_text] and torch.equal(synthetic.text_emb, whole.text_emb[:, 1:])
 
 
