@@ -1,11 +1,11 @@
 """Does what a paper says hold here? Differences between variants with few seeds, and samples to the same accuracy.
 
-With two or three seeds a variant's own spread says little. But the runs of a seed start from the same weights and, where
-they train on the same pairs, see them in the same order: a lucky seed is lucky in all variants. So a value is taken to be
-the sum of what the variant does, what the seed does, and a rest whose variance is the same for all variants (a randomised
-block design; least squares, also where a variant lacks a seed). V variants with S seeds leave (V - 1)(S - 1) degrees of
-freedom to the rest, and an interval is Student's t with them. Each interval stands for itself: they are not widened for
-being several.
+With two or three seeds a variant's own spread says little. But the runs of a seed start from the same weights and,
+where they train on the same pairs, see them in the same order: a lucky seed is lucky in all variants. So a value is
+taken to be the sum of what the variant does, what the seed does, and a rest whose variance is the same for all variants
+(a randomised block design; least squares, also where a variant lacks a seed). V variants with S seeds leave (V - 1)(S -
+1) degrees of freedom to the rest, and an interval is Student's t with them. Each interval stands for itself: they are
+not widened for being several.
 """
 
 import math
