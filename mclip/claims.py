@@ -1,11 +1,11 @@
 """Does what a paper says hold here? Differences between variants with few seeds, and samples to the same accuracy.
 
-With two or three seeds a variant's own spread says little. But the runs of a seed start from the same weights and see
-their pairs in the same order, whatever the variant: a lucky seed is lucky in all of them. So a value is taken to be the
-sum of what the variant does, what the seed does, and a rest whose variance is the same for all variants (a randomised
-block design; least squares, also where a variant lacks a seed). V variants with S seeds leave (V - 1)(S - 1) degrees of
-freedom to the rest, and an interval is Student's t with them. Each interval stands for itself: they are not widened for
-being several.
+With two or three seeds a variant's own spread says little. But the runs of a seed start from the same weights and,
+where they train on the same pairs, see them in the same order: a lucky seed is lucky in all variants. So a value is
+taken to be the sum of what the variant does, what the seed does, and a rest whose variance is the same for all variants
+(a randomised block design; least squares, also where a variant lacks a seed). V variants with S seeds leave (V - 1)(S -
+1) degrees of freedom to the rest, and an interval is Student's t with them. Each interval stands for itself: they are
+not widened for being several.
 """
 
 import math
@@ -96,24 +96,23 @@ def against(main: pd.DataFrame, name: str, first: str, level: float = 0.95) -> t
 
 
 def verdict(found: pd.DataFrame, sets: Sequence[str] = (HELD_OUT,)) -> str:
-    """All claims on some sets in a sentence; found: of `differences`."""
+    """How many claims hold on some sets, and which of them can be told, in a sentence; found: of `differences`."""
     parts = []
     for name in sets:
         own = found[found["set"] == name]
-        count = own["verdict"].value_counts()
-        said = ", ".join(f"{text} {count[v]}" for v, text in (
-            (HOLDS, "holds in"), (REVERSED, "does not in"), (OPEN, "can't be told at this size in")) if v in count)
-        each = "; ".join(f"{r.claim}: {r.verdict} ({_points(r)})" for r in own.itertuples())
+        told = {said: [f"{r.claim}, {100 * r.difference:+.1f} ± {100 * r.half:.1f} points" for r in own.itertuples()
+                       if r.verdict == said] for said in (HOLDS, REVERSED)}
+        said = [f"{word} for {len(each)} ({'; '.join(each)})" for word, each in told.items() if each]
+        left = len(own) - sum(map(len, told.values()))
+        if left:
+            said.append(f"{OPEN} at this size for {left}")
         if len(own):
-            parts.append(f"n {name} the paper's direction {said} of {len(own)} comparisons: {each}.")
+            parts.append(f"on {name} it {', '.join(said)}")
     if not parts:
         return "The variants that the paper compares were not run."
-    return f"With 95 % intervals ({found['df'].iloc[0]} degrees of freedom), o{' O'.join(parts)}"
-
-
-def _points(row) -> str:
-    return f"{100 * row.difference:+.1f} " + (f"± {100 * row.half:.1f} points" if math.isfinite(row.half)
-                                              else "points, one seed")
+    count = found["claim"].nunique()
+    return (f"The paper's direction, in {count} comparison{'s' * (count > 1)} with 95 % intervals "
+            f"({found['df'].iloc[0]} degrees of freedom): {'; '.join(parts)}.")
 
 
 def table(main: pd.DataFrame, titles: Mapping[str, str], sets: Sequence[str],

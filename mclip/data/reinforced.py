@@ -137,6 +137,8 @@ def select(folder: str | Path, out: str | Path, *, n_aug: int | None = None, n_s
             syn_text, text_emb = [s[:n_syn] for s in syn_text], text_emb[:, : 1 + n_syn]
         write_shard(out, index, Shard(shard.keys, texts, syn_text, rows, image_emb, text_emb))
     settings |= {k: v for k, v in {"n_aug": n_aug, "n_syn": n_syn, "ensemble": ensemble}.items() if v is not None}
+    if captions == "synthetic" and "n_syn" in meta["settings"]:
+        settings["n_syn"] = min(meta["settings"]["n_syn"] - 1, settings["n_syn"])
     if n_aug == 0:
         settings |= {"n_aug": 1, "scale_min": "plain", "randaugment_ops": 0}
     write_json(Path(out) / "meta.json", meta | {"settings": settings, "teachers": teachers, "captions": captions})

@@ -67,7 +67,7 @@ def world(tmp_path_factory):
     teachers = [{"name": "base", "slice": [0, 6], "width": 6, "logit_scale": 10.0, "model": "-"},
                 {"name": "large", "slice": [6, 11], "width": 5, "logit_scale": 20.0, "model": "-"}]
     (root / "reinforced" / "meta.json").write_text(
-        json.dumps({"teachers": teachers, "settings": {"image_px": PX, "n_aug": 3}, "samples": len(kept)}))
+        json.dumps({"teachers": teachers, "settings": {"image_px": PX, "n_aug": 3, "n_syn": 2}, "samples": len(kept)}))
     return root
 
 

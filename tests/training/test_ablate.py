@@ -164,7 +164,7 @@ def test_pruned_pairs_are_as_many_and_have_clusters(shared, method):
     assert kept.keep.sum() == default.keep.sum() and set(kept.keys) == set(default.keys)
     found = cluster.read(data["clusters"])
     assert len(found.centres) == 3 and sorted(found.keys) == sorted(kept.keys[kept.keep])
-    spec = training.TrainingSet("kept", image_px=PX, teacher="large", cache=str(shared.cache), **data)
+    spec = training.TrainingSet("kept", image_px=PX, teacher="large", **data)
     side = training.load_side(spec)
     assert set(side.keys) == set(kept.keys[kept.keep]) and "label" in side.arrays
 
@@ -194,7 +194,8 @@ def test_a_part_of_the_reinforced_set(shared):
     swapped, meta = selected(shared, ensemble=["large", "base"])
     assert [t["slice"] for t in meta["teachers"]] == [[0, 5], [5, 11]]
     assert torch.equal(swapped.text_emb[..., :5], whole.text_emb[..., 6:])
-    synthetic, _ = selected(shared, captions="synthetic")
+    synthetic, meta = selected(shared, captions="synthetic")
+    assert meta["settings"]["n_syn"] == 1 and {len(s) for s in synthetic.syn_text} == {1}
     assert synthetic.captions == [s[0] for s in whole.syn_text] and torch.equal(synthetic.text_emb, whole.text_emb[:, 1:])
 
 

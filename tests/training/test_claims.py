@@ -60,21 +60,26 @@ def test_differences_to_the_first_variant_seed_by_seed():
 def test_a_claim_holds_where_the_interval_is_above_zero(other, said):
     found = claims.differences(frame({"a": [0.3, 0.301], "b": other}), [Claim("a is above", "a", "b")])
     assert found["verdict"].tolist() == [said]
-    assert f"a is above: {said}" in claims.verdict(found)
+    assert f"on held-out mean it {said} " in claims.verdict(found)
 
 
 def test_one_seed_tells_nothing_and_variants_not_run_are_left_out():
     found = claims.differences(frame({"a": [0.3], "b": [0.1]}), [Claim("x", "a", "b"), Claim("y", "a", "gone")])
     assert found["claim"].tolist() == ["x"] and found["verdict"].tolist() == [claims.OPEN]
-    assert "can't be told at this size in 1 of 1" in claims.verdict(found) and "points, one seed" in claims.verdict(found)
+    assert math.isinf(found["half"].iloc[0])
+    assert claims.verdict(found) == ("The paper's direction, in 1 comparison with 95 % intervals (0 degrees of freedom): on "
+                                     "held-out mean it can't be told at this size for 1.")
     assert claims.verdict(found.iloc[:0]) == "The variants that the paper compares were not run."
 
 
 def test_the_sentence_counts_and_names():
     main = frame({"a": [0.3, 0.301], "b": [0.1, 0.101], "c": [0.5, 0.501]})
-    text = claims.verdict(claims.differences(main, [Claim("one", "a", "b"), Claim("two", "a", "c")]))
-    assert text == ("With 95 % intervals (2 degrees of freedom), on held-out mean the paper's direction holds in 1, does not "
-                    "in 1 of 2 comparisons: one: holds (+20.0 ± 0.0 points); two: does not hold (-20.0 ± 0.0 points).")
+    open_one = frame({"a": [0.3, 0.301], "b": [0.5, 0.1], "c": [0.3, 0.4]}, "far")
+    found = claims.differences(pd.concat([main, open_one]), [Claim("one", "a", "b"), Claim("two", "a", "c")])
+    assert claims.verdict(found, [HELD_OUT, "far"]) == (
+        "The paper's direction, in 2 comparisons with 95 % intervals (2 degrees of freedom): on held-out mean it holds for 1 "
+        "(one, +20.0 ± 0.0 points), does not hold for 1 (two, -20.0 ± 0.0 points); on far it can't be told at this size for "
+        "2.")
 
 
 def test_the_table_keeps_the_order_and_takes_the_paper_s_numbers():
