@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mclip.progress import bar
+from mclip.scores import Result
 
 SHOTS = (1, 2, 4, 8, 16)
 SCALE = 100.0
@@ -146,3 +147,18 @@ def curve(train: Tensor, train_labels: Sequence[int], test: Tensor, test_labels:
         chosen = search(cache, train[held], y[held], text, grid)
         out.append((method, k, hit(logits(cache, test, text, *chosen)), *chosen))
     return pd.DataFrame(out, columns=["method", "shots", "value", "beta", "alpha", "gamma"])
+
+
+def curves(result: Result, *, shots: Sequence[int] = SHOTS, seed: int = 0, grid: Grid | None = None) -> pd.DataFrame:
+    """`curve` of every set with a train split and every model that was evaluated; columns set, model before it.
+
+    result: of evaluate.evaluate_many; model is a number, in its order.
+    """
+    parts = [
+        curve(train, labels, test, result.splits[name].labels, text, shots=shots, seed=seed, grid=grid).assign(
+            set=name, model=i)
+        for name, (labels, features) in result.train.items()
+        for i, (train, test, text) in enumerate(zip(features, result.images[name], result.texts[name], strict=True))
+    ]
+    columns = ["set", "model", "method", "shots", "value", "beta", "alpha", "gamma"]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)

