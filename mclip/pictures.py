@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from PIL import Image
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from mclip import models
@@ -43,17 +44,18 @@ class Eye(NamedTuple):
     tokenizer: Any
     side: int  # pixels
     own_side: int  # pixels, of the model itself
+    stride: int  # pixels a cell of the map
 
 
 def load(name: str, side: int | None = None, *, times: int = 1) -> Eye:
     """A model by name (see `models.create`), for pictures of `side` pixels; None: of its own size, `times` that."""
     model, _, preprocess, tokenizer = models.create(name)
     own = models.image_size(model)
-    side = side or own * times
+    side, stride = side or own * times, own // feature_map(model, torch.zeros(1, 3, own, own)).shape[1]
     if side != own:
         _resize(model.visual, side)
         preprocess = preprocessing(side, model.visual.preprocess_cfg)
-    return Eye(models.for_inference(model), preprocess, tokenizer, side, own)
+    return Eye(model, preprocess, tokenizer, side, own, stride)
 
 
 def _resize(visual: nn.Module, side: int) -> None:
@@ -115,9 +117,24 @@ def _batches(eye: Eye, images: Sequence[Image.Image]):
 
 
 def feature_maps(eye: Eye, images: Sequence[Image.Image]) -> np.ndarray:
-    """(n, h, w, c) float32 of pictures, see `feature_map`; on all cores."""
-    found = models.side_by_side(lambda batch: feature_map(eye.model, batch).float().cpu(), _batches(eye, images))
-    return torch.cat(list(found)).numpy()
+    """(n, h, w, c) float32 of pictures, see `feature_map`; on all cores.
+
+    A convolutional tower gets each picture with one more cell of its own edge all around, which is cut off again: the
+    padding with zeros shows in the outermost cells of a map, where a component would find it.
+    """
+    margin = int(_is_convolutional(eye.model.visual))
+
+    def one(batch: Tensor) -> Tensor:
+        wide = F.pad(batch, [margin * eye.stride] * 4, mode="replicate")
+        maps = feature_map(eye.model, wide).float().cpu()
+        return maps[:, margin:maps.shape[1] - margin, margin:maps.shape[2] - margin]
+
+    return torch.cat(list(models.side_by_side(one, _batches(eye, images)))).numpy()
+
+
+def _is_convolutional(visual: nn.Module) -> bool:
+    trunk = getattr(visual, "trunk", visual)
+    return not hasattr(trunk, "num_prefix_tokens") and not hasattr(trunk, "class_embedding")
 
 
 def caption_maps(
@@ -153,8 +170,9 @@ def principal(rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     mean = rows.mean(0) if len(rows) else np.zeros(rows.shape[1])
     axes = np.zeros((k, rows.shape[1]))
     if len(rows) > 1:
-        _, size, found = np.linalg.svd(rows - mean, full_matrices=False)
-        found = found[size > 1e-9 * max(size[0], 1e-300)][:k]
+        with threadpool_limits(1):  # small matrices: threads that wait for each other take many times as long
+            size, found = np.linalg.eigh((rows - mean).T @ (rows - mean))
+        found = found.T[::-1][size[::-1] > 1e-12 * max(size[-1], 1e-300)][:k]
         axes[:len(found)] = found * np.sign(found[np.arange(len(found)), np.abs(found).argmax(1)])[:, None]
     return mean, axes
 
@@ -265,23 +283,3 @@ def quarters(scores: np.ndarray) -> np.ndarray:
     """(..., h, w) maps of `mosaics` -> (..., 4): the mean score of each quarter, in the order of its pictures."""
     *lead, h, w = scores.shape
     return scores.reshape(*lead, 2, h // 2, 2, w // 2).mean((-3, -1)).reshape(*lead, 4)
-
-
-# ---------------------------------------------------------------- weights
-
-
-def last_layer(tower: nn.Module) -> tuple[str, Tensor]:
-    """Name and weight of a tower's last fully connected layer before its pool: what CLIP-CID's Figure 4 shows.
-
-    In the last block of a transformer or a MobileCLIP tower that is the second layer of the MLP. In a plain ResNet the
-    last convolution of the main path stands for it (a fully connected layer from each position's neighbourhood).
-    Depthwise convolutions, shortcuts, attention and heads do not count.
-    """
-    body = getattr(tower, "trunk", None) or getattr(tower, "transformer", None) or tower
-    aside = {"attention", "attn", "attnpool", "classifier", "downsample", "fc", "head", "pooler", "se", "shortcut",
-             "token_mixer"}
-    found = [(name, m.weight) for name, m in body.named_modules() if not aside & set(name.split("."))
-             and (isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.groups == 1))]
-    if not found:
-        raise ValueError(f"{type(tower).__name__} has no fully connected layer")
-    return found[-1][0], found[-1][1].detach().float().cpu()

@@ -196,10 +196,12 @@ def describe(nb: nbformat.NotebookNode, stage: Stage, kept: Path, reason: str) -
 
 
 def _around_error(cell: nbformat.NotebookNode, traceback: str, lines: int = 8) -> list[str]:
-    """The last lines of a cell up to the one that failed, which is marked."""
+    """The last lines of a cell up to the one that failed, which is marked; none where no line is named."""
     match = re.search(rf"^Cell In\[{cell.execution_count}\], line (\d+)", traceback, re.MULTILINE)
     source = cell.source.rstrip().splitlines()
-    bad = int(match[1]) if match else len(source)
+    if match is None:  # an error that shows no traceback, its message says all
+        return []
+    bad = int(match[1])
     return [f"{'--> ' if n == bad else '    '}{line[:100]}" for n, line in enumerate(source, 1)
             if bad - lines < n <= bad]
 

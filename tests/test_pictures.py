@@ -182,20 +182,3 @@ def test_quarters_of_a_mosaic_are_its_pictures():
     maps = np.stack([np.asarray(s)[..., 0] for s in sheets]).astype(float)
     np.testing.assert_allclose(pictures.quarters(maps), [[10, 60, 110, 160], [160, 110, 60, 10]])
     assert pictures.quarters(maps[:, None]).shape == (2, 1, 4)
-
-
-# ---------------------------------------------------------------- weights
-
-
-@pytest.mark.parametrize(("name", "image", "text"), [
-    ("demo-student", "layer3.0.conv2", "resblocks.1.mlp.c_proj"),
-    ("demo-mci", "stages.2.blocks.0.mlp.fc2", "resblocks.1.mlp.c_proj"),
-    ("demo-vit", "resblocks.3.mlp.c_proj", "resblocks.1.mlp.c_proj"),
-])
-def test_the_last_fully_connected_layer_of_a_tower(name, image, text):
-    model = models.create(name)[0]
-    assert pictures.last_layer(model.visual)[0] == image
-    found, weight = pictures.last_layer(model)
-    assert found == text and torch.equal(weight, model.get_parameter(f"transformer.{text}.weight").detach())
-    with pytest.raises(ValueError, match="ReLU has no fully connected layer"):
-        pictures.last_layer(torch.nn.ReLU())

@@ -55,12 +55,18 @@ def draw_all() -> list:
         runs()[lambda f: f["set"] == "a"], x="seed", y="value", hue="recipe", title="Trade", xlabel="ms", ylabel="%"
     )
     assert trade.get_xlim()[0] == 0 and [t.get_text() for t in trade.get_legend().get_texts()] == ["clip", "combined"]
-    return [bars.figure, curves.figure, heat.figure, sheet, trade.figure]
+    around = pd.concat([runs().assign(set=name) for name in ("a", "b", "c")])
+    radar = plots.radar(around, axis="set", y="value", hue="recipe", outer={"a": 20.0, "b": 40.0, "c": 12.0}, title="Radar")
+    grid = plots.grid([[Image.new("RGB", (8, 8), "red")] * 3, [np.eye(4)] * 3], ["pictures", "maps"], title="Grid",
+                      columns=["one", "two", "three"])
+    found = [[(Image.new("RGB", (8, 8), "red"), right) for right in (True, False, None)]] * 2
+    ranked = plots.ranked({"CLIP": found, "CLIP-CID": found}, ["a red square", "a blue one"], title="Ranked")
+    return [bars.figure, curves.figure, heat.figure, sheet, trade.figure, radar.figure, grid, ranked]
 
 
 def test_figures_name_themselves_and_repeat_their_bytes():
     figures = draw_all()
-    assert [plots.describe(f) for f in figures] == ["Bars", "Curves", "Heat", "Sheet", "Trade"]
+    assert [plots.describe(f) for f in figures] == ["Bars", "Curves", "Heat", "Sheet", "Trade", "Radar", "Grid", "Ranked"]
     first = [png(f) for f in figures]
     plt.close("all")
     assert [png(f) for f in draw_all()] == first
@@ -71,6 +77,24 @@ def test_bars_show_spread_points_chance_and_ceiling():
     assert {t.get_text() for t in ax.get_legend().get_texts()} == {"clip", "combined", "chance", "teacher"}
     assert len(ax.lines) >= 4  # an error bar a bar
     assert sum(len(c.get_offsets()) for c in ax.collections if hasattr(c, "get_sizes") and len(c.get_sizes())) == 12
+
+
+def test_a_radars_axes_are_scaled_to_their_own_ring():
+    around = pd.concat([runs().assign(set=name) for name in ("a", "b", "c")])
+    ax = plots.radar(around, axis="set", y="value", hue="recipe", outer={"a": 22.0, "b": 11.0, "c": 44.0}, title="")
+    line = next(line for line in ax.lines if line.get_label() == "combined")  # 11 on average
+    np.testing.assert_allclose(line.get_ydata(), [0.5, 1.0, 0.25, 0.5])
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["a\n22.0 %", "b\n11.0 %", "c\n44.0 %"]
+    with pytest.raises(ValueError, match="three axes or more, here 2"):
+        plots.radar(around, axis="set", y="value", hue="recipe", outer={"a": 1.0, "b": 1.0}, title="")
+
+
+def test_right_answers_are_ticked_and_queries_stand_at_the_left():
+    square = Image.new("RGB", (8, 8), "red")
+    figure = plots.ranked({"x": [[(square, True), (square, False)]], "y": [[(square, None), (square, True)]]}, ["q"],
+                          title="")
+    texts = [[t.get_text() for t in ax.texts] for ax in figure.axes]
+    assert texts == [["✓"], [], [], ["✓"]] and figure.axes[0].get_ylabel() == "q"
 
 
 def test_colours_are_fixed_and_distinct():

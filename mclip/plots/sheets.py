@@ -113,21 +113,21 @@ def ranked(
     framed and ticked.
     """
     names, wide = list(found), max(len(row) for rows in found.values() for row in rows)
-    side = (WIDTH - 1.25) / (len(names) * wide + 0.35 * (len(names) - 1))
+    side, gap, label = (WIDTH - 1.3) / (len(names) * wide + 0.4 * (len(names) - 1)), 0.4, 1.3
     figure = plt.figure(figsize=(WIDTH, len(queries) * side * 1.06 + 0.75))
-    panels = figure.subfigures(1, len(names), squeeze=False, width_ratios=[1.25 + side * wide] + [side * wide] * (
-        len(names) - 1))[0]
+    widths = [w for i in range(len(names)) for w in ([label + side * wide] if i == 0 else [gap * side, side * wide])]
+    panels = figure.subfigures(1, len(widths), squeeze=False, width_ratios=widths)[0][::2]
     for block, (panel, name) in enumerate(zip(panels, names, strict=True)):
         axes = panel.subplots(len(queries), wide, squeeze=False)
         panel.get_layout_engine().set(w_pad=0.012, h_pad=0.012, wspace=0, hspace=0)
-        panel.suptitle(name, fontsize=9)
+        axes[0][(wide - 1) // 2].set_title(name, fontsize=9.5, loc="center", pad=5)
         for row, line in enumerate(axes):
             for ax in line:
                 ax.set(xticks=[], yticks=[])
                 ax.grid(False)
-                ax.set_visible(False)
+                ax.set_frame_on(False)
             for ax, (image, right) in zip(line, found[name][row], strict=False):
-                ax.set_visible(True)
+                ax.set_frame_on(True)
                 ax.imshow(np.asarray(image), interpolation="nearest" if _small(image) else "antialiased")
                 for spine in ax.spines.values():
                     spine.set(visible=True, color=RIGHT if right else GRID, linewidth=2.2 if right else 0.6)

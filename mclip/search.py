@@ -1,0 +1,75 @@
+"""Text to image search over an evaluation set: which pictures a model finds for a text, and whether they are right.
+
+    split = evalsets.read_split("data/eval/emoji-unseen", "retrieval")
+    questions = search.questions(split)                             # its captions; or search.free(["a red car"])
+    found = search.search("local-dir:models/students/clip/seed0", split, questions)
+    found[:, :5]                                                    # for each text its five best pictures' rows
+    search.precision(found, questions, 5)
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from mclip import models
+from mclip.data.evalsets import Split, read_image
+
+
+class Questions(NamedTuple):
+    """Texts to search for."""
+
+    texts: list[str]
+    prompts: list[list[str]]  # what is encoded for each text: itself, or a class in every template
+    right: np.ndarray | None  # (texts, pictures) bool; None: nobody knows
+
+
+def questions(split: Split) -> Questions:
+    """A set's own texts, each once: its captions in order of appearance, or its classes that have pictures."""
+    if split.captions:
+        texts = list(dict.fromkeys(text for own in split.captions for text in own))
+        prompts = [[text] for text in texts]
+        own = [set(captions) for captions in split.captions]
+    else:
+        texts = [split.classes[i] for i in sorted(set(split.labels))]
+        prompts = [[t.replace("{c}", text) for t in split.templates or ["{c}"]] for text in texts]
+        own = [{split.classes[label]} for label in split.labels]
+    return Questions(texts, prompts, np.array([[text in there for there in own] for text in texts]))
+
+
+def free(texts: Sequence[str]) -> Questions:
+    """Texts of one's own."""
+    return Questions(list(texts), [[text] for text in texts], None)
+
+
+def search(name: str, split: Split, asked: Questions, *, batch_size: int = 128) -> np.ndarray:
+    """(texts, pictures): the rows of a set's pictures for each text, by cosine, the best first (of equals the first).
+
+    name : of a model, see `models.create`. A text with several prompts is their mean, as in zero-shot classification.
+    """
+    model, _, preprocess, tokenizer = models.create(name)
+    model = models.for_inference(model)
+    parts = (split.places[i:i + batch_size] for i in range(0, len(split.places), batch_size))
+    pictures = models.encode_images(
+        model, (torch.stack([preprocess(read_image(place)) for place in part]) for part in parts), precision="fp32")
+    flat = models.encode_texts(model, tokenizer, [t for own in asked.prompts for t in own], precision="fp32")
+    texts = torch.stack([part.mean(0) for part in flat.split([len(own) for own in asked.prompts])])
+    similarity = F.normalize(texts, dim=-1) @ pictures.T
+    return similarity.argsort(dim=1, descending=True, stable=True).numpy()
+
+
+def precision(found: np.ndarray, asked: Questions, top: int) -> np.ndarray:
+    """(texts,) share of right pictures among the `top` first, of as many as can be right."""
+    assert asked.right is not None
+    hits = np.take_along_axis(asked.right, found[:, :top], axis=1).sum(1)
+    return hits / np.minimum(asked.right.sum(1), min(top, found.shape[1]))
+
+
+def chance(asked: Questions, top: int) -> float:
+    """The mean `precision` of a search that orders pictures at random."""
+    assert asked.right is not None
+    right, pictures = asked.right.sum(1), asked.right.shape[1]
+    top = min(top, pictures)
+    return float((top * right / pictures / np.minimum(right, top)).mean())
