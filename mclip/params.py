@@ -280,7 +280,6 @@ class Evaluate(_Section):
 
 
 class StudentsAblation(_Section):
-    recipe: str
     seeds: list[NonNegativeInt] = Field(min_length=1)
     models: list[str]
 
@@ -291,7 +290,6 @@ class LatencyAblation(_Section):
                            "onnxruntime-int8"]] = Field(min_length=1)
     batches: list[PositiveInt] = Field(min_length=1)
     rounds: PositiveInt
-    device: Literal["cpu", "cuda"]
 
 
 class KeptPairs(_Section):
@@ -342,7 +340,6 @@ class Learning(_Section):
 
 class PcaPictures(_Section):
     baseline: str
-    distilled: str
     teacher: str
     image_px: Annotated[int, Field(ge=32)]
     shown: dict[str, str | None] = Field(min_length=1)
@@ -358,7 +355,6 @@ class WeightsPictures(_Section):
 
 class SearchPictures(_Section):
     baseline: str
-    distilled: str
     set: str
     queries: list[str]
     rows: PositiveInt
@@ -370,11 +366,12 @@ class Ablations(_Section):
     seeds: list[NonNegativeInt] = Field(min_length=1)
     studies: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], Study]
     learning: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], Learning]
-    students: StudentsAblation
-    latency: LatencyAblation
-    pca: PcaPictures
-    weights: WeightsPictures
-    search: SearchPictures
+    # at most one entry: its stage writes one report; {}: no such stage
+    students: dict[str, StudentsAblation] = Field(max_length=1)
+    latency: dict[Literal["cpu", "cuda"], LatencyAblation] = Field(max_length=1)
+    pca: dict[str, PcaPictures] = Field(max_length=1)
+    weights: dict[str, WeightsPictures] = Field(max_length=1)
+    search: dict[str, SearchPictures] = Field(max_length=1)
 
 
 class Params(_Section):
@@ -397,24 +394,27 @@ class Params(_Section):
         for key, name in {"balance": self.balance.teacher, "cluster": self.cluster.teacher}.items():
             if name not in embedded:
                 raise ValueError(f"{key}.teacher: {name!r} is not embedded; embed.teachers has {embedded}")
-        students, recipes = self.ablations.students, sorted(self.distill.recipes)
-        if students.recipe not in recipes:
-            raise ValueError(f"ablations.students.recipe: no such recipe {students.recipe!r}; distill.recipes has "
-                             f"{', '.join(recipes)}")
-        if unknown := sorted(set(students.seeds) - set(self.distill.seeds)):
-            raise ValueError(f"ablations.students.seeds: {unknown[0]} is not among distill.seeds "
-                             f"({', '.join(map(str, self.distill.seeds))}), which train the student compared with")
-        pca, search = self.ablations.pca, self.ablations.search
-        for key, name, known in (
-            *((f"pca.{k}", getattr(pca, k), recipes) for k in ("baseline", "distilled")),
-            *((f"search.{k}", getattr(search, k), recipes) for k in ("baseline", "distilled")),
-            ("pca.teacher", pca.teacher, models),
-            *((f"pca.shown.{name}", name, sorted(self.evaluate.sets)) for name in pca.shown),
-            ("pca.captions", pca.captions, sorted(self.evaluate.sets)),
-            ("search.set", search.set, sorted(self.evaluate.sets)),
-        ):
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _pictures_can_be_made(self):
+        a, recipes, sets = self.ablations, sorted(self.distill.recipes), sorted(self.evaluate.sets)
+        named = [(f"{key}.{entry}", entry, recipes) for key in ("students", "pca", "weights", "search")
+                 for entry in getattr(a, key)]
+        for entry, pca in a.pca.items():
+            named += [(f"pca.{entry}.baseline", pca.baseline, recipes),
+                      (f"pca.{entry}.teacher", pca.teacher, sorted(self.teachers.models)),
+                      *((f"pca.{entry}.shown.{name}", name, sets) for name in pca.shown),
+                      (f"pca.{entry}.captions", pca.captions, sets)]
+        for entry, search in a.search.items():
+            named += [(f"search.{entry}.baseline", search.baseline, recipes), (f"search.{entry}.set", search.set, sets)]
+        for key, name, known in named:
             if name not in known:
                 raise ValueError(f"ablations.{key}: no such entry {name!r}; there are {', '.join(known)}")
+        for entry, students in a.students.items():
+            if unknown := sorted(set(students.seeds) - set(self.distill.seeds)):
+                raise ValueError(f"ablations.students.{entry}.seeds: {unknown[0]} is not among distill.seeds "
+                                 f"({', '.join(map(str, self.distill.seeds))}), which train the student compared with")
         return self
 
     @pydantic.model_validator(mode="after")
