@@ -152,23 +152,30 @@ def savings(main: pd.DataFrame, baseline: str, at_least: int) -> pd.DataFrame:
 
     Returns
     -------
-    columns recipe, set, reference (the baseline's samples), accuracy, needed, factor, bound: "=" between two points,
-    ">=" where the shortest run is above it already, "<" where no run reaches it (then `needed` is the longest).
+    columns recipe, set, reference (the baseline's samples), seeds (how many it has there), accuracy, reached (samples
+    at which the baseline first is there: fewer than `reference` where its curve falls back), needed (the recipe's),
+    factor (reached / needed), bound: "=" between two points, ">=" where the recipe's shortest run is above it already,
+    "<" where no run reaches it (then `needed` is the longest).
     """
-    means = main.groupby(["set", "recipe", "samples"], sort=False)["value"].mean().reset_index()
+    groups = main.groupby(["set", "recipe", "samples"], sort=False)["value"]
+    means = groups.agg(value="mean", seeds="size").reset_index()
     rows = []
     for name, own in means.groupby("set", sort=False):
-        long = own[(own["recipe"] == baseline) & (own["samples"] >= at_least)]
+        base = own[own["recipe"] == baseline].sort_values("samples")
+        long = base[base["samples"] >= at_least]
         for recipe, curve in own[own["recipe"] != baseline].groupby("recipe", sort=False):
             curve = curve.sort_values("samples")
-            for reference, accuracy in zip(long["samples"], long["value"], strict=True):
+            for reference, accuracy, seeds in zip(long["samples"], long["value"], long["seeds"], strict=True):
+                reached = samples_to(base["samples"], base["value"], accuracy)
                 needed, bound = samples_to(curve["samples"], curve["value"], accuracy), "="
                 if math.isinf(needed):
                     needed, bound = float(curve["samples"].max()), "<"
                 elif curve["value"].iloc[0] >= accuracy:
                     bound = ">="
-                rows.append((recipe, name, int(reference), accuracy, needed, reference / needed, bound))
-    return pd.DataFrame(rows, columns=["recipe", "set", "reference", "accuracy", "needed", "factor", "bound"])
+                rows.append((recipe, name, int(reference), int(seeds), accuracy, reached, needed, reached / needed,
+                             bound))
+    return pd.DataFrame(rows, columns=["recipe", "set", "reference", "seeds", "accuracy", "reached", "needed", "factor",
+                                       "bound"])
 
 
 def saving(saved: pd.DataFrame, titles: Mapping[str, str], baseline: str, claimed: float) -> str:
@@ -186,9 +193,10 @@ def saving(saved: pd.DataFrame, titles: Mapping[str, str], baseline: str, claime
     best = there.loc[there["factor"].idxmax()]
     holds = "holds" if best["factor"] >= claimed else "does not hold at this size"
     base = titles[baseline]
+    seeds = f"{best['seeds']} seed{'s' if best['seeds'] > 1 else ''}"
     return (f"To {base}'s {HELD_OUT} at {reference:,} samples, times fewer samples: {', '.join(said)}. The largest "
             f"on one set: {titles[best['recipe']]} {_factor(best)} on {best['set']}, to {base}'s accuracy at "
-            f"{best['reference']:,} samples; the paper's factor of {claimed:g} {holds}.")
+            f"{best['reference']:,} samples ({seeds}); the paper's factor of {claimed:g} {holds}.")
 
 
 def _factor(row) -> str:
