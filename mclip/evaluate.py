@@ -41,10 +41,19 @@ from torch import Tensor
 
 from mclip import probe
 from mclip.data import registry
-from mclip.data.evalsets import EvalError, Split, batches, read_split, without
+from mclip.data.evalsets import ANSWER, EvalError, Split, batches, read_split, without
 from mclip.files import write_whole
 from mclip.metrics import caption_pairs, classification, classification_chance, retrieval, retrieval_chance
-from mclip.models import ModelError, create, decoders, encode_texts, for_inference, image_encoder, side_by_side
+from mclip.models import (
+    ModelError,
+    create,
+    decoders,
+    encode_texts,
+    for_inference,
+    image_encoder,
+    logit_scale,
+    side_by_side,
+)
 from mclip.params import EvalSet
 from mclip.progress import bar
 from mclip.scores import Result, confusion, headline, predictions, summary, write
@@ -116,7 +125,8 @@ def evaluate_many(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     models = [model.to(device).eval() for model in models]
-    result = Result([{} for _ in models], {}, [], {}, {}, {}, {}, {}, {})
+    scale = [logit_scale(model) if hasattr(model, "logit_scale") else 100.0 for model in models]
+    result = Result([{} for _ in models], {}, [], {}, {}, {}, {}, {}, scale, {})
     loading = {"batch_size": batch_size, "workers": decoders(device, workers), "precision": precision}
     tests, shared = {}, set()
     for name, spec in sets.items():
@@ -242,20 +252,22 @@ def _check(split: Split, spec: EvalSet) -> None:
 
 
 def named_sets(names: Sequence[str], root: str | Path = registry.ROOT, *, probe: bool = False) -> dict[str, EvalSet]:
-    """Sets by name: of a suite, of the registry (below `root`, in a folder of the copy's or the set's own name), or of
-    a folder in CLIP_benchmark's layout.
+    """Sets by the name of a suite, of the registry (in `root`, under the copy's or the set's name), or by folder.
 
     Raises
     ------
-    ValueError : neither; with the nearest known name.
+    ValueError : none of them, with the nearest known name; a task that is not done here.
     """
     found = {}
     for name in chain.from_iterable(registry.SUITES.get(name, [name]) for name in names):
         path = Path(name)
         if path.is_dir():
             known = next((key for key, entry in registry.SETS.items() if path.name in (key, entry.folder)), path.name)
-            kind = path / "dataset_type.txt"
-            values = {"path": name, "task": kind.read_text().strip() if kind.exists() else "classification"}
+            file = path / "dataset_type.txt"
+            task = file.read_text().strip().lower() if file.exists() else "classification"
+            if task not in ANSWER:
+                raise ValueError(f"{file}: {task!r} is none of {', '.join(ANSWER)}")
+            values = {"path": name, "task": task}
         else:
             known, values = name, {"path": str(Path(root) / name)} if (Path(root) / name).is_dir() else {}
         values = registry.filled(known, values, root)
@@ -276,11 +288,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "auto"])
     args = parser.parse_args(argv)
     try:
+        if str(args.device).startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"--device {args.device}: torch sees no GPU")
         sets = named_sets(args.sets, args.root, probe=args.probe)
         model, _, preprocess, tokenizer = create(args.model)
         result = evaluate_many([for_inference(model)], preprocess, tokenizer, sets, batch_size=args.batch_size,
                                device=args.device, precision=args.precision)
-    except (ModelError, EvalError, ValueError) as err:
+    except (ModelError, ValueError) as err:  # an EvalError is one
         print(f"error: {str(err).splitlines()[0]}", file=sys.stderr)
         return 2
     for line in result.problems:

@@ -9,7 +9,8 @@ F and L the cache's embeddings and one-hot labels, all embeddings unit-norm:
 APE keeps the Q coordinates that tell classes apart (`refined`), normalised again, and weighs each cached picture by
 D = log2(1 / p), p what softmax(F_Q W_Q') gives its own class: pictures that the text is unsure of count more. (That the
 softmax has no scale is the authors' code; the paper leaves it open.) alpha, beta and gamma are searched on a validation
-split over the papers' ranges. 100 is CLIP's logit scale; another only stretches alpha.
+split over the papers' ranges. 100 is CLIP's logit scale: another model's own takes its place, or the ranges for alpha
+would not fit.
 """
 
 import itertools
@@ -33,9 +34,9 @@ WEIGHT = (0.7, 0.3)  # of similarity and variance in APE's criterion (ImageNet's
 
 class Grid(NamedTuple):
     """Values to search: from 0.1 (gamma: 0) up to, without, the end. Both papers take 7 and 7; 200 x 20 steps, APE
-    0.5 in 5 steps for gamma. Fewer betas cost no accuracy here."""
+    0.5 in 5 steps for gamma. Here there are fewer betas, for speed."""
 
-    beta: tuple[float, int] = (7.0, 20)
+    beta: tuple[float, int] = (7.0, 10)
     alpha: tuple[float, int] = (7.0, 20)
     gamma: tuple[float, int] = (0.5, 5)
 
@@ -85,27 +86,31 @@ def refined(keys: Tensor, labels: Tensor, text: Tensor, keep: float = KEEP,
     return merit.argsort(descending=True, stable=True)[: max(1, round(keep * text.shape[1]))]
 
 
-def logits(cache: Cache, features: Tensor, text: Tensor, beta: float, alpha: float, gamma: float = 0.0) -> Tensor:
+def logits(cache: Cache, features: Tensor, text: Tensor, beta: float, alpha: float, gamma: float = 0.0,
+           *, scale: float = SCALE) -> Tensor:
     """(n, c) logits of (n, d) unit-norm pictures."""
     near = torch.exp(-beta * (1 - cache.reduce(features) @ cache.keys.T)) * (gamma * cache.doubt).exp()
-    plain = SCALE * features @ text.T
+    plain = scale * features @ text.T
     return plain + alpha * torch.zeros_like(plain).index_add_(1, cache.labels, near)
 
 
-def search(cache: Cache, features: Tensor, labels: Tensor, text: Tensor, grid: Grid | None = None) -> tuple[float, ...]:
+def search(cache: Cache, features: Tensor, labels: Tensor, text: Tensor, grid: Grid | None = None, *,
+           scale: float = SCALE) -> tuple[float, ...]:
     """(beta, alpha, gamma) of the highest accuracy on a validation split; of equals the smallest.
 
     gamma is only searched where the cache has doubts, so for APE.
     """
     betas, alphas, gammas = (grid or Grid()).values()
     gammas = gammas if cache.doubt.any() else gammas[:1]
-    plain, near = SCALE * features @ text.T, cache.reduce(features) @ cache.keys.T
+    plain, near = scale * features @ text.T, cache.reduce(features) @ cache.keys.T
     right = np.zeros((len(betas), len(alphas), len(gammas)))
-    for (i, beta), (k, gamma) in itertools.product(enumerate(betas), enumerate(gammas)):
-        values = torch.exp(-beta * (1 - near)) * (gamma * cache.doubt).exp()
-        added = torch.zeros_like(plain).index_add_(1, cache.labels, values)
-        for j, alpha in enumerate(alphas):
-            right[i, j, k] = ((plain + alpha * added).argmax(1) == labels).sum()
+    values = [F.one_hot(cache.labels, len(text)) * (gamma * cache.doubt).exp()[:, None] for gamma in gammas]
+    for i, beta in enumerate(betas):
+        affinity = torch.exp(-beta * (1 - near))
+        for k, weighted in enumerate(values):
+            added = affinity @ weighted
+            for j, alpha in enumerate(alphas):
+                right[i, j, k] = ((plain + alpha * added).argmax(1) == labels).sum()
     i, j, k = np.unravel_index(right.argmax(), right.shape)
     return float(betas[i]), float(alphas[j]), float(gammas[k])
 
@@ -125,13 +130,14 @@ def draw(
 
 
 def curve(train: Tensor, train_labels: Sequence[int], test: Tensor, test_labels: Sequence[int], text: Tensor, *,
-          shots: Sequence[int] = SHOTS, seed: int = 0, grid: Grid | None = None) -> pd.DataFrame:
+          shots: Sequence[int] = SHOTS, seed: int = 0, grid: Grid | None = None, scale: float = SCALE) -> pd.DataFrame:
     """Accuracy of zero-shot (0 shots), Tip-Adapter and APE for each number of shots.
 
     Parameters
     ----------
     train, test : (n, d) unit-norm embeddings of the pictures.
     text : (c, d) unit-norm class embeddings.
+    scale : the model's logit scale.
 
     Returns
     -------
@@ -144,8 +150,8 @@ def curve(train: Tensor, train_labels: Sequence[int], test: Tensor, test_labels:
     caches = {"Tip-Adapter": tip, "APE": lambda keys, labels: ape(keys, labels, text)}
     for (method, make), k in bar(list(itertools.product(caches.items(), shots)), desc="few-shot", unit="fit"):
         cache = make(train[rows[k]], y[rows[k]])
-        chosen = search(cache, train[held], y[held], text, grid)
-        out.append((method, k, hit(logits(cache, test, text, *chosen)), *chosen))
+        chosen = search(cache, train[held], y[held], text, grid, scale=scale)
+        out.append((method, k, hit(logits(cache, test, text, *chosen, scale=scale)), *chosen))
     return pd.DataFrame(out, columns=["method", "shots", "value", "beta", "alpha", "gamma"])
 
 
@@ -155,8 +161,8 @@ def curves(result: Result, *, shots: Sequence[int] = SHOTS, seed: int = 0, grid:
     result: of evaluate.evaluate_many; model is a number, in its order.
     """
     parts = [
-        curve(train, labels, test, result.splits[name].labels, text, shots=shots, seed=seed, grid=grid).assign(
-            set=name, model=i)
+        curve(train, labels, test, result.splits[name].labels, text, shots=shots, seed=seed, grid=grid,
+              scale=result.scale[i]).assign(set=name, model=i)
         for name, (labels, features) in result.train.items()
         for i, (train, test, text) in enumerate(zip(features, result.images[name], result.texts[name], strict=True))
     ]

@@ -27,6 +27,7 @@ class Result(NamedTuple):
     texts: dict[str, list[Tensor]]  # (classes, d) or (captions, d)
     gallery: dict[str, list[str]]  # what the rows of `texts` are: class names or captions
     probe_c: dict[str, list[float]]  # the C that each model's probe chose
+    scale: list[float]  # the models' logit scales; 100, CLIP's, where one has none
     train: dict[str, tuple[list[int], list[Tensor]]]  # sets with a probe: the train split's labels, (n, d) pictures
 
 

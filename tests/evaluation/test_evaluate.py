@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision import transforms
 
-from mclip import evaluate, metrics
+from mclip import evaluate, fewshot, metrics
 from mclip.data import evalsets
 from mclip.params import EvalSet
 
@@ -119,6 +121,32 @@ def test_retrieval_shared_captions_against_loops():
         assert got[f"t2i_r{k}"] == pytest.approx(np.mean(to_image))
 
 
+class Largest(TorchDispatchMode):
+    """Remembers the most elements that any operation returned."""
+
+    seen = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen = max(self.seen, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)), 0)
+        return out
+
+
+def test_similarities_are_never_held_all_at_once(monkeypatch):
+    rng = np.random.default_rng(6)
+    captions = [[f"text {rng.integers(0, 90)}" for _ in range(3)] for _ in range(70)]
+    images = unit(rng, 70)
+    for distinct in (True, False):
+        texts, pairs = metrics.caption_pairs(captions, distinct)
+        embedded = unit(rng, len(texts))
+        monkeypatch.setattr(metrics, "AT_ONCE", 1 << 24)
+        whole = metrics.retrieval(images, embedded, pairs)
+        monkeypatch.setattr(metrics, "AT_ONCE", 2000)  # of up to 14,700
+        with Largest() as largest:
+            assert metrics.retrieval(images, embedded, pairs) == whole
+        assert largest.seen <= 2000
+
+
 def test_collapsed_model_scores_chance():
     same = F.normalize(torch.ones(6, 4), dim=-1)
     assert metrics.classification(same, same, list(range(6)))["top1"] == 1 / 6
@@ -161,6 +189,12 @@ def test_evaluate_many_on_a_tiny_set(tmp_path):
     assert result.chance["colours"] == pytest.approx({"top1": 1 / 3, "mean_per_class": 1 / 3, "probe_top1": 1 / 3})
     assert result.chance["captions"]["i2t_r1"] == pytest.approx(2 / 6)  # two right captions of six
     assert [tuple(x.shape) for x in result.images["colours"]] == [(24, 3)] * 2
+    assert result.scale == [100.0, 100.0] and result.gallery["colours"] == list(COLOURS)
+    shots = fewshot.curves(result, shots=(1, 2))  # the second model's texts are wrong, its pictures are not
+    assert shots.groupby(["model", "method"])["shots"].apply(list).to_dict() == {
+        (i, m): k for i in (0, 1) for m, k in (("zero-shot", [0]), ("Tip-Adapter", [1, 2]), ("APE", [1, 2]))}
+    assert set(shots["set"]) == {"colours"} and (shots.loc[shots["model"] == 0, "value"] == 1).all()
+    assert shots.loc[(shots["model"] == 1) & (shots["shots"] == 0), "value"].item() == 0
     single = evaluate.evaluate(ColourModel(), PREPROCESS, tokenize, sets, batch_size=100, probe_c=[1.0])
     assert single == right  # one process or two, any batch size
 

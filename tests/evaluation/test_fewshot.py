@@ -26,7 +26,7 @@ def task():
     return keys, labels, text, F.normalize(text[y] + 0.9 * unit(rng, 41, 13), dim=-1), y
 
 
-def reference(keys, labels, text, features, beta, alpha, gamma=0.0, rows=None):
+def reference(keys, labels, text, features, beta, alpha, gamma=0.0, rows=None, scale=100):
     """A picture, a class and a cached picture at a time, in float64."""
     keys, text, features = (x.double().numpy() for x in (keys, text, features))
 
@@ -37,7 +37,7 @@ def reference(keys, labels, text, features, beta, alpha, gamma=0.0, rows=None):
     out = np.zeros((len(features), len(text)))
     for i, f in enumerate(features):
         for c, w in enumerate(text):
-            out[i, c] = 100 * f @ w
+            out[i, c] = scale * f @ w
         for key, label in zip(keys, labels.tolist(), strict=True):
             doubt = 0.0
             if rows is not None:
@@ -61,6 +61,8 @@ def test_tip_adapter_against_loops(task):
     keys, labels, text, features, _ = task
     got = fewshot.logits(fewshot.tip(keys, labels), features, text, 3.5, 1.7)
     assert np.allclose(got.numpy(), reference(keys, labels, text, features, 3.5, 1.7), atol=1e-4)
+    got = fewshot.logits(fewshot.tip(keys, labels), features, text, 3.5, 1.7, scale=20.0)
+    assert np.allclose(got.numpy(), reference(keys, labels, text, features, 3.5, 1.7, scale=20), atol=1e-4)
 
 
 @pytest.mark.parametrize(("keep", "weight"), [(0.5, (0.7, 0.3)), (0.31, (0.2, 0.8)), (1.0, (0.7, 0.3))])

@@ -88,10 +88,14 @@ def test_the_command_line(model, tmp_path, capsys):
     tree = json.loads(out.read_text())
     assert set(tree["sets"]) == {"pets", "mine"} and len(tree["problems"]) == 2
     assert tree["sets"]["pets"]["mean_per_class"] == pytest.approx(tree["sets"]["pets"]["top1"])  # two pictures each
+    multilabel = tmp_path / "multilabel"
+    multilabel.mkdir()
+    (multilabel / "dataset_type.txt").write_text("multilabel\n")
     for wrong, message in [
         ([model, "--sets", "pest"], "error: pest: not in the registry (mclip/data/registry.py); did you mean 'pets'"),
         (["ViT-B-33", "--sets", "demo"], "error: ViT-B-33: "),
         ([model, "--sets", str(tmp_path)], "nshards.txt is missing"),
+        ([model, "--sets", str(multilabel)], "dataset_type.txt: 'multilabel' is none of classification, retrieval"),
     ]:
         assert evaluate.main(wrong) == 2
         said = capsys.readouterr()
