@@ -65,7 +65,7 @@ def first(clone):
 def test_every_stage_runs_and_the_report_is_there(clone, first):
     recipes = params.load(clone / "params.yaml").distill.recipes
     expected = {"data", "teachers", "embed", "balance", "cluster", "reinforce", "report",
-                "ablations-students", "ablations-latency"}
+                "ablations-students", "ablations-latency", "ablations-pca", "ablations-weights", "ablations-search"}
     expected |= {f"{stage}@{recipe}" for stage in ("distill", "evaluate") for recipe in recipes}
     assert expected <= ran(first)
     assert (clone / "reports/site/index.html").stat().st_size > 1000
