@@ -18,6 +18,7 @@ Zhou et al. (arXiv 1512.04150), with a caption for a class. With a class token o
 are then projected as in MaskCLIP, arXiv 2112.01071): compare the two numbers.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -51,11 +52,19 @@ def load(name: str, side: int | None = None, *, times: int = 1) -> Eye:
     """A model by name (see `models.create`), for pictures of `side` pixels; None: of its own size, `times` that."""
     model, _, preprocess, tokenizer = models.create(name)
     own = models.image_size(model)
-    side, stride = side or own * times, own // feature_map(model, torch.zeros(1, 3, own, own)).shape[1]
-    if side != own:
+    stride = own // feature_map(model, torch.zeros(1, 3, own, own)).shape[1]
+    return resized(Eye(model, preprocess, tokenizer, own, own, stride), side or own * times)
+
+
+def resized(eye: Eye, side: int) -> Eye:
+    """The same model for pictures of another size; its weights are shared where it has no position embeddings."""
+    if side == eye.side:
+        return eye
+    model = eye.model
+    if not _is_convolutional(model.visual):
+        model = copy.deepcopy(model)
         _resize(model.visual, side)
-        preprocess = preprocessing(side, model.visual.preprocess_cfg)
-    return Eye(model, preprocess, tokenizer, side, own, stride)
+    return eye._replace(model=model, preprocess=preprocessing(side, model.visual.preprocess_cfg), side=side)
 
 
 def _resize(visual: nn.Module, side: int) -> None:

@@ -38,6 +38,13 @@ if TYPE_CHECKING:
 STAGES = ["data", "teachers", "embed", "balance", "cluster", "reinforce", "distill", "evaluate", "report"]
 OF_RECIPES = ("distill", "evaluate")  # reports/STAGE/RECIPE.ipynb; what is left of a recipe that is gone is not shown
 ABLATIONS = "ablations"  # reports/ablations/*.ipynb
+PICTURES = ("pca", "weights", "search")  # of the ablations: what one looks at rather than compares
+GROUPS = {  # in the order of the index: how a group of pages is headed
+    "pipeline": "Stage by stage",
+    "recipes": "Recipe by recipe",
+    "ablations": "Ablations: one question each",
+    "pictures": "Pictures: what the students see and find",
+}
 TEMPLATES = Path(__file__).parent / "site"
 ASKED = (
     "CLIP-CID (arXiv 2408.09441) and MobileCLIP (arXiv 2311.17049) each claim that a small image-text model learns "
@@ -53,7 +60,7 @@ class Page(NamedTuple):
 
     slug: str
     label: str  # "distill · CLIP-CID"
-    group: str  # "pipeline" or "ablations"
+    group: str  # one of GROUPS
     title: str
     intro: str
     answer: str
@@ -75,7 +82,7 @@ def answer(text: str) -> None:
 
 
 def read_pages(reports: Path, titles: dict[str, str]) -> list[Page]:
-    """The executed notebooks in the order of the pipeline, then the ablations; titles: recipe -> its title."""
+    """The executed notebooks by GROUPS, each in the order of the pipeline; titles: recipe -> its title."""
     paths = [path for path in reports.rglob("*.ipynb") if not path.name.endswith(".failed.ipynb")]
     recipes = list(titles)
 
@@ -86,9 +93,16 @@ def read_pages(reports: Path, titles: dict[str, str]) -> list[Page]:
     def order(path: Path) -> tuple:
         stage, *rest = path.relative_to(reports).with_suffix("").parts
         known = STAGES.index(stage) if stage in STAGES else len(STAGES)
-        return stage == ABLATIONS, known, stage, [(recipes.index(r) if r in recipes else 99, r) for r in rest]
+        of = [(recipes.index(r) if r in recipes else PICTURES.index(r) if r in PICTURES else 99, r) for r in rest]
+        return list(GROUPS).index(_group(path.relative_to(reports).with_suffix("").parts)), known, stage, of
 
     return [_page(path, reports, titles) for path in sorted(filter(wanted, paths), key=order)]
+
+
+def _group(parts: Sequence[str]) -> str:
+    if parts[0] == ABLATIONS:
+        return "pictures" if parts[1:2] and parts[1] in PICTURES else "ablations"
+    return "recipes" if parts[0] in OF_RECIPES else "pipeline"
 
 
 def _page(path: Path, reports: Path, titles: dict[str, str]) -> Page:
@@ -109,7 +123,7 @@ def _page(path: Path, reports: Path, titles: dict[str, str]) -> Page:
     return Page(
         slug="-".join(parts),
         label=" · ".join(named[1:] if parts[0] == ABLATIONS and len(parts) > 1 else named),
-        group=ABLATIONS if parts[0] == ABLATIONS else "pipeline",
+        group=_group(parts),
         title=title,
         intro=" ".join(intro.split()),
         answer=_answer(notebook),
@@ -277,7 +291,9 @@ def build(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"style": Markup((TEMPLATES / "style.css").read_text() + _code_style()), "clock": clock}
+    grouped = [(name, heading, [x for x in pages if x.group == name]) for name, heading in GROUPS.items()]
+    style = Markup((TEMPLATES / "style.css").read_text() + _code_style())
+    environment.globals |= {"style": style, "clock": clock, "groups": [g for g in grouped if g[2]]}
     files: dict[str, str | bytes] = {}
     template = environment.get_template("page.html.j2")
     for i, page in enumerate(pages):

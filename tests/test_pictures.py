@@ -55,7 +55,11 @@ def test_larger_pictures_have_larger_maps(name, cells):
     eye = pictures.load(name, 96)
     maps = pictures.feature_maps(eye, [drawing(), drawing("blue"), drawing("lime", 20)] * 4)
     assert maps.shape[:3] == (12, cells, cells) and maps.dtype == np.float32
-    assert (eye.side, eye.own_side) == (96, 32) and pictures.load(name, times=2).side == 64
+    assert (eye.side, eye.own_side) == (96, 32)
+    small = pictures.load(name)
+    large = pictures.resized(small, 64)
+    assert (small.side, large.side) == (32, 64) and pictures.resized(small, 32) is small
+    assert pictures.feature_maps(small, [drawing()]).shape[1] * 2 == pictures.feature_maps(large, [drawing()]).shape[1]
 
 
 @pytest.mark.parametrize(("arch", "options"), [

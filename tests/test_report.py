@@ -58,6 +58,7 @@ def reports(tmp_path):
         ("balance", "What is <too> alike?"),
         ("evaluate/clip", "How good?"),
         ("ablations/k", "Which k?"),
+        ("ablations/pca", "What is seen?"),
     ):
         nbformat.write(executed(title, f"{name}: 40 % & more."), folder / f"{name}.ipynb")
     nbformat.write(new_notebook(), folder / "embed.failed.ipynb")
@@ -76,6 +77,7 @@ def test_index_has_titles_answers_numbers_and_says_what_is_missing(reports):
     site = build(reports)
     assert sorted(p.name for p in site.iterdir()) == [
         "ablations-k.html",
+        "ablations-pca.html",
         "balance.html",
         "evaluate-clip.html",
         "index.html",
@@ -95,7 +97,30 @@ def test_index_has_titles_answers_numbers_and_says_what_is_missing(reports):
         "a &lt;red&gt; box",
     ):
         assert part in index, part
-    assert index.index("balance.html") < index.index("evaluate-clip.html") < index.index("ablations-k.html")
+    order = [index.index(f'class="card" href="{name}.html"') for name in ("balance", "evaluate-clip", "ablations-k",
+                                                                             "ablations-pca")]
+    assert order == sorted(order)
+    headings = re.findall(r'<h2 id="(\w+)"', index)
+    assert headings == ["result", "pipeline", "recipes", "ablations", "pictures", "cost", "same"]
+    assert re.findall(r'href="#(\w+)"', index) == headings
+
+
+def test_a_group_without_pages_has_no_heading_and_many_ablations_are_all_there(reports):
+    (reports / "ablations/pca.ipynb").unlink()
+    for i in range(12):
+        nbformat.write(executed(f"Question {i}?", f"answer {i}"), reports / "ablations" / f"study-{i:02d}.ipynb")
+    site = build(reports)
+    index = (site / "index.html").read_text()
+    assert 'id="pictures"' not in index and "#pictures" not in index
+    assert all(f"Question {i}?" in index and f"answer {i}" in index for i in range(12))
+
+
+def test_every_page_is_linked_from_every_page(reports):
+    site = build(reports)
+    names = {path.name for path in site.glob("*.html")}
+    for path in site.glob("*.html"):
+        linked = set(re.findall(r'href="([\w-]+\.html)"', path.read_text()))
+        assert linked | {path.name} == names | ({"index.html"} if path.name == "index.html" else set()), path.name
 
 
 def test_page_folds_code_and_has_neighbours(reports):

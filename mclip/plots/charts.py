@@ -232,7 +232,8 @@ def radar(
     ax.set_xticks(angles, [f"{name}\n{value:.1f} {unit}" for name, value in outer.items()], fontsize=8.5)
     ax.set_yticks([0.25, 0.5, 0.75, 1.0], [])
     ax.set_ylim(0, max(1.0, ax.get_ylim()[1]))
-    ax.tick_params(axis="x", pad=12)
+    for text, angle in zip(ax.get_xticklabels(), angles, strict=True):  # away from the ring
+        text.set_ha("center" if abs(np.sin(angle)) < 0.1 else "left" if np.sin(angle) > 0 else "right")
     ax.spines["polar"].set_color(MUTED)
     _finish(ax, title, "", "", True, labels)
     return ax
