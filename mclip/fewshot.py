@@ -34,10 +34,10 @@ WEIGHT = (0.7, 0.3)  # of similarity and variance in APE's criterion (ImageNet's
 
 class Grid(NamedTuple):
     """Values to search: from 0.1 (gamma: 0) up to, without, the end. Both papers take 7 and 7; 200 x 20 steps, APE
-    0.5 in 5 steps for gamma. Here there are fewer betas, for speed."""
+    0.5 in 5 steps for gamma. Here beta and alpha take fewer steps, for speed."""
 
     beta: tuple[float, int] = (7.0, 10)
-    alpha: tuple[float, int] = (7.0, 20)
+    alpha: tuple[float, int] = (7.0, 10)
     gamma: tuple[float, int] = (0.5, 5)
 
     def values(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
