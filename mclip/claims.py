@@ -95,7 +95,7 @@ def against(main: pd.DataFrame, name: str, first: str, level: float = 0.95) -> t
     return pd.DataFrame(rows, columns=["recipe", "mean", "low", "high"]), seeds
 
 
-def verdict(found: pd.DataFrame, sets: Sequence[str] = (HELD_OUT,)) -> str:
+def verdict(found: pd.DataFrame, sets: Sequence[str] = (HELD_OUT,), what: str = "The paper's direction") -> str:
     """How many claims hold on some sets, and which of them can be told, in a sentence; found: of `differences`."""
     parts = []
     for name in sets:
@@ -111,7 +111,7 @@ def verdict(found: pd.DataFrame, sets: Sequence[str] = (HELD_OUT,)) -> str:
     if not parts:
         return "The variants that the paper compares were not run."
     count = found["claim"].nunique()
-    return (f"The paper's direction, in {count} comparison{'s' * (count > 1)} with 95 % intervals "
+    return (f"{what}, in {count} comparison{'s' * (count > 1)} with 95 % intervals "
             f"({found['df'].iloc[0]} degrees of freedom): {'; '.join(parts)}.")
 
 

@@ -122,14 +122,14 @@ def main_rows(metrics: Mapping[str, Mapping[str, Any]], sets: Mapping[str, EvalS
 
 
 def write_headlines(rows: Iterable[Row], folder: str | Path = "reports/headline") -> None:
-    """FOLDER/NAME.json of each recipe, FOLDER/teacher-NAME.json of each teacher: what `dvc metrics` and `dvc exp` show.
+    """FOLDER/NAME.json of each recipe or teacher: what `dvc metrics` and `dvc exp` show.
 
     Every file has the same few keys, so that DVC's tables have a row a recipe or teacher: "held-out mean" and its
     standard deviation over the seeds, then the main metric of each set, percent.
     """
     trees: dict[str, dict[str, float]] = {}
     for row in rows:
-        tree = trees.setdefault(row.name if row.group == "recipe" else f"{row.group}-{row.name}", {})
+        tree = trees.setdefault(row.name, {})
         tree[row.set] = round(100 * row.mean, 2)
         if row.set == HELD_OUT and row.std is not None:
             tree["held-out std"] = round(100 * row.std, 2)

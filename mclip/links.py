@@ -3,12 +3,12 @@
 Bounds rule pairs out before their full rows are read:
 
 1. Rows are rotated to the principal axes of a sample and cut to the leading AXES coordinates y and the norm r of what
-   is left. For unit rows `|x - x'| >= |z - z'|` with z = (y, r), itself a unit vector: one product of 32 numbers a
+   is left. For unit rows `|x - x'| >= |z - z'|` with z = (y, r), itself a unit vector: one product of 64 numbers a
    pair instead of the full width.
 2. The short rows are sorted into the cells of k-means. A row x of cell A can have a neighbour within e in cell B only
    if `s_A(x) - s_B(x) <= e |c_A - c_B|` with s_C(x) = c_C.x - |c_C|^2 / 2: the plane between the two centres is no
-   farther from x than e. One product of 32 numbers for CELL pairs.
-3. What passes both is held against the coordinates that follow, a sixteenth of the width.
+   farther from x than e. One product of 64 numbers for CELL pairs.
+3. What passes both is held against the coordinates that follow, a thirty-second of the width.
 4. Pairs that the caller does not want any more, as both are in one set already, are never measured.
 
 What is left is measured nearest first. Where the bounds rule out too little to pay (no decaying spectrum, a large
@@ -34,12 +34,12 @@ from threadpoolctl import threadpool_limits
 from mclip import progress
 from mclip.rows import Rows
 
-AXES = 31  # with the residual's norm 32 coordinates
+AXES = 63  # with the residual's norm 64 coordinates
 CELL = 64  # rows a cell, on average
 CELLS = 8192  # at most: every row is held against the centres of all cells
-GROUP = 512  # rows a group of cells, about: they are multiplied together
-TILE = 4096  # rows that are gone through at once, about
-MORE = 16  # the part of the width that the second look takes
+GROUP = 256  # rows a group of cells, about: they are multiplied together
+TILE = 8192  # rows that are gone through at once, about
+MORE = 32  # the part of the width that the second look takes
 SAMPLE = 8192  # rows that the axes are computed from
 BATCH = 2048  # pairs measured at once
 BLOCK = 2048  # rows read at once
@@ -135,7 +135,7 @@ _ARRAYS = ("order", "z", "tail", "cell", "centres", "groups", "tiles", "inverse"
 
 
 def save(links: Links, folder: str | Path) -> None:
-    """Write what `prepare` made, so that other processes need not: 12 to 20 % of the embeddings' fp16 bytes."""
+    """Write what `prepare` made, so that other processes need not: about a fifth of the embeddings' fp16 bytes."""
     for name in _ARRAYS:
         value = getattr(links, name)
         np.save(Path(folder) / f"{name}.npy", value.cpu().numpy() if isinstance(value, torch.Tensor) else value)

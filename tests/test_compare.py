@@ -88,5 +88,5 @@ def test_headlines_have_a_file_each_with_the_same_keys(folder, tmp_path):
     compare.write_headlines(found, tmp_path / "headline")
     assert {f.name: json.loads(f.read_text()) for f in (tmp_path / "headline").iterdir()} == {
         "more.json": {"away": 30.0, "held-out mean": 30.0, "held-out std": 1.0},
-        "teacher-large.json": {"away": 60.0, "pairs": 40.0, "held-out mean": 50.0},
+        "large.json": {"away": 60.0, "pairs": 40.0, "held-out mean": 50.0},
     }
