@@ -1,0 +1,244 @@
+"""The sections of params.yaml that the pipeline's stages read: every key, its type and its range."""
+
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from mclip.data.registry import filled
+from mclip.params.tree import Section
+
+Metric = Literal["l2", "sql2", "cosine"]
+Precision = Literal["auto", "fp32", "bf16"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class DemoData(Section):
+    styles: list[Literal["noto", "twemoji", "fluent"]] = Field(min_length=1)
+    cifar_train: Annotated[int, Field(ge=0, le=40_000)]
+    cifar_probe: Annotated[int, Field(ge=20, le=10_000)]
+    cifar_test: Annotated[int, Field(ge=10, le=10_000)]
+    holdout_every: Annotated[int, Field(ge=2)]
+    openmoji_every: PositiveInt
+    max_concepts: Annotated[int, Field(ge=20)] | None
+    image_px: Annotated[int, Field(ge=16, le=64)]
+    seed: NonNegativeInt
+
+
+class Data(Section):
+    source: Literal["demo", "webdataset"]
+    shards: list[str]
+    shard_size: PositiveInt
+    demo: DemoData
+
+    @pydantic.model_validator(mode="after")
+    def _shards_given(self):
+        if self.source == "webdataset" and not self.shards:
+            raise ValueError("source webdataset needs at least one path, glob or URL in data.shards")
+        return self
+
+
+class TeacherParts(Section):
+    tower: Literal["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"]
+    image_px: Annotated[int, Field(ge=32, le=512)]
+
+
+class Align(Section):
+    embed_dim: PositiveInt
+    image_components: PositiveInt
+    steps: PositiveInt
+    batch_size: Annotated[int, Field(ge=2)]
+    lr: PositiveFloat
+    text_lr_ratio: NonNegativeFloat
+    weight_decay: NonNegativeFloat
+    logit_scale_max: PositiveFloat
+    text_context: Annotated[int, Field(ge=4, le=512)]
+    seed: NonNegativeInt
+
+
+class CaptionerTrain(Section):
+    tower: Literal["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"]
+    vocabulary: Annotated[int, Field(ge=300)]
+    image_px: Annotated[int, Field(ge=32)]
+    width: Annotated[int, Field(ge=64, multiple_of=64)]
+    layers: PositiveInt
+    text_context: Annotated[int, Field(ge=4)]
+    steps: PositiveInt
+    batch_size: PositiveInt
+    lr: PositiveFloat
+    seed: NonNegativeInt
+
+
+class Teachers(Section):
+    models: dict[str, str] = Field(min_length=1)
+    assemble: dict[str, TeacherParts]
+    align: Align
+    captioner: str
+    captioner_train: CaptionerTrain | None
+
+    @pydantic.model_validator(mode="after")
+    def _assembled_are_models(self):
+        for name in self.assemble:
+            if not self.models.get(name, "").startswith("local-dir:"):
+                raise ValueError(f"assemble.{name} needs a local-dir: entry of its name in teachers.models")
+        return self
+
+
+class Embed(Section):
+    teachers: list[str] = Field(min_length=1)
+    batch_size: PositiveInt
+    precision: Precision
+
+
+class Balance(Section):
+    teacher: str
+    metric: Metric
+    threshold: PositiveFloat
+    curve: list[PositiveFloat]
+
+
+class Cluster(Section):
+    teacher: str
+    clusters: PositiveInt
+    iterations: PositiveInt
+    seed: NonNegativeInt
+
+
+class Reinforce(Section):
+    ensemble: list[str] = Field(min_length=1)
+    n_aug: PositiveInt
+    n_syn: NonNegativeInt
+    image_px: PositiveInt
+    scale_min: Annotated[float, Field(gt=0, le=1)]
+    randaugment_ops: NonNegativeInt
+    randaugment_magnitude: Annotated[int, Field(ge=0, le=30)]
+    caption_top_p: Annotated[float, Field(gt=0, le=1)]
+    batch_size: PositiveInt
+    precision: Precision
+    seed: NonNegativeInt
+
+
+class ClusterLossParams(Section):
+    alpha: Fraction = 0.999
+    reading: Literal["convex", "additive"] = "convex"
+    sample_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
+    scale: PositiveFloat = 20.0
+
+
+class InstanceLossParams(Section):
+    beta: Fraction = 0.5
+
+
+class Weights(Section):
+    clip: NonNegativeFloat = 0.0
+    cluster: NonNegativeFloat = 0.0
+    instance: NonNegativeFloat = 0.0
+    affinity: NonNegativeFloat = 0.0
+
+
+class Recipe(Section):
+    title: str
+    pairs: Literal["all", "kept", "reinforced"]
+    weight: Weights
+    lambda_: Fraction = Field(1.0, alias="lambda")
+    synthetic: bool = False
+    multi_positive: bool = False
+    cluster: ClusterLossParams = ClusterLossParams()
+    instance: InstanceLossParams = InstanceLossParams()
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self):
+        if not any(self.weight.model_dump().values()):
+            raise ValueError("weight: at least one loss needs a weight above 0")
+        if (self.weight.affinity or self.synthetic) and self.pairs != "reinforced":
+            raise ValueError("weight.affinity and synthetic need pairs: reinforced")
+        if self.pairs == "all" and (self.weight.cluster or self.weight.instance):
+            raise ValueError("weight.cluster and weight.instance need pairs: kept or reinforced")
+        return self
+
+
+class Train(Section):
+    samples: PositiveInt
+    batch_size: Annotated[int, Field(ge=2)]
+    accumulate: PositiveInt
+    grad_checkpoint: bool
+    loss_kernel: Literal["auto", "plain", "tiled", "triton"]
+    lr: PositiveFloat
+    lr_min: NonNegativeFloat
+    lr_centres: PositiveFloat
+    warmup_steps: NonNegativeInt
+    weight_decay: NonNegativeFloat
+    betas: tuple[Fraction, Fraction]
+    grad_clip: PositiveFloat | None
+    ema: Annotated[float, Field(gt=0, lt=1)] | None
+    precision: Precision
+    logit_scale_init: PositiveFloat
+    logit_scale_max: PositiveFloat
+    light_scale_min: Annotated[float, Field(gt=0, le=1)]
+    cache_pixels: bool
+    light_views: PositiveInt
+    processes: PositiveInt
+    parallel_runs: PositiveInt
+    threads: NonNegativeInt
+    workers: NonNegativeInt
+    checkpoint_every: PositiveInt
+
+    @pydantic.model_validator(mode="after")
+    def _equal_shares(self):
+        if self.batch_size % self.processes:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of processes {self.processes}")
+        return self
+
+
+class Distill(Section):
+    student: str
+    seeds: list[NonNegativeInt] = Field(min_length=1)
+    train: Train
+    recipes: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], Recipe] = Field(min_length=1)
+
+
+EvalMetric = Literal["top1", "mean_per_class", "mean_r1", "f1_macro", "worst_group_top1", "worst_group_top5"]
+
+
+class EvalSet(Section):
+    """A set of `evaluate.sets`: what it does not say is the registry's (mclip/data/registry.py), found by its name."""
+
+    path: str
+    task: Literal["classification", "retrieval"] = "classification"
+    metric: EvalMetric | None = None  # the one that stands for the set; None: see `main`
+    captions: Literal["each", "distinct"] = "each"  # retrieval: what is an entry, see mclip.metrics.caption_pairs
+    groups: NonNegativeInt | None = None  # the column of KEY.npy that worst_group metrics group by
+    probe: bool = False
+    kind: str = ""
+
+    @pydantic.model_validator(mode="after")
+    def _metric_fits(self):
+        if (self.metric == "mean_r1") != (self.task == "retrieval") and self.metric:
+            raise ValueError(f"metric: {self.metric} is none of {self.task}")
+        if (self.metric or "").startswith("worst_group") and self.groups is None:
+            raise ValueError(f"metric: {self.metric} needs groups, a column of KEY.npy")
+        return self
+
+    @classmethod
+    def named(cls, name: str, values: Any) -> Any:
+        """An entry of `evaluate.sets`, a map, a path or nothing, filled up."""
+        return filled(name, values) if values is None or isinstance(values, dict | str) else values
+
+    @property
+    def main(self) -> str:
+        """The metric that stands for the set: top1, for retrieval mean_r1, if it has none of its own."""
+        return self.metric or {"classification": "top1", "retrieval": "mean_r1"}[self.task]
+
+
+class Evaluate(Section):
+    batch_size: PositiveInt
+    sets: dict[str, EvalSet] = Field(min_length=1)
+    probe_c: list[PositiveFloat] = Field(min_length=1)
+    probe_halvings: NonNegativeInt
+    shots: list[PositiveInt]
+    seed: NonNegativeInt
+
+    @pydantic.field_validator("sets", mode="before")
+    @classmethod
+    def _from_registry(cls, sets: Any) -> Any:
+        return {k: EvalSet.named(k, v) for k, v in sets.items()} if isinstance(sets, dict) else sets
