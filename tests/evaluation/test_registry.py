@@ -38,6 +38,7 @@ def test_every_entry_is_a_valid_set(name):
 
 def test_params_take_a_name_a_path_or_both():
     tree = params.read_yaml(ROOT / "params.yaml")
+    tree["ablations"] |= {"pca": {}, "search": {}}  # which name the default's sets
     tree["evaluate"]["sets"] = {"pets": None, "flowers": {"probe": True}, "mine": "some/folder", "fmow": {"kind": "far"}}
     sets = params.check(tree).evaluate.sets
     assert sets["pets"].path == "data/eval/wds_vtab-pets" and sets["pets"].main == "mean_per_class"

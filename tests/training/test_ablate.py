@@ -112,7 +112,7 @@ def test_a_study_trains_what_is_not_there_and_scores_all(shared, tmp_path, monke
         seen["students"] = len(students)
         assert not any(spec.probe for spec in sets.values())
         values = [{"there": {"top1": 0.1 * (i + 1)}, "gone": {}} for i in range(len(students))]
-        return ablate.evaluate.Result(values, {"there": {"top1": 0.05}}, ["gone: missing"], {}, {}, {}, {})
+        return ablate.evaluate.Result(values, {"there": {"top1": 0.05}}, ["gone: missing"], {}, {}, {}, {}, {}, [], {})
 
     monkeypatch.setattr(ablate.evaluate, "evaluate_many", evaluate_many)
     sets = {"there": EvalSet(path="-", probe=True, kind="unseen"), "gone": EvalSet(path="-")}
