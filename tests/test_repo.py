@@ -1,7 +1,6 @@
 """What keeps the repository whole: dvc.yaml and the notebooks agree, overlays are valid, sources are stripped."""
 
 import ast
-import json
 import re
 import shlex
 import subprocess
@@ -10,27 +9,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from ruamel.yaml import YAML
 
-from mclip import params, run, strip
+from mclip import needs, params, run, strip
 
 ROOT = Path(__file__).parents[1]
-
-
-def stages() -> dict:
-    """The stages of dvc.yaml; of those over ablations one for each notebook."""
-    out, values = {}, params.read_yaml(ROOT / "params.yaml")
-    for name, entry in YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"].items():
-        over = entry.get("foreach", "").strip("${}").split(".")
-        if over[0] != "ablations":
-            out[name] = entry.get("do", entry)
-            continue
-        for key in values[over[0]][over[1]]:
-            out[f"{name}@{key}"] = json.loads(json.dumps(entry["do"]).replace("${key}", key))
-    return out
-
-
-STAGES = stages()
+STAGES = needs.stages(ROOT)
 OVERLAYS = sorted(ROOT.glob("params/*.yaml"))
 SHOWING = {"compare", "files", "needs", "params", "plots", "progress", "report"}  # never change a stage's data
 
