@@ -18,9 +18,10 @@ metadata and text optional, rows normalised if they are not.
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -58,6 +59,8 @@ def run(teachers: dict[str, str], *, pairs: str | Path = "data/pairs", out: str 
         device: str | None = None) -> dict[str, dict]:
     """Embed every pair with every teacher into OUT/<teacher>; shards that are there already are kept.
 
+    Shard by shard, with all teachers: those that share a frozen text encoder run it once. All are in memory at once.
+
     Parameters
     ----------
     teachers : name -> open_clip model string: the entries of `teachers.models` that `embed.teachers` names.
@@ -68,10 +71,18 @@ def run(teachers: dict[str, str], *, pairs: str | Path = "data/pairs", out: str 
     -------
     teacher -> its meta.json.
     """
+    import torch  # here: balancing and clustering read embeddings, and do without torch's and open_clip's imports
+
     manifest = shards.read_manifest(pairs)
-    return {name: _embed_with(name, model, manifest, Path(pairs), Path(out) / name, batch_size=batch_size,
-                              precision=precision, workers=workers, device=device)
-            for name, model in teachers.items()}
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    own = [_Teacher.begin(name, model, manifest, Path(out) / name, precision, device)
+           for name, model in teachers.items()]
+    total = sum(manifest["shards"][i]["samples"] for teacher in own for i in teacher.todo)
+    with progress.bar(desc="embed", unit="embedding", total=total) as bar:
+        for i in sorted({i for teacher in own for i in teacher.todo}):
+            _embed_shard(i, [teacher for teacher in own if i in teacher.todo], Path(pairs), bar, batch_size=batch_size,
+                         precision=precision, workers=workers, device=device)
+    return {teacher.name: teacher.meta for teacher in own}
 
 
 def load(folder: str | Path) -> Embeddings:
@@ -96,47 +107,62 @@ def load(folder: str | Path) -> Embeddings:
     return Embeddings(keys, image, text, scale, meta.get("model", ""), captions)
 
 
-def _embed_with(name: str, model_name: str, manifest: dict, pairs: Path, folder: Path, *, batch_size: int,
-                precision: str, workers: int | None, device: str | None) -> dict:
-    import torch  # here: balancing and clustering read embeddings, and do without torch's and open_clip's imports
+@dataclass
+class _Teacher:
+    """A model that embeds, and which shards it has still to do."""
+
+    name: str
+    model: Any
+    preprocess: Callable
+    tokenizer: Any
+    folder: Path
+    meta: dict
+    todo: set[int]
+
+    @classmethod
+    def begin(cls, name: str, model_name: str, manifest: dict, folder: Path, precision: str, device: str) -> "_Teacher":
+        """Load it, and leave those of its files that are right."""
+        from mclip import models
+
+        model, _, preprocess, tokenizer = models.create(model_name, device=device)
+        scale = models.logit_scale(model)
+        dtype = str(models.resolve_precision(precision, device)).removeprefix("torch.")
+        identity = {"model": model_name, "weights_sha256": models.weights_sha256(model_name), "precision": dtype}
+        before = _read_json(folder / "meta.json")
+        done = before.get("shards", []) if identity.items() <= before.items() else []
+        wanted = [{"sha256": s["sha256"], "samples": s["samples"]} for s in manifest["shards"]]
+        meta = {**identity, "teacher": name, "logit_scale": round(scale, 6), "image_size": models.image_size(model),
+                "shards": wanted}
+        todo = {i for i, shard in enumerate(wanted)
+                if done[i:i + 1] != [shard] or not all(_file(folder, part, i).is_file() for part in PARTS)}
+        keep = {_file(folder, part, i) for part in PARTS for i in range(len(wanted)) if i not in todo}
+        for part, suffix in PARTS.items():  # what another run left
+            for file in set((folder / part).glob(f"*{suffix}")) - keep:
+                file.unlink()
+        # from here on meta.json says what the files are or will be; a shard is done when its three are there
+        write_json(folder / "meta.json", meta)
+        return cls(name, models.for_inference(model), preprocess, tokenizer, folder, meta, todo)
+
+
+def _embed_shard(i: int, teachers: list[_Teacher], pairs: Path, bar, *, batch_size: int, precision: str,
+                 workers: int | None, device: str) -> None:
+    """The shard's files of each of the teachers; a text encoder that they share runs once."""
     from torch.utils.data import DataLoader
 
     from mclip import models
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, _, preprocess, tokenizer = models.create(model_name, device=device)
-    scale = models.logit_scale(model)
-    model = models.for_inference(model)
-    dtype = str(models.resolve_precision(precision, device)).removeprefix("torch.")
-    identity = {"model": model_name, "weights_sha256": models.weights_sha256(model_name), "precision": dtype}
-    before = _read_json(folder / "meta.json")
-    done = before.get("shards", []) if identity.items() <= before.items() else []
-    meta = {**identity, "teacher": name, "logit_scale": round(scale, 6),
-            "image_size": models.image_size(model),
-            "shards": [{"sha256": s["sha256"], "samples": s["samples"]} for s in manifest["shards"]]}
-    wanted = meta["shards"]
-    todo = [i for i, shard in enumerate(wanted)
-            if done[i:i + 1] != [shard] or not all(_file(folder, part, i).is_file() for part in PARTS)]
-    keep = {_file(folder, part, i) for part in PARTS for i in range(len(wanted)) if i not in todo}
-    for part, suffix in PARTS.items():  # what another run left
-        for file in set((folder / part).glob(f"*{suffix}")) - keep:
-            file.unlink()
-    # from here on meta.json says what the files are or will be; a shard is done when its three are there
-    write_json(folder / "meta.json", meta)
-    bar = progress.bar(desc=f"embed {name}", unit="pair", total=sum(wanted[i]["samples"] for i in todo))
-    for i in todo:
-        samples = list(shards.iter_samples(pairs, shards=[i]))
-        loader = DataLoader(shards.Pictures(samples, preprocess), batch_size=batch_size,
+    samples = list(shards.iter_samples(pairs, shards=[i]))
+    table = pd.DataFrame({"key": [s.key for s in samples], "image_path": [s.key for s in samples],
+                          "caption": [s.caption for s in samples]}).to_parquet(index=False)
+    texts = models.encode_texts_with_all([(t.model, t.tokenizer) for t in teachers], [s.caption for s in samples],
+                                         precision=precision)
+    for teacher, text in zip(teachers, texts, strict=True):
+        loader = DataLoader(shards.Pictures(samples, teacher.preprocess), batch_size=batch_size,
                             num_workers=models.decoders(device, workers), pin_memory=device.startswith("cuda"))
-        image = models.encode_images(model, _counted(loader, bar), precision=precision)
-        text = models.encode_texts(model, tokenizer, [s.caption for s in samples], precision=precision)
-        table = pd.DataFrame({"key": [s.key for s in samples], "image_path": [s.key for s in samples],
-                              "caption": [s.caption for s in samples]})
-        write_whole(_file(folder, "img_emb", i), _npy(image.numpy().astype(np.float16)))
-        write_whole(_file(folder, "text_emb", i), _npy(text.numpy().astype(np.float16)))
-        write_whole(_file(folder, "metadata", i), table.to_parquet(index=False))
-    bar.close()
-    return meta
+        image = models.encode_images(teacher.model, _counted(loader, bar), precision=precision)
+        write_whole(_file(teacher.folder, "img_emb", i), _npy(image.numpy().astype(np.float16)))
+        write_whole(_file(teacher.folder, "text_emb", i), _npy(text.numpy().astype(np.float16)))
+        write_whole(_file(teacher.folder, "metadata", i), table)
 
 
 def _counted(loader: Iterable, bar) -> Iterator:

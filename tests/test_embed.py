@@ -61,6 +61,24 @@ def test_resumes_by_shard_with_the_same_bytes(world, monkeypatch):
     assert read == [1, 0, 1, 2]
 
 
+def test_teachers_together_as_each_alone(world, monkeypatch):
+    models.export(tiny(seed=1), world / "other", config=CONFIG)
+    names = {"t": f"local-dir:{world / 'tiny'}", "u": f"local-dir:{world / 'other'}"}
+    options = dict(pairs=world / "pairs", batch_size=2, precision="fp32", workers=0)
+    for name, model in names.items():
+        embed.run({name: model}, out=world / "alone", **options)
+    embed.run(names, out=world / "emb", **options)
+    files = [p.relative_to(world / "alone") for p in (world / "alone").rglob("*") if p.is_file()]
+    assert len(files) == 2 * (3 * 3 + 1)
+    assert all((world / "alone" / f).read_bytes() == (world / "emb" / f).read_bytes() for f in files)
+    (world / "emb/u/img_emb/img_emb_0002.npy").unlink()
+    seen, plain = [], models.encode_images
+    monkeypatch.setattr(models, "encode_images", lambda *args, **kw: (seen.append(1), plain(*args, **kw))[1])
+    embed.run(names, out=world / "emb", **options)
+    assert len(seen) == 1  # one shard of one teacher
+    assert all((world / "alone" / f).read_bytes() == (world / "emb" / f).read_bytes() for f in files)
+
+
 def foreign(folder, parts, **names):
     (folder / "img_emb").mkdir(parents=True)
     for name, rows in parts.items():
