@@ -1,27 +1,31 @@
 """Ablations: variants of a recipe or of its data, trained alike, scored alike (notebooks/ablations).
 
-    shared = ablate.Shared.of(p)                                         # p: the stage's parameters
-    runs = ablate.plan(study, recipe, shared, samples=7680, seeds=[0, 1])
+    study = ablate.outcome("terms", p)      # p: the stage's parameters; plans, trains, scores, in that order:
+
+    runs = ablate.plan(study, recipe, ablate.Shared.of(p), samples=7680, seeds=[0, 1])
     ablate.train(runs)
     frame = ablate.score("terms", runs, p.evaluate.sets, batch_size=128)  # writes reports/metrics/ablations/terms.*
 
 A study trains whatever no other has trained yet: finished runs lie in `CACHE`, named by all that their bytes depend on
-(the student, the recipe, the trainer's settings and code, the seed, the data). So a baseline that several studies share
-is trained once, a killed study goes on where it stopped, and a new variant trains only itself. Without the cache
-each study trains its own, to the same bytes; `rm -r data/cache/ablations` is always safe.
+(the student, the recipe, the trainer's settings and code, the seed, the data), and so do their scores. So a baseline
+that several studies share is trained and scored once, a killed study goes on where it stopped, and a new variant
+trains only itself. Without the cache each study trains its own, to the same bytes; `rm -r data/cache/ablations` is
+always safe.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from filelock import FileLock
 
 from . import compare, derive, distill, evaluate, models
+from . import scores as tables
 from .files import write_whole
 from .params import Balance, Cluster, EvalSet, Learning, Recipe, Study, Train, varied
 from .runs import Run
@@ -30,6 +34,8 @@ CACHE = Path("data/cache/ablations")
 METRICS = Path("reports/metrics/ablations")
 CODE = ("cluster.py", "data/augment.py", "data/reinforced.py", "data/shards.py", "data/training.py", "kernels",
         "losses", "models", "runs.py", "train.py")
+SCORE_CODE = ("data/evalsets.py", "data/registry.py", "evaluate.py", "features.py", "metrics.py", "models")
+PACKAGES = ("torch", "open_clip_torch", "timm")
 UNSEEN = {"parallel_runs", "checkpoint_every"}  # of distill.train: never seen in what a run gives
 
 
@@ -91,15 +97,20 @@ def plan_learning(curve: Learning, recipes: Mapping[str, Recipe], shared: Shared
     return runs
 
 
+def planned(name: str, recipe: Recipe, student: str, train: Train, seeds: Sequence[int], *, teacher: str | None,
+            data: dict[str, str] | None = None, cache: Path = CACHE) -> list[Run]:
+    """`distill.plan`'s runs, in the cache under names of their own: what a study has finished is there already."""
+    found = []
+    for run in distill.plan(name, recipe, student, train, list(seeds), teacher=teacher, data=data):
+        key = identity(run)
+        found.append(replace(run, out=str(cache / "runs" / key), scratch=str(cache / "scratch" / key)))
+    return found
+
+
 def _runs(name: str, recipe: Recipe, shared: Shared, samples: int, seeds: Sequence[int], teacher: str | None,
           data: dict[str, str]) -> list[Run]:
     train = shared.train.model_copy(update={"samples": samples})
-    runs = distill.plan(name, recipe, shared.student, train, list(seeds), teacher=teacher, data=data)
-    found = []
-    for run in runs:
-        key = identity(run)
-        found.append(replace(run, out=str(shared.cache / "runs" / key), scratch=str(shared.cache / "scratch" / key)))
-    return found
+    return planned(name, recipe, shared.student, train, seeds, teacher=teacher, data=data, cache=shared.cache)
 
 
 def identity(run: Run) -> str:
@@ -115,14 +126,14 @@ def identity(run: Run) -> str:
     for folder in [*derive.FOLDERS, "cache"]:
         del spec[folder]
     return derive.digest({
-        "student": [run.student, distill._configuration(run.student)],
+        "student": [run.student, distill.architecture(run.student)],
         "recipe": run.recipe.model_dump(exclude={"title"}),
         "train": run.train.model_dump(exclude=UNSEEN),
         "seed": run.seed,
         "set": spec,
         "data": {name: derive.fingerprint(folder) for name, folder in reads.items()},
         "code": derive.code(CODE),
-        "versions": [version(name) for name in ("torch", "open_clip_torch", "timm")],
+        "versions": [version(name) for name in PACKAGES],
     })
 
 
@@ -137,45 +148,101 @@ def train(runs: Mapping[str, Sequence[Run]], *, cache: Path = CACHE) -> dict[str
     return {"trained": len(todo), "reused": len(each) - len(todo)}
 
 
+class Scores(NamedTuple):
+    """What runs score, without linear probes."""
+
+    metrics: dict[str, dict[str, dict[str, float]]]  # a run's folder -> set -> metric; a missing set has no metrics
+    chance: dict[str, dict[str, float]]
+    problems: list[str]
+
+
+def scores(runs: Iterable[Run], sets: Mapping[str, EvalSet], *, batch_size: int, cache: Path = CACHE) -> Scores:
+    """Evaluate finished runs that share preprocessing and tokenizer, but those whose weights another study evaluated.
+
+    Their scores lie in `cache`, named by the weights, the sets, and the code. Pictures are decoded once for all.
+    """
+    sets = {name: spec.model_copy(update={"probe": False}) for name, spec in sets.items()}
+    asked = [batch_size, [(name, spec.model_dump(), _test_files(spec.path)) for name, spec in sets.items()],
+             derive.code(SCORE_CODE), [version(name) for name in (*PACKAGES, "torchvision", "pillow")]]
+    files = {}
+    for out in dict.fromkeys(run.out for run in runs):
+        weights = models.weights_sha256(f"local-dir:{out}"), (Path(out) / "open_clip_config.json").read_text()
+        files[out] = cache / "scores" / f"{derive.digest([weights, asked])}.json"
+    if todo := [out for out, file in files.items() if not file.exists()]:
+        loaded = [models.create(f"local-dir:{out}") for out in todo]
+        _, _, preprocess, tokenizer = loaded[0]
+        students = [models.for_inference(model) for model, *_ in loaded]
+        result = evaluate.evaluate_many(students, preprocess, tokenizer, sets, batch_size=batch_size)
+        for out, metrics in zip(todo, result.metrics, strict=True):
+            entry = {"metrics": metrics, "chance": result.chance, "problems": result.problems}
+            write_whole(files[out], json.dumps(entry, indent=1, allow_nan=False) + "\n")
+    found = {out: json.loads(file.read_text()) for out, file in files.items()}
+    first = next(iter(found.values()))
+    return Scores({out: entry["metrics"] for out, entry in found.items()}, first["chance"], first["problems"])
+
+
+def _test_files(folder: str) -> list[tuple[str, str]]:
+    """The files of a set that zero-shot and retrieval read, by checksum; none where it is missing."""
+    files = sorted(path for part in ("*", "test/*") for path in Path(folder).glob(part) if path.is_file())
+    found = []
+    for path in files:
+        with open(path, "rb") as file:
+            found.append((str(path), hashlib.file_digest(file, "sha256").hexdigest()))
+    return found
+
+
 def score(study: str, runs: Mapping[str, Sequence[Run]], sets: Mapping[str, EvalSet], *, batch_size: int,
-          folder: str | Path = METRICS) -> pd.DataFrame:
-    """Evaluate every run without linear probes and write `folder`/STUDY.csv, every seed, and STUDY.json for DVC.
+          folder: str | Path = METRICS, cache: Path = CACHE) -> pd.DataFrame:
+    """The `scores` of every run; writes `folder`/STUDY.csv, every seed, and STUDY.json for DVC.
 
     Returns
     -------
-    compare.COLUMNS; `recipe` holds the variant. Pictures are decoded once for all students.
+    compare.COLUMNS; `recipe` holds the variant.
     """
-    sets = {name: spec.model_copy(update={"probe": False}) for name, spec in sets.items()}
-    where = {out: i for i, out in enumerate(dict.fromkeys(run.out for own in runs.values() for run in own))}
-    loaded = [models.create(f"local-dir:{out}") for out in where]
-    _, _, preprocess, tokenizer = loaded[0]
-    students = [models.for_inference(model) for model, *_ in loaded]
-    result = evaluate.evaluate_many(students, preprocess, tokenizer, sets, batch_size=batch_size)
-    for line in result.problems:
+    found = scores((run for own in runs.values() for run in own), sets, batch_size=batch_size, cache=cache)
+    for line in found.problems:
         print(line)
-    rows, tree = [], {}
-    for variant, own in runs.items():
-        metrics = [result.metrics[where[run.out]] for run in own]
-        tree[variant] = evaluate.summary(metrics, sets)
-        rows += [(variant, name, sets[name].kind, sets[name].task, metric, run.seed, round(values[name][metric], 6),
-                  round(chance, 6))
-                 for name in result.chance for metric, chance in result.chance[name].items()
-                 for run, values in zip(own, metrics, strict=True)]
-    frame = pd.DataFrame(rows, columns=compare.COLUMNS)
-    write_whole(Path(folder) / f"{study}.json", json.dumps(tree, indent=1, allow_nan=False) + "\n")
-    write_whole(Path(folder) / f"{study}.csv", frame.to_csv(index=False, lineterminator="\n"))
-    return frame
+    return tables.write_all(study, {variant: [found.metrics[run.out] for run in own] for variant, own in runs.items()},
+                            {variant: [run.seed for run in own] for variant, own in runs.items()}, found.chance, sets,
+                            folder)
+
+
+class Outcome(NamedTuple):
+    """A study that is trained and scored."""
+
+    spec: Study
+    runs: dict[str, list[Run]]
+    main: pd.DataFrame  # of compare.main_metric; `recipe` holds the variant
+    titles: dict[str, str]  # variant -> what to call it
+
+    @property
+    def first(self) -> str:
+        """The variant that the others are held against."""
+        return next(iter(self.runs))
+
+    @property
+    def sets(self) -> list[str]:
+        """The held-out mean, then every set that is there."""
+        return list(dict.fromkeys(self.main["set"]))
+
+
+def outcome(name: str, p: Any) -> Outcome:
+    """Plan, train and score a study of a stage's parameters."""
+    study = p.ablations.studies[name]
+    runs = plan(study, p.distill.recipes[study.recipe], Shared.of(p), samples=p.ablations.samples,
+                seeds=p.ablations.seeds)
+    train(runs)
+    frame = score(name, runs, p.evaluate.sets, batch_size=p.evaluate.batch_size)
+    first = next(iter(runs.values()))
+    print(f"{len(runs)} variants of {study.recipe}, {len(first)} seed(s), {first[0].train.samples:,} samples a run")
+    titles = {name: variant.title or name for name, variant in study.variants.items()}
+    return Outcome(study, runs, compare.main_metric(frame), titles)
 
 
 def by_samples(main: pd.DataFrame) -> pd.DataFrame:
     """The frame of a learning curve with its variants, "RECIPE SAMPLES", as columns recipe and samples."""
     parts = main["recipe"].str.rsplit(" ", n=1)
     return main.assign(recipe=parts.str[0], samples=parts.str[1].astype(int))
-
-
-def titles(study: Study) -> dict[str, str]:
-    """Variant -> what to call it."""
-    return {name: variant.title or name for name, variant in study.variants.items()}
 
 
 def pairs(runs: Mapping[str, Sequence[Run]]) -> dict[str, int]:

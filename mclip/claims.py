@@ -83,6 +83,12 @@ def differences(main: pd.DataFrame, claims: Sequence[Claim], level: float = 0.95
     return pd.DataFrame(rows, columns=["claim", "set", "difference", "half", "df", "verdict"])
 
 
+def percent(found: pd.DataFrame) -> pd.DataFrame:
+    """`differences` to read: in points, with what was found."""
+    return pd.DataFrame({"claim": found["claim"], "set": found["set"], "difference, points": 100 * found["difference"],
+                         "±": 100 * found["half"], "verdict": found["verdict"]})
+
+
 def against(main: pd.DataFrame, name: str, first: str, level: float = 0.95) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Every variant less `first` on a set, in points: (recipe, mean, low, high), and each seed's: (recipe, value)."""
     own, rows = main[main["set"] == name], []

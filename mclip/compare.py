@@ -15,11 +15,9 @@ import pandas as pd
 from mclip.files import write_json
 from mclip.params import EvalSet
 
-MAIN = {"classification": "top1", "retrieval": "mean_r1"}  # the metric that stands for a set with none of its own
 IN_DOMAIN = "in domain"  # the kind of a set whose like was trained on; every other kind is held out
 HELD_OUT = "held-out mean"
-COLUMNS = ["recipe", "set", "kind", "task", "metric", "seed", "value", "chance"]
-MAIN_COLUMN = "main"  # in files after them: which metric stands for the set
+COLUMNS = ["recipe", "set", "kind", "task", "metric", "seed", "value", "chance", "main"]  # main: the set's own metric
 
 
 class Row(NamedTuple):
@@ -58,19 +56,29 @@ def read_seeds(recipes: Iterable[str], folder: str | Path = "reports/metrics") -
 
 
 def main_metric(frame: pd.DataFrame) -> pd.DataFrame:
-    """A row a recipe, set and seed with its main metric (top-1, the mean of both R@1, or what the set says).
+    """A row a recipe, set and seed with its main metric (params.EvalSet.main).
 
     The held-out mean comes first: over the sets of a kind other than "in domain" (over all sets if there is none).
     """
-    chosen = frame["task"].map(MAIN)
-    chosen = frame[MAIN_COLUMN].fillna(chosen) if MAIN_COLUMN in frame else chosen
-    main = frame[frame["metric"] == chosen].astype({"kind": object}).fillna({"kind": ""})
+    main = frame[frame["metric"] == frame["main"]].astype({"kind": object}).fillna({"kind": ""})
     held_out = main[main["kind"] != IN_DOMAIN]
     held_out = held_out if len(held_out) else main
     mean = held_out.groupby(["recipe", "seed"], sort=False, as_index=False)[["value", "chance"]].mean()
     return pd.concat([mean.assign(set=HELD_OUT, kind=""), main], ignore_index=True)[
         ["recipe", "set", "kind", "seed", "value", "chance"]
     ]
+
+
+def representative(sets: Mapping[str, EvalSet]) -> dict[str, str]:
+    """The two sets that stand for all, and what to call them: the first in domain, the first of unseen retrieval.
+
+    Where there is none of a kind, the first set of any.
+    """
+    names = list(sets)
+    seen = next((n for n in names if sets[n].kind == IN_DOMAIN), names[0])
+    held_out = [n for n in names if sets[n].kind != IN_DOMAIN and n != seen]
+    unseen = next((n for n in held_out if sets[n].task == "retrieval"), (held_out or [seen])[0])
+    return {name: f"{name} ({sets[name].kind})" if sets[name].kind else name for name in (seen, unseen)}
 
 
 def verdicts(main: pd.DataFrame, baseline: str, level: float = 0.95) -> pd.DataFrame:

@@ -49,7 +49,7 @@ def plan(name: str, recipe: Recipe, student: str, train: Train, seeds: list[int]
     )
     runs = []
     for seed in seeds:
-        identity = json.dumps([name, seed, student, _configuration(student), t.model_dump(), recipe.model_dump(),
+        identity = json.dumps([name, seed, student, architecture(student), t.model_dump(), recipe.model_dump(),
                                shards.read_manifest(spec.pairs)["shards"]], sort_keys=True)
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
         runs.append(Run(name=name, seed=seed, student=student, train=t, recipe=recipe, data=spec,
@@ -57,7 +57,7 @@ def plan(name: str, recipe: Recipe, student: str, train: Train, seeds: list[int]
     return runs
 
 
-def _configuration(student: str) -> str:
+def architecture(student: str) -> str:
     """The student's architecture where it lies in a file; it may change under the same name."""
     folder = Path(student.removeprefix("local-dir:"))
     for file in (folder / "open_clip_config.json", Path(__file__).parent / "models" / "configs" / f"{student}.json"):

@@ -20,8 +20,9 @@ Zero-shot and retrieval give CLIP_benchmark's numbers on the same model and set 
 
 `worst_group_top1` and others where a set has them: mclip.metrics. Few-shot: mclip.fewshot, on `Result.train`.
 
-Every picture is decoded once for all models of a call (`evaluate_many`) and encoded once for all tasks;
-nothing is written to disk. A missing set or a picture that can't be decoded is named in `Result.problems`.
+Every picture is decoded once for all models of a call (`evaluate_many`) and encoded once for all tasks, also where two
+sets hold the same pictures; nothing is written to disk. A missing set or a picture that can't be decoded is named in
+`Result.problems`.
 """
 
 import argparse
@@ -36,68 +37,20 @@ from typing import Any
 
 import open_clip
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from mclip import probe
 from mclip.data import registry
-from mclip.data.evalsets import ANSWER, EvalError, Split, batches, read_split, without
+from mclip.data.evalsets import ANSWER, EvalError, Split, read_split
+from mclip.features import class_features, image_features, once, prompts
 from mclip.files import write_whole
 from mclip.metrics import caption_pairs, classification, classification_chance, retrieval, retrieval_chance
-from mclip.models import (
-    ModelError,
-    create,
-    decoders,
-    encode_texts,
-    for_inference,
-    image_encoder,
-    logit_scale,
-    side_by_side,
-)
+from mclip.models import ModelError, create, decoders, encode_texts, for_inference, logit_scale
 from mclip.params import EvalSet
 from mclip.progress import bar
 from mclip.scores import Result, confusion, headline, predictions, summary, write
 
 __all__ = ["Result", "class_features", "confusion", "evaluate", "evaluate_many", "headline", "image_features",
            "load_students", "predictions", "prompts", "summary", "write"]
-
-
-# ---------------------------------------------------------------- encoding
-
-def image_features(
-    models: Sequence[torch.nn.Module],
-    split: Split,
-    preprocess,
-    *,
-    batch_size: int = 256,
-    workers: int = 0,
-    precision: str = "fp32",
-) -> tuple[Split, list[Tensor]]:
-    """Unit-norm (n, d) float32 embeddings of every readable picture by each model, decoded once for all."""
-    kept, broken = [], {}
-    encoders = [image_encoder(model, precision) for model in models]
-
-    def pictures() -> Iterator[Tensor]:
-        for indices, readable, bad in batches(split, preprocess, batch_size, workers):
-            kept.extend(indices)
-            broken.update(bad)
-            if readable is not None:
-                yield readable
-
-    device = next(models[0].parameters()).device
-    parts = list(side_by_side(lambda batch: [encode(batch) for encode in encoders], pictures(), device))
-    features = [torch.cat(own) for own in zip(*parts, strict=True)] or [torch.empty(0, 0) for _ in models]
-    return without(split, kept, broken), features
-
-
-def prompts(split: Split) -> list[str]:
-    """Every class in every template, class by class."""
-    return [t.replace("{c}", name) for name in split.classes for t in split.templates or ["{c}"]]
-
-
-def class_features(features: Tensor, classes: int) -> Tensor:
-    """(classes * templates, d) unit-norm embeddings of `prompts` -> (classes, d): their mean, normalised again."""
-    return F.normalize(features.view(classes, -1, features.shape[-1]).mean(1), dim=-1)
 
 
 # ---------------------------------------------------------------- all of it
@@ -127,7 +80,8 @@ def evaluate_many(
     models = [model.to(device).eval() for model in models]
     scale = [logit_scale(model) if hasattr(model, "logit_scale") else 100.0 for model in models]
     result = Result([{} for _ in models], {}, [], {}, {}, {}, {}, {}, scale, {})
-    loading = {"batch_size": batch_size, "workers": decoders(device, workers), "precision": precision}
+    loading = {"batch_size": batch_size, "workers": decoders(device, workers), "precision": precision,
+               "known": []}
     tests, shared = {}, set()
     for name, spec in sets.items():
         if missing := _missing(name, spec):
@@ -138,7 +92,8 @@ def evaluate_many(
         shared.update(prompts(tests[name]) if spec.task == "classification" else chain(*tests[name].captions))
     # sets have prompts in common: each text is encoded once a model
     row = {text: i for i, text in enumerate(sorted(shared))}
-    known = [encode_texts(m, tokenizer, list(row), batch_size=batch_size, precision=precision) for m in models]
+    tokens = once(tokenizer)
+    known = [encode_texts(m, tokens, list(row), batch_size=batch_size, precision=precision) for m in models]
     for name, spec in bar(list(sets.items()), desc="evaluate", unit="set"):
         for metrics in result.metrics:
             metrics[name] = {}

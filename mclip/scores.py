@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from mclip.compare import COLUMNS, IN_DOMAIN, MAIN_COLUMN
+from mclip.compare import COLUMNS, IN_DOMAIN
 from mclip.data.evalsets import Split
 from mclip.files import write_whole
 from mclip.metrics import nearest
@@ -74,20 +74,39 @@ def write(
     seeds: Sequence[int],
     folder: str | Path = "reports/metrics",
 ) -> None:
-    """FOLDER/RECIPE.json, {recipe: summary}, for DVC, and FOLDER/RECIPE.csv with every seed's numbers and chance."""
-    folder = Path(folder)
+    """The files of `write_all` of one recipe's seeds."""
+    write_all(recipe, {recipe: result.metrics}, {recipe: seeds}, result.chance, sets, folder)
+
+
+def write_all(
+    name: str,
+    found: Mapping[str, Sequence[Mapping[str, Mapping[str, float]]]],
+    seeds: Mapping[str, Sequence[int]],
+    chance: Mapping[str, Mapping[str, float]],
+    sets: Mapping[str, EvalSet],
+    folder: str | Path = "reports/metrics",
+) -> pd.DataFrame:
+    """FOLDER/NAME.json, {recipe: summary}, for DVC, and FOLDER/NAME.csv with every seed's numbers and chance.
+
+    found : recipe, or variant of one -> the metrics of each of its `seeds`.
+
+    Returns
+    -------
+    what the CSV file holds: compare.COLUMNS.
+    """
     rows = [
-        (recipe, name, spec.kind, spec.task, metric, seed, round(value, 6), round(chance, 6), spec.main)
-        for name, spec in sets.items()
-        if name in result.chance
-        for metric, chance in result.chance[name].items()
-        for seed, metrics in zip(seeds, result.metrics, strict=True)
-        for value in [metrics[name][metric]]
+        (recipe, key, spec.kind, spec.task, metric, seed, round(values[key][metric], 6), round(guess, 6), spec.main)
+        for recipe, metrics in found.items()
+        for key, spec in sets.items()
+        if key in chance
+        for metric, guess in chance[key].items()
+        for seed, values in zip(seeds[recipe], metrics, strict=True)
     ]
-    tree = {recipe: summary(result.metrics, sets)}
-    write_whole(folder / f"{recipe}.json", json.dumps(tree, indent=1, allow_nan=False) + "\n")
-    table = pd.DataFrame(rows, columns=[*COLUMNS, MAIN_COLUMN]).to_csv(index=False, lineterminator="\n")
-    write_whole(folder / f"{recipe}.csv", table)
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    tree = {recipe: summary(metrics, sets) for recipe, metrics in found.items()}
+    write_whole(Path(folder) / f"{name}.json", json.dumps(tree, indent=1, allow_nan=False) + "\n")
+    write_whole(Path(folder) / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
+    return table
 
 
 def predictions(result: Result, name: str, model: int = 0) -> np.ndarray:

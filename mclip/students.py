@@ -1,9 +1,10 @@
 """Students side by side: trained alike, scored alike, and what each costs (notebooks/ablations/students.ipynb).
 
 The default student's runs and scores are those of the `distill` and `evaluate` stages; only the others are trained
-here. Accuracy is the same in every run, costs are measured and are not: milliseconds of the fastest form of each tower
-(`models.for_inference`), one picture or one caption on one thread, and of a whole training step of the recipe with its
-real batches. All students take turns, so that a machine that slows down slows all of them; medians.
+here, in the studies' cache (mclip/ablate.py). Accuracy is the same in every run, costs are measured and are not:
+milliseconds of the fastest form of each tower (`models.for_inference`), one picture or one caption on one thread, and
+of a whole training step of the recipe with its real batches. All students take turns, so that a machine that slows
+down slows all of them; medians.
 
 What was tried for the ViT (mclip/models/configs/demo-vit.json; figures as in mclip/models/fastvit.py): patches of 8
 pixels, width 128, four layers take 309 ms and reach 29.9 % and 4.9 %; patches of 4 with two layers 685 ms, 29.9 % and
@@ -21,18 +22,18 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from . import compare, distill, evaluate, models, train
+from . import ablate, compare, distill, models, train
+from . import scores as tables
 from .params import EvalSet, Recipe, Train
 from .runs import Run
 
-OUT = Path("models/ablations/students")
 METRICS = Path("reports/metrics/students")
 WARM_STEPS = 2  # of each student before the clock starts
 
 
 def plan(recipe_name: str, recipe: Recipe, student: str, others: Sequence[str], settings: Train,
          seeds: Sequence[int], *, teacher: str | None, data: dict | None = None,
-         out: str | Path = OUT) -> dict[str, list[Run]]:
+         cache: Path = ablate.CACHE) -> dict[str, list[Run]]:
     """Each student's runs, a run a seed; the default `student` first, whose runs the `distill` stage has trained.
 
     Parameters
@@ -43,27 +44,27 @@ def plan(recipe_name: str, recipe: Recipe, student: str, others: Sequence[str], 
     common = {"teacher": teacher, "data": data}
     runs = {student: distill.plan(recipe_name, recipe, student, settings, list(seeds), **common)}
     for name in [name for name in others if name != student]:
-        runs[name] = distill.plan(recipe_name, recipe, name, settings, list(seeds), out=Path(out) / name, **common)
+        runs[name] = ablate.planned(recipe_name, recipe, name, settings, seeds, cache=cache, **common)
     return runs
 
 
-def train_others(runs: Mapping[str, Sequence[Run]], *, out: str | Path = OUT,
-                 metrics: str | Path = METRICS) -> dict[str, pd.DataFrame]:
-    """Train every student of `plan` but the first; their histories by name. Both folders are there, also of none."""
-    for folder in (out, metrics):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    return {name: distill.run_recipe(list(mine)) for name, mine in list(runs.items())[1:]}
+def train_others(runs: Mapping[str, Sequence[Run]], sets: Mapping[str, EvalSet], *, batch_size: int,
+                 folder: str | Path = METRICS, cache: Path = ablate.CACHE) -> list[str]:
+    """Train and score every student of `plan` but the first and write `folder`/NAME.{json,csv}.
 
-
-def score(name: str, runs: Sequence[Run], sets: Mapping[str, EvalSet], *, batch_size: int,
-          folder: str | Path = METRICS) -> list[str]:
-    """Evaluate a student's trained runs without linear probes, write `folder`/NAME.{json,csv}; what is missing."""
-    sets = {key: spec.model_copy(update={"probe": False}) for key, spec in sets.items()}
-    seeds = [run.seed for run in runs]
-    students, preprocess, tokenizer = evaluate.load_students(runs[0].name, seeds, Path(runs[0].out).parent.parent)
-    result = evaluate.evaluate_many(students, preprocess, tokenizer, sets, batch_size=batch_size)
-    evaluate.write(name, result, sets, seeds, folder)
-    return result.problems
+    Returns
+    -------
+    what is missing, a line each. The folder is there also where there is no other student.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    problems = []
+    for name, own in list(runs.items())[1:]:
+        ablate.train({name: own}, cache=cache)
+        found = ablate.scores(own, sets, batch_size=batch_size, cache=cache)
+        tables.write_all(name, {name: [found.metrics[run.out] for run in own]}, {name: [run.seed for run in own]},
+                         found.chance, sets, folder)
+        problems += [line for line in found.problems if line not in problems]
+    return problems
 
 
 def scores(recipe_name: str, student: str, others: Sequence[str], seeds: Sequence[int], *,
@@ -149,18 +150,6 @@ def _step_seconds(runs: Mapping[str, Run], steps: int) -> dict[str, float]:
 
 
 # --- what to say ------------------------------------------------------------------------------------------------
-
-
-def headline(sets: Mapping[str, EvalSet]) -> dict[str, str]:
-    """The two sets that stand for all, and what to call them: the first in domain, the first of unseen retrieval.
-
-    Where there is none of a kind, the first set of any.
-    """
-    names = list(sets)
-    seen = next((n for n in names if sets[n].kind == compare.IN_DOMAIN), names[0])
-    held_out = [n for n in names if sets[n].kind != compare.IN_DOMAIN and n != seen]
-    unseen = next((n for n in held_out if sets[n].task == "retrieval"), (held_out or [seen])[0])
-    return {name: f"{name} ({sets[name].kind})" if sets[name].kind else name for name in (seen, unseen)}
 
 
 def summary(main: pd.DataFrame, cost: pd.DataFrame, sets: Iterable[str]) -> pd.DataFrame:

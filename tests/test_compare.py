@@ -21,11 +21,11 @@ def rows(recipe: str, gain: float) -> list[tuple]:
     out = []
     for seed, wobble in enumerate((-0.01, 0.0, 0.01)):
         out += [
-            (recipe, "home", "in domain", "classification", "top1", seed, 0.5 + wobble, 0.1),
-            (recipe, "home", "in domain", "classification", "probe_top1", seed, 0.9, 0.1),
-            (recipe, "away", "unseen", "classification", "top1", seed, 0.2 + gain + wobble, 0.05),
-            (recipe, "pairs", "unseen", "retrieval", "i2t_r1", seed, 0.0, 0.01),
-            (recipe, "pairs", "unseen", "retrieval", "mean_r1", seed, 0.1 + gain + wobble, 0.01),
+            (recipe, "home", "in domain", "classification", "top1", seed, 0.5 + wobble, 0.1, "top1"),
+            (recipe, "home", "in domain", "classification", "probe_top1", seed, 0.9, 0.1, "top1"),
+            (recipe, "away", "unseen", "classification", "top1", seed, 0.2 + gain + wobble, 0.05, "top1"),
+            (recipe, "pairs", "unseen", "retrieval", "i2t_r1", seed, 0.0, 0.01, "mean_r1"),
+            (recipe, "pairs", "unseen", "retrieval", "mean_r1", seed, 0.1 + gain + wobble, 0.01, "mean_r1"),
         ]
     return out
 
@@ -90,3 +90,8 @@ def test_headlines_have_a_file_each_with_the_same_keys(folder, tmp_path):
         "more.json": {"away": 30.0, "held-out mean": 30.0, "held-out std": 1.0},
         "large.json": {"away": 60.0, "pairs": 40.0, "held-out mean": 50.0},
     }
+
+
+def test_two_sets_stand_for_all():
+    assert compare.representative(SETS) == {"home": "home (in domain)", "pairs": "pairs (unseen)"}
+    assert compare.representative({"only": EvalSet(path="-")}) == {"only": "only"}

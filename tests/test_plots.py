@@ -61,12 +61,16 @@ def draw_all() -> list:
                       columns=["one", "two", "three"])
     found = [[(Image.new("RGB", (8, 8), "red"), right) for right in (True, False, None)]] * 2
     ranked = plots.ranked({"CLIP": found, "CLIP-CID": found}, ["a red square", "a blue one"], title="Ranked")
-    return [bars.figure, curves.figure, heat.figure, sheet, trade.figure, radar.figure, grid, ranked]
+    gaps = pd.DataFrame({"recipe": ["a", "b"], "mean": [0, 3], "low": [0, 1], "high": [0, 5]})
+    panels = {"one": (gaps, runs().replace({"recipe": {"clip": "b"}})), "two": (gaps, runs())}
+    differences = plots.differences(panels, title="Differences", labels={"b": "second"})
+    return [bars.figure, curves.figure, heat.figure, sheet, trade.figure, radar.figure, grid, ranked, differences]
 
 
 def test_figures_name_themselves_and_repeat_their_bytes():
     figures = draw_all()
-    assert [plots.describe(f) for f in figures] == ["Bars", "Curves", "Heat", "Sheet", "Trade", "Radar", "Grid", "Ranked"]
+    assert [plots.describe(f) for f in figures] == ["Bars", "Curves", "Heat", "Sheet", "Trade", "Radar", "Grid", "Ranked",
+                                                    "Differences"]
     first = [png(f) for f in figures]
     plt.close("all")
     assert [png(f) for f in draw_all()] == first
@@ -77,6 +81,15 @@ def test_bars_show_spread_points_chance_and_ceiling():
     assert {t.get_text() for t in ax.get_legend().get_texts()} == {"clip", "combined", "chance", "teacher"}
     assert len(ax.lines) >= 4  # an error bar a bar
     assert sum(len(c.get_offsets()) for c in ax.collections if hasattr(c, "get_sizes") and len(c.get_sizes())) == 12
+
+
+def test_differences_have_a_panel_a_set_and_a_row_a_variant():
+    figure = draw_all()[-1]
+    assert [ax.get_title(loc) for ax in figure.axes for loc in ("left", "center") if ax.get_title(loc)] == ["one", "two"]
+    first, second = figure.axes
+    assert [t.get_text() for t in first.get_yticklabels()] == ["a", "second"] and first.get_ylim() == (1.5, -0.5)
+    assert sum(len(c.get_offsets()) for c in first.collections if len(c.get_facecolor())) == 6  # b's points
+    assert first.get_xlabel() == second.get_xlabel() == "difference, points"
 
 
 def test_a_radars_axes_are_scaled_to_their_own_ring():

@@ -99,14 +99,25 @@ def read_split(folder: str | Path, task: str, split: str = "test", groups: int |
 
 def read_image(place: tuple[str, int, int]) -> Image.Image:
     """One picture as RGB, transparent parts on white."""
-    path, offset, size = place
-    with open(path, "rb") as file:
-        file.seek(offset)
-        image = Image.open(io.BytesIO(file.read(size)))
+    image = Image.open(io.BytesIO(_bytes(place)))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def same_pictures(a: Split, b: Split) -> bool:
+    """Do two splits hold the same pictures in the same order? They are only read where all sizes agree."""
+    if [size for *_, size in a.places] != [size for *_, size in b.places]:
+        return False
+    return all(one == other or _bytes(one) == _bytes(other) for one, other in zip(a.places, b.places, strict=True))
+
+
+def _bytes(place: tuple[str, int, int]) -> bytes:
+    path, offset, size = place
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
 
 
 class _Pictures(torch.utils.data.Dataset):

@@ -10,10 +10,11 @@ standard deviations, never bootstrapped). A figure's text form in the executed n
 picture's alternative text in the report.
 """
 
-from mclip.plots.charts import bars, curves, estimates, heatmap, radar, tradeoff
+from mclip.plots.charts import bars, curves, differences, estimates, heatmap, radar, tradeoff
 from mclip.plots.sheets import gallery, grid, ranked, wrap
 from mclip.plots.tables import table
 from mclip.plots.theme import COLOURS, DPI, GRID, INK, MUTED, SPARE, WIDTH, describe, palette, style
 
-__all__ = ["COLOURS", "DPI", "GRID", "INK", "MUTED", "SPARE", "WIDTH", "bars", "curves", "describe", "estimates",
-           "gallery", "grid", "heatmap", "palette", "radar", "ranked", "style", "table", "tradeoff", "wrap"]
+__all__ = ["COLOURS", "DPI", "GRID", "INK", "MUTED", "SPARE", "WIDTH", "bars", "curves", "describe", "differences",
+           "estimates", "gallery", "grid", "heatmap", "palette", "radar", "ranked", "style", "table", "tradeoff",
+           "wrap"]

@@ -1,7 +1,7 @@
 """Numbers as figures: lines, bars, points, cells, histograms, radars."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from mclip.plots.theme import COLOURS, INK, MUTED, WIDTH, palette
 
@@ -155,6 +156,18 @@ def estimates(
     ax.set_ylim(len(names) - 0.5, -0.5)
     _finish(ax, title, xlabel, "", False)
     return ax
+
+
+def differences(
+    panels: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], *, title: str, labels: dict[str, str] | None = None
+) -> Figure:
+    """A panel of `estimates` a set, side by side: set -> (frame, points), both with a column recipe; percent points."""
+    rows = max(frame["recipe"].nunique() for frame, _ in panels.values())
+    fig, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 1.4 + 0.42 * rows), sharey=True, squeeze=False)
+    for ax, (name, (frame, points)) in zip(axes[0], panels.items(), strict=True):
+        estimates(frame, points, y="recipe", title=name, xlabel="difference, points", ax=ax, labels=labels)
+    fig.suptitle(title, x=0.01, ha="left")
+    return fig
 
 
 def heatmap(

@@ -199,6 +199,38 @@ def test_evaluate_many_on_a_tiny_set(tmp_path):
     assert single == right  # one process or two, any batch size
 
 
+def test_pictures_that_two_sets_share_are_encoded_once_and_score_as_alone(tmp_path, monkeypatch):
+    """Two folders with the same pictures, one of them broken; a third differs in one byte of one picture."""
+    for name in ("one", "two", "three"):
+        folder = write_set(tmp_path / name)
+        path = folder / "test" / "1.tar"
+        data, size = path.read_bytes(), len(png(COLOURS["blue"], noise=102))
+        at = evalsets.read_split(folder, "classification").places[-2][1]
+        assert size == evalsets.read_split(folder, "classification").places[-2][2]
+        path.write_bytes(data[:at] + b"-" * size + data[at + size:])
+        if name == "three":
+            path.write_bytes(data)
+    sets = {"one": EvalSet(path=str(tmp_path / "one"), probe=True),
+            "two": EvalSet(path=str(tmp_path / "two"), task="retrieval", captions="distinct"),
+            "three": EvalSet(path=str(tmp_path / "three"))}
+    model, seen = ColourModel(), []
+    encode, split_up = model.encode_image, []
+    monkeypatch.setattr(model, "encode_image", lambda images: (seen.append(len(images)), encode(images))[1])
+    options = {"batch_size": 9, "probe_c": [1.0]}
+    result = evaluate.evaluate_many([model, ColourModel(1.0)], PREPROCESS,
+                                    lambda texts: (split_up.append(texts), tokenize(texts))[1], sets, **options)
+    assert sum(seen) == 23 + 24 + 24 and len(split_up) == 1  # one, its train split, three; texts for both models
+    for name, spec in sets.items():
+        alone = evaluate.evaluate_many([ColourModel(), ColourModel(1.0)], PREPROCESS, tokenize, {name: spec}, **options)
+        assert [m[name] for m in result.metrics] == [m[name] for m in alone.metrics]
+        assert result.splits[name] == alone.splits[name]
+        assert all(map(torch.equal, result.images[name], alone.images[name]))
+        assert [line for line in result.problems if line.startswith(f"{name}:")] == alone.problems
+    assert [len(result.splits[name].keys) for name in sets] == [23, 23, 24]
+    assert [f"{tmp_path / name}/test/1.tar" in line for name, line in zip(("one", "two"), result.problems, strict=True)] == [
+        True, True]
+
+
 def test_prompt_ensemble_is_the_mean_of_unit_norm_prompts():
     model = ColourModel()
     split = evalsets.Split([], [], [], [], ["red", "blue"], ["{c}", "a {c} square"], [])

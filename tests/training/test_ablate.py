@@ -87,7 +87,7 @@ def test_missing_data_name_their_stage(shared, tmp_path):
 # --- training and scores ----------------------------------------------------------------------------------------
 
 
-def test_a_study_trains_what_is_not_there_and_scores_all(shared, tmp_path, monkeypatch):
+def test_a_study_trains_and_scores_what_no_other_has(shared, tmp_path, monkeypatch, capsys):
     started = []
 
     def train_all(runs):
@@ -106,23 +106,44 @@ def test_a_study_trains_what_is_not_there_and_scores_all(shared, tmp_path, monke
     assert len(started) == 5 and started[-1] == more["c"][0].out
     assert ablate.pairs(more) == {"a": 23, "c": 23}
 
-    seen = {}
+    seen = []
 
     def evaluate_many(students, preprocess, tokenizer, sets, **options):
-        seen["students"] = len(students)
         assert not any(spec.probe for spec in sets.values())
+        seen.append(len(students))
         values = [{"there": {"top1": 0.1 * (i + 1)}, "gone": {}} for i in range(len(students))]
         return ablate.evaluate.Result(values, {"there": {"top1": 0.05}}, ["gone: missing"], {}, {}, {}, {}, {}, [], {})
 
     monkeypatch.setattr(ablate.evaluate, "evaluate_many", evaluate_many)
-    sets = {"there": EvalSet(path="-", probe=True, kind="unseen"), "gone": EvalSet(path="-")}
-    frame = ablate.score("s", runs, sets, batch_size=2, folder=tmp_path / "metrics")
-    assert seen["students"] == 4  # `same` is `a`
+    (tmp_path / "set/test").mkdir(parents=True)
+    sets = {"there": EvalSet(path=str(tmp_path / "set"), probe=True, kind="unseen"),
+            "gone": EvalSet(path=str(tmp_path / "gone"))}
+    options = {"batch_size": 2, "folder": tmp_path / "metrics", "cache": shared.cache}
+    frame = ablate.score("s", runs, sets, **options)
+    assert capsys.readouterr().out == "gone: missing\n"
+    assert seen == [4]  # `same` is `a`
     table = frame.set_index(["recipe", "seed"])["value"]
     assert table.to_dict() == pytest.approx({("a", 0): 0.1, ("a", 1): 0.2, ("b", 0): 0.3, ("b", 1): 0.4,
                                              ("same", 0): 0.1, ("same", 1): 0.2})
     assert json.loads((tmp_path / "metrics/s.json").read_text())["b"]["mean"]["mean"] == pytest.approx(0.35)
     assert len((tmp_path / "metrics/s.csv").read_text().splitlines()) == 7
+
+    written = (tmp_path / "metrics/s.csv").read_bytes()
+    ablate.score("s", runs, sets, **options)  # another study of the same runs
+    assert seen == [4] and (tmp_path / "metrics/s.csv").read_bytes() == written
+    assert capsys.readouterr().out == "gone: missing\n"
+    assert ablate.score("t", more, sets, **options).set_index("recipe")["value"].to_dict() == {"a": 0.1, "c": 0.1}
+    assert seen == [4, 1]  # c alone
+    (tmp_path / "set/test/0.tar").write_bytes(b"other pictures")
+    ablate.score("s", runs, sets, **options)
+    (tmp_path / "set/classnames.txt").write_text("other classes")
+    ablate.score("s", runs, sets, **options)
+    ablate.score("s", runs, {"there": sets["there"]}, **options)
+    ablate.score("s", runs, sets, **options | {"batch_size": 3})
+    assert seen == [4, 1, 4, 4, 4, 4]
+    (tmp_path / "copy").symlink_to(runs["a"][0].out)  # the same weights elsewhere
+    copied = {"copy": [ablate.replace(runs["a"][0], out=str(tmp_path / "copy"))]}
+    assert ablate.score("u", copied, sets, **options)["value"].tolist() == [0.1] and len(seen) == 6
 
 
 def test_a_learning_curve_has_each_length_and_the_finished_students(shared, tmp_path):

@@ -63,6 +63,14 @@ def test_a_claim_holds_where_the_interval_is_above_zero(other, said):
     assert f"on held-out mean it {said} " in claims.verdict(found)
 
 
+def test_differences_are_read_in_points():
+    found = claims.differences(frame({"a": [0.3, 0.5], "b": [0.25, 0.35]}), [Claim("a is above", "a", "b")])
+    shown = claims.percent(found)
+    assert shown["difference, points"].item() == pytest.approx(10)
+    assert shown["±"].item() == pytest.approx(100 * found["half"].item())
+    assert shown[["claim", "set", "verdict"]].values.tolist() == [["a is above", HELD_OUT, claims.OPEN]]
+
+
 def test_one_seed_tells_nothing_and_variants_not_run_are_left_out():
     found = claims.differences(frame({"a": [0.3], "b": [0.1]}), [Claim("x", "a", "b"), Claim("y", "a", "gone")])
     assert found["claim"].tolist() == ["x"] and found["verdict"].tolist() == [claims.OPEN]

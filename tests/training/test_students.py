@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from mclip import models, students
+from mclip import ablate, models, students
 from mclip.params import EvalSet
 
 from .conftest import RECIPES, TRAIN
@@ -18,7 +18,7 @@ def planned(student, others, training_set, tmp_path, **changes):
     spec = training_set("reinforced")
     folders = {k: getattr(spec, k) for k in ("pairs", "balance", "clusters", "embeddings", "reinforced", "cache")}
     return students.plan("combined", RECIPES["combined"], student, others, TRAIN.model_copy(update=changes), [0, 1],
-                         teacher="large", data=folders, out=tmp_path)
+                         teacher="large", data=folders, cache=tmp_path)
 
 
 def test_students_differ_in_nothing_but_the_student(student, training_set, tmp_path):
@@ -28,7 +28,31 @@ def test_students_differ_in_nothing_but_the_student(student, training_set, tmp_p
         assert (default.seed, default.train, default.recipe, default.data) == (
             other.seed, other.train, other.recipe, other.data)
         assert default.out == f"models/students/combined/seed{default.seed}"
-        assert other.out == f"{tmp_path}/{student}/combined/seed{other.seed}" and other.scratch != default.scratch
+        assert other.out == f"{tmp_path}/runs/{ablate.identity(other)}" and other.scratch != default.scratch
+    assert not ablate.distill.finished(other)
+
+
+def test_the_others_are_trained_and_scored_one_after_the_other(training_set, tmp_path, monkeypatch):
+    runs = planned("demo-student", ["demo-mci", "demo-vit"], training_set, tmp_path)
+    done = []
+
+    def scores(own, sets, *, batch_size, cache):
+        values = {run.out: {"near": {"top1": 0.1 * run.seed}, "style": {}, "far": {}} for run in own}
+        return ablate.Scores(values, {"near": {"top1": 0.5}}, ["style: missing", "far: missing"])
+
+    monkeypatch.setattr(ablate, "train", lambda each, cache: done.append((list(each), cache)))
+    monkeypatch.setattr(ablate, "scores", scores)
+    for others, names in ((runs, ["demo-mci", "demo-vit"]), ({"demo-student": runs["demo-student"]}, [])):
+        done.clear()
+        folder = tmp_path / f"metrics{len(names)}"
+        problems = students.train_others(others, SETS, batch_size=2, folder=folder, cache=tmp_path)
+        assert done == [([name], tmp_path) for name in names]
+        assert problems == (["style: missing", "far: missing"] if names else [])
+        assert sorted(p.name for p in folder.iterdir()) == sorted(f"{n}.{e}" for n in names for e in ("csv", "json"))
+    table = pd.read_csv(tmp_path / "metrics2/demo-vit.csv")
+    assert table.to_dict("list") == {
+        "recipe": ["demo-vit"] * 2, "set": ["near"] * 2, "kind": ["in domain"] * 2, "task": ["classification"] * 2,
+        "metric": ["top1"] * 2, "seed": [0, 1], "value": [0.0, 0.1], "chance": [0.5] * 2, "main": ["top1"] * 2}
 
 
 def test_costs_are_of_real_steps_and_leave_nothing_behind(student, training_set, tmp_path):
@@ -74,7 +98,8 @@ def test_the_verdict_follows_the_numbers(other, said):
 
 def test_scores_are_the_default_s_seeds_and_the_others(tmp_path):
     def rows(recipe, seeds, value):
-        return pd.DataFrame([(recipe, "near", "in domain", "classification", "top1", s, value + s, 0.1) for s in seeds],
+        return pd.DataFrame([(recipe, "near", "in domain", "classification", "top1", s, value + s, 0.1, "top1")
+                             for s in seeds],
                             columns=students.compare.COLUMNS)
 
     (tmp_path / "students").mkdir()
@@ -91,11 +116,6 @@ def test_scores_are_the_default_s_seeds_and_the_others(tmp_path):
     assert made.loc["demo-student", "near std"] == pytest.approx(100 / 2**0.5)
     with pytest.raises(FileNotFoundError, match="combined.csv is missing"):
         students.scores("combined", "demo-student", [], [0], metrics=tmp_path / "nowhere")
-
-
-def test_headline_sets():
-    assert students.headline(SETS) == {"near": "near (in domain)", "far": "far (unseen concepts)"}
-    assert students.headline({"only": EvalSet(path="-")}) == {"only": "only"}
 
 
 @pytest.mark.parametrize("name", ["demo-student", "demo-mci", "demo-vit"])
