@@ -66,7 +66,7 @@ def test_the_default_is_valid(tree):
      "ablations.pca.clip-cid.baseline: no such entry 'cid'; there are clip, clip-cid, "),
     ("ablations.search.clip-cid.set", "emoji", "ablations.search.clip-cid.set: no such entry 'emoji'; there are cifar10, emoji-subgroup, "),
     ("ablations.pca.clip-cid.shown", {"cifar": None}, "ablations.pca.clip-cid.shown.cifar: no such entry 'cifar'; there are cifar10, "),
-    ("distill.train.processes", 3, "distill.train: batch_size 128 is no multiple of processes 3"),
+    ("distill.train.processes", 3, "distill.train: batch_size 64 is no multiple of processes 3"),
     ("distill.train.loss_kernel", "fast", "Input should be 'auto', 'plain', 'tiled' or 'triton' (found 'fast')"),
     ("distill.recipes.clip.weight", {"affinity": 1}, "weight.affinity and synthetic need pairs: reinforced"),
 ])
