@@ -1,10 +1,9 @@
 """Students side by side: trained alike, scored alike, and what each costs (notebooks/ablations/students.ipynb).
 
-The default student's runs and scores are those of the `distill` and `evaluate` stages; only the others are trained
-here, in the studies' cache (mclip/ablate.py). Accuracy is the same in every run, costs are measured and are not:
-milliseconds of the fastest form of each tower (`models.for_inference`), one picture or one caption on one thread, and
-of a whole training step of the recipe with its real batches. All students take turns, so that a machine that slows
-down slows all of them; medians.
+Their runs lie in the studies' cache, where the default student's is that of the study of its recipe (mclip/ablate.py).
+Accuracy is the same in every run, costs are measured and are not: milliseconds of the fastest form of each tower
+(`models.for_inference`), one picture or one caption on one thread, and of a whole training step of the recipe with its
+real batches. All students take turns, so that a machine that slows down slows all of them; medians.
 
 What was tried for the ViT (mclip/models/configs/demo-vit.json; figures as in mclip/models/fastvit.py): patches of 8
 pixels, width 128, four layers take 309 ms and reach 29.9 % and 4.9 %; patches of 4 with two layers 685 ms, 29.9 % and
@@ -22,60 +21,25 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from . import ablate, compare, distill, models, train
-from . import scores as tables
-from .params import EvalSet, Recipe, Train
+from . import ablate, models, train
+from .params import Recipe, Train
 from .runs import Run
 
-METRICS = Path("reports/metrics/students")
 WARM_STEPS = 2  # of each student before the clock starts
 
 
-def plan(recipe_name: str, recipe: Recipe, student: str, others: Sequence[str], settings: Train,
-         seeds: Sequence[int], *, teacher: str | None, data: dict | None = None,
-         cache: Path = ablate.CACHE) -> dict[str, list[Run]]:
-    """Each student's runs, a run a seed; the default `student` first, whose runs the `distill` stage has trained.
+def plan(recipe_name: str, recipe: Recipe, names: Sequence[str], settings: Train, seeds: Sequence[int], *,
+         teacher: str | None, data: dict | None = None, cache: Path = ablate.CACHE) -> dict[str, list[Run]]:
+    """Each student's runs, a run a seed, for `ablate.train` and `ablate.score`.
 
     Parameters
     ----------
-    settings : distill.train, the same for all.
+    names : open_clip model strings, or of mclip/models/configs.
+    settings : distill.train with the studies' number of samples, the same for all.
     data : overrides of TrainingSet's folders.
     """
-    common = {"teacher": teacher, "data": data}
-    runs = {student: distill.plan(recipe_name, recipe, student, settings, list(seeds), **common)}
-    for name in [name for name in others if name != student]:
-        runs[name] = ablate.planned(recipe_name, recipe, name, settings, seeds, cache=cache, **common)
-    return runs
-
-
-def train_others(runs: Mapping[str, Sequence[Run]], sets: Mapping[str, EvalSet], *, batch_size: int,
-                 folder: str | Path = METRICS, cache: Path = ablate.CACHE) -> list[str]:
-    """Train and score every student of `plan` but the first and write `folder`/NAME.{json,csv}.
-
-    Returns
-    -------
-    what is missing, a line each. The folder is there also where there is no other student.
-    """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    problems = []
-    for name, own in list(runs.items())[1:]:
-        ablate.train({name: own}, cache=cache)
-        found = ablate.scores(own, sets, batch_size=batch_size, cache=cache)
-        tables.write_all(name, {name: [found.metrics[run.out] for run in own]}, {name: [run.seed for run in own]},
-                         found.chance, sets, folder)
-        problems += [line for line in found.problems if line not in problems]
-    return problems
-
-
-def scores(recipe_name: str, student: str, others: Sequence[str], seeds: Sequence[int], *,
-           metrics: str | Path = METRICS.parent, folder: str | Path = METRICS) -> pd.DataFrame:
-    """The main metric of every student, set and seed: columns student, set, kind, seed, value, chance."""
-    default, missing = compare.read_seeds([recipe_name], metrics)
-    more, missing_more = compare.read_seeds(others, folder)
-    if missing or missing_more:
-        raise FileNotFoundError((missing + missing_more)[0])
-    frame = pd.concat([default[default["seed"].isin(seeds)].assign(recipe=student), more], ignore_index=True)
-    return compare.main_metric(frame).rename(columns={"recipe": "student"})
+    return {name: ablate.planned(recipe_name, recipe, name, settings, seeds, teacher=teacher, data=data, cache=cache)
+            for name in names}
 
 
 # --- cost -------------------------------------------------------------------------------------------------------
@@ -155,7 +119,7 @@ def _step_seconds(runs: Mapping[str, Run], steps: int) -> dict[str, float]:
 def summary(main: pd.DataFrame, cost: pd.DataFrame, sets: Iterable[str]) -> pd.DataFrame:
     """One row a student: `costs`' columns, and of each set "SET mean" and "SET std" over the seeds, in percent.
 
-    main : of `scores`. The standard deviation of one seed is 0.
+    main : of compare.main_metric, its column recipe named student. The standard deviation of one seed is 0.
     """
     out = cost.copy()
     for name in sets:

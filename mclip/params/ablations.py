@@ -9,8 +9,7 @@ from mclip.params.tree import Section
 
 
 class StudentsAblation(Section):
-    seeds: list[NonNegativeInt] = Field(min_length=1)
-    models: list[str]
+    models: list[str] = Field(min_length=1)
 
 
 class LatencyAblation(Section):

@@ -50,10 +50,6 @@ class Params(Section):
         for key, name, known in named:
             if name not in known:
                 raise ValueError(f"ablations.{key}: no such entry {name!r}; there are {', '.join(known)}")
-        for entry, students in a.students.items():
-            if unknown := sorted(set(students.seeds) - set(self.distill.seeds)):
-                raise ValueError(f"ablations.students.{entry}.seeds: {unknown[0]} is not among distill.seeds "
-                                 f"({', '.join(map(str, self.distill.seeds))}), which train the student compared with")
         return self
 
     @pydantic.model_validator(mode="after")

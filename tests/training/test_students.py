@@ -6,57 +6,30 @@ import pytest
 import torch
 
 from mclip import ablate, models, students
-from mclip.params import EvalSet
 
 from .conftest import RECIPES, TRAIN
 
-SETS = {"near": EvalSet(path="-", kind="in domain"), "style": EvalSet(path="-", kind="unseen style"),
-        "far": EvalSet(path="-", task="retrieval", kind="unseen concepts")}
 
-
-def planned(student, others, training_set, tmp_path, **changes):
+def planned(names, training_set, tmp_path, **changes):
     spec = training_set("reinforced")
     folders = {k: getattr(spec, k) for k in ("pairs", "balance", "clusters", "embeddings", "reinforced", "cache")}
-    return students.plan("combined", RECIPES["combined"], student, others, TRAIN.model_copy(update=changes), [0, 1],
+    return students.plan("combined", RECIPES["combined"], names, TRAIN.model_copy(update=changes), [0, 1],
                          teacher="large", data=folders, cache=tmp_path)
 
 
 def test_students_differ_in_nothing_but_the_student(student, training_set, tmp_path):
-    runs = planned("demo-student", [student, "demo-student"], training_set, tmp_path)
-    assert list(runs) == ["demo-student", student]  # the default once
+    runs = planned(["demo-student", student], training_set, tmp_path)
+    assert list(runs) == ["demo-student", student]
     for default, other in zip(*runs.values(), strict=True):
         assert (default.seed, default.train, default.recipe, default.data) == (
             other.seed, other.train, other.recipe, other.data)
-        assert default.out == f"models/students/combined/seed{default.seed}"
-        assert other.out == f"{tmp_path}/runs/{ablate.identity(other)}" and other.scratch != default.scratch
+        assert other.out == f"{tmp_path}/runs/{ablate.identity(other)}" != default.out
+        assert default.out == f"{tmp_path}/runs/{ablate.identity(default)}" and other.scratch != default.scratch
     assert not ablate.distill.finished(other)
 
 
-def test_the_others_are_trained_and_scored_one_after_the_other(training_set, tmp_path, monkeypatch):
-    runs = planned("demo-student", ["demo-mci", "demo-vit"], training_set, tmp_path)
-    done = []
-
-    def scores(own, sets, *, batch_size, cache):
-        values = {run.out: {"near": {"top1": 0.1 * run.seed}, "style": {}, "far": {}} for run in own}
-        return ablate.Scores(values, {"near": {"top1": 0.5}}, ["style: missing", "far: missing"])
-
-    monkeypatch.setattr(ablate, "train", lambda each, cache: done.append((list(each), cache)))
-    monkeypatch.setattr(ablate, "scores", scores)
-    for others, names in ((runs, ["demo-mci", "demo-vit"]), ({"demo-student": runs["demo-student"]}, [])):
-        done.clear()
-        folder = tmp_path / f"metrics{len(names)}"
-        problems = students.train_others(others, SETS, batch_size=2, folder=folder, cache=tmp_path)
-        assert done == [([name], tmp_path) for name in names]
-        assert problems == (["style: missing", "far: missing"] if names else [])
-        assert sorted(p.name for p in folder.iterdir()) == sorted(f"{n}.{e}" for n in names for e in ("csv", "json"))
-    table = pd.read_csv(tmp_path / "metrics2/demo-vit.csv")
-    assert table.to_dict("list") == {
-        "recipe": ["demo-vit"] * 2, "set": ["near"] * 2, "kind": ["in domain"] * 2, "task": ["classification"] * 2,
-        "metric": ["top1"] * 2, "seed": [0, 1], "value": [0.0, 0.1], "chance": [0.5] * 2, "main": ["top1"] * 2}
-
-
 def test_costs_are_of_real_steps_and_leave_nothing_behind(student, training_set, tmp_path):
-    runs = planned(student, ["demo-vit"], training_set, tmp_path / "out", samples=80)
+    runs = planned([student, "demo-vit"], training_set, tmp_path / "out", samples=80)
     threads = torch.get_num_threads()
     table = students.costs({name: mine[0] for name, mine in runs.items()}, steps=3, rounds=3)
     assert list(table.index) == [student, "demo-vit"] and torch.get_num_threads() == threads
@@ -96,26 +69,14 @@ def test_the_verdict_follows_the_numbers(other, said):
     assert students.verdict(table(default=(40, 1, 10, 1, 2, 100)), sets).endswith("no other student was asked for.")
 
 
-def test_scores_are_the_default_s_seeds_and_the_others(tmp_path):
-    def rows(recipe, seeds, value):
-        return pd.DataFrame([(recipe, "near", "in domain", "classification", "top1", s, value + s, 0.1, "top1")
-                             for s in seeds],
-                            columns=students.compare.COLUMNS)
-
-    (tmp_path / "students").mkdir()
-    rows("combined", [0, 1, 2], 0.1).to_csv(tmp_path / "combined.csv", index=False)
-    rows("demo-vit", [0, 1], 0.2).to_csv(tmp_path / "students/demo-vit.csv", index=False)
-    folders = {"metrics": tmp_path, "folder": tmp_path / "students"}
-    main = students.scores("combined", "demo-student", ["demo-vit"], [0, 1], **folders)
-    near = main[main["set"] == "near"].set_index(["student", "seed"])["value"]
-    assert near.to_dict() == {("demo-student", 0): 0.1, ("demo-student", 1): 1.1, ("demo-vit", 0): 0.2,
-                              ("demo-vit", 1): 1.2}
+def test_the_summary_is_of_every_student_s_seeds():
+    main = pd.DataFrame([("demo-student", "near", 0.1), ("demo-student", "near", 0.3), ("demo-vit", "near", 0.7)],
+                        columns=["student", "set", "value"])
     cost = pd.DataFrame({"latency_ms": [2.0, 1.0]}, index=pd.Index(["demo-student", "demo-vit"], name="student"))
     made = students.summary(main, cost, ["near"])
     assert made.loc["demo-vit", "near mean"] == pytest.approx(70) and made.loc["demo-vit", "latency_ms"] == 1.0
-    assert made.loc["demo-student", "near std"] == pytest.approx(100 / 2**0.5)
-    with pytest.raises(FileNotFoundError, match="combined.csv is missing"):
-        students.scores("combined", "demo-student", [], [0], metrics=tmp_path / "nowhere")
+    assert made.loc["demo-student", "near mean"] == pytest.approx(20) and made.loc["demo-vit", "near std"] == 0
+    assert made.loc["demo-student", "near std"] == pytest.approx(20 / 2**0.5)
 
 
 @pytest.mark.parametrize("name", ["demo-student", "demo-mci", "demo-vit"])
