@@ -7,7 +7,8 @@ Runtimes: all of them on the folded model (`mclip.models.for_inference`) but "un
 
     unfolded            torch, the model as it is trained
     eager, eager-bf16   torch; under bf16 autocast
-    compile, compile-bf16    torch.compile (a C++ compiler on the CPU, minutes the first time)
+    compile, compile-bf16    torch.compile with frozen weights: laid out anew for oneDNN, fused with what follows them
+                        (a C++ compiler on the CPU; a minute or more for each tower and batch size, the first time)
     onnxruntime         fp32 (CPU only)
     onnxruntime-int8    weights of matrix products int8, activations quantised as they come (CPU only); convolutions
                         stay fp32: onnxruntime's integer ones are slower than fp32 here
@@ -104,7 +105,7 @@ def _runtime(runtime: str, plain: export.Tower, folded: export.Tower, file: Path
     if kind == "compile":
         if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
             raise NotImplementedError("torch.compile needs a C++ compiler on the CPU (g++, clang++)")
-        call = torch.compile(folded)
+        call = torch.compile(folded, dynamic=False, options={"freezing": True})
     if precision != "bf16":
         return call
 
