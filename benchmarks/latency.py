@@ -25,7 +25,7 @@ def main() -> None:
                             latency.RUNTIMES if "all" in args.runtimes else args.runtimes,
                             batches=args.batches, rounds=args.rounds, device=args.device)
     table = latency.totals(frame)
-    best = latency.best(frame).set_index(["model", "batch"])
+    best, gmac = latency.best(frame).set_index(["model", "batch"]), frame.attrs["gmac"]
     print(f"{'model':<16} {'batch':>5}  {'runtime':<18} {'image ms':>9} {'text ms':>8} {'both ms':>8}  {REFERENCE}/it")
     for row in table.itertuples():
         same = table[(table.model == REFERENCE) & (table.batch == row.batch) & (table.runtime == row.runtime)]["ms"]
@@ -35,8 +35,9 @@ def main() -> None:
     for (name, batch), row in best.iterrows():
         if (REFERENCE, batch) in best.index and name != REFERENCE:
             other = best.loc[(REFERENCE, batch)]
-            print(f"{name}, batch {batch}: {other.ms / row.ms:.2f} x as fast as {REFERENCE}, each in its best fp32 "
-                  f"runtime ({row.runtime}, {other.runtime})")
+            print(f"{name}, batch {batch}: {other.ms / row.ms:.2f} x as fast as {REFERENCE} (image tower alone "
+                  f"{other.image / row.image:.2f} x), each in its best fp32 runtime ({row.runtime}, {other.runtime}); "
+                  f"{gmac[REFERENCE] / gmac[name]:.2f} x fewer multiply-adds ({gmac[name]:.1f} G)")
     for runtime, reason in frame.attrs["left_out"].items():
         print(f"left out: {runtime}: {reason}")
 

@@ -7,13 +7,17 @@ Runtimes: all of them on the folded model (`mclip.models.for_inference`) but "un
 
     unfolded            torch, the model as it is trained
     eager, eager-bf16   torch; under bf16 autocast
-    compile, compile-bf16    torch.compile (a C++ compiler on the CPU, minutes the first time)
+    compile, compile-bf16    torch.compile with frozen weights: laid out anew for oneDNN, fused with what follows them
+                        (a C++ compiler on the CPU; a minute or more for each tower and batch size, the first time)
     onnxruntime         fp32 (CPU only)
     onnxruntime-int8    weights of matrix products int8, activations quantised as they come (CPU only); convolutions
                         stay fp32: onnxruntime's integer ones are slower than fp32 here
 
 The weights are random: time does not depend on them. Every round calls every case once, in turn; a case's time is the
 median over rounds. A runtime that a machine has not got is left out with a reason, in `frame.attrs["left_out"]`.
+
+What a runtime can gain is bounded by the arithmetic, `frame.attrs["gmac"]`: MobileCLIP-S2 has 1.9 times fewer
+multiply-adds than ViT-B/16, both towers, and where both run near the rate of a matrix product it is so much faster.
 """
 
 import shutil
@@ -25,6 +29,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from mclip import export, models
 from mclip.models.factory import quiet
@@ -41,19 +46,22 @@ def measure(names: Sequence[str], runtimes: Sequence[str], *, batches: Sequence[
             towers: Sequence[str] = ("image", "text"), warmup: int = 2, device: str = "cpu") -> pd.DataFrame:
     """Times of every case: columns COLUMNS, a row a case, `ms` the median over rounds of one call.
 
+    Its attrs: left_out, {runtime: reason}; gmac, {model: 10^9 multiply-adds of one input of all towers, folded}.
+
     Raises ValueError for a runtime that is none of RUNTIMES, ModelError for an unknown model.
     """
     if unknown := sorted(set(runtimes) - set(RUNTIMES)):
         raise ValueError(f"runtime {unknown[0]!r} is none of {', '.join(RUNTIMES)}")
     cases: dict[tuple, Callable[[], object]] = {}
     left_out: dict[str, str] = {}
+    gmac = dict.fromkeys(names, 0.0)
     with tempfile.TemporaryDirectory() as scratch:
         for name in names:
-            for key, call in _calls(name, runtimes, towers, batches, Path(scratch), device, left_out):
+            for key, call in _calls(name, runtimes, towers, batches, Path(scratch), device, left_out, gmac):
                 cases[key] = call
         times = _interleaved(cases, rounds, warmup, device)
     frame = pd.DataFrame([(*key, 1000 * statistics.median(times[key])) for key in cases], columns=COLUMNS)
-    frame.attrs["left_out"] = left_out
+    frame.attrs |= {"left_out": left_out, "gmac": gmac}
     return frame
 
 
@@ -71,12 +79,25 @@ def best(frame: pd.DataFrame, *, exact: bool = True) -> pd.DataFrame:
     return table.loc[table.groupby(["model", "batch"], sort=False)["ms"].idxmin()].reset_index(drop=True)
 
 
+def multiply_adds(module: torch.nn.Module, x: torch.Tensor) -> int:
+    """Of matrix products and convolutions in one call."""
+    counter, fused = FlopCounterMode(display=False), torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # an operation of its own, which the counter doesn't know
+    try:
+        with torch.inference_mode(), counter:
+            module(x)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return counter.get_total_flops() // 2
+
+
 def _calls(name: str, runtimes: Sequence[str], towers: Iterable[str], batches: Iterable[int], scratch: Path,
-           device: str, left_out: dict[str, str]) -> Iterable[tuple[tuple, Callable[[], object]]]:
+           device: str, left_out: dict[str, str], gmac: dict[str, float]) -> Iterable[tuple[tuple, Callable]]:
     model, *_ = models.create(name, device=device)
     fast = models.for_inference(model)
     for kind in towers:
         plain, folded = (export.Tower(m, kind).eval() for m in (model, fast))
+        gmac[name] += multiply_adds(folded, folded.example(1).to(device)) / 1e9
         inputs = [(batch, folded.example(batch).to(device)) for batch in batches]
         if kind == "image" and device != "cpu":
             inputs = [(batch, x.to(memory_format=torch.channels_last)) for batch, x in inputs]
@@ -104,7 +125,7 @@ def _runtime(runtime: str, plain: export.Tower, folded: export.Tower, file: Path
     if kind == "compile":
         if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
             raise NotImplementedError("torch.compile needs a C++ compiler on the CPU (g++, clang++)")
-        call = torch.compile(folded)
+        call = torch.compile(folded, dynamic=False, options={"freezing": True})
     if precision != "bf16":
         return call
 

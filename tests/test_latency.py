@@ -20,10 +20,21 @@ def test_cases_are_interleaved_and_medians_are_by_case():
 def test_measure_and_totals():
     frame = latency.measure(["demo-student"], ["unfolded", "eager"], batches=[1, 3], rounds=2)
     assert list(frame.columns) == latency.COLUMNS and len(frame) == 8 and (frame["ms"] > 0).all()
+    assert frame.attrs["gmac"]["demo-student"] > 0.01 and not frame.attrs["left_out"]
     table = latency.totals(frame)
     assert len(table) == 4 and (table["ms"] == table["image"] + table["text"]).all()
     with pytest.raises(ValueError, match="'tpu' is none of"):
         latency.measure(["demo-student"], ["tpu"])
+
+
+def test_multiply_adds_are_counted_in_every_layer():
+    conv = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, groups=2, bias=False), torch.nn.Flatten())
+    assert latency.multiply_adds(conv, torch.zeros(2, 4, 5, 6)) == 2 * 8 * 3 * 4 * (2 * 9)
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()  # whose fast path hides its products
+    tokens, width = 5, 16
+    expected = tokens * width * (4 * width + 2 * 32) + 2 * tokens * tokens * width
+    assert latency.multiply_adds(layer, torch.zeros(1, tokens, width)) == expected
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_best_is_the_fastest_of_those_that_are_exact():

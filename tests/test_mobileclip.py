@@ -50,9 +50,9 @@ def test_parameter_counts_are_the_published_ones(name):
     with torch.device("meta"):
         model, _, _, tokenizer = models.create(name, device="meta")
     image = count(models.inference.reparameterize_model(model.visual)) if "MobileCLIP-S" not in name else None
-    if image is None:  # folding multiplies weights, which meta tensors have none of
-        model = models.create(name)[0]
-        image = count(models.for_inference(model).visual)
+    if image is None:  # merging branches multiplies weights, which meta tensors have none of; what is published
+        model = models.create(name)[0]  # counts single convolutions, but batch norm and LayerScale by themselves
+        image = count(models.inference.reparameterize_model(model.visual))
     assert (round(image, 1), round(count(model) - count(model.visual), 1)) == PUBLISHED[name]
     assert tokenizer(["a cat"]).shape == (1, 77)
 
@@ -131,6 +131,9 @@ def test_folding_keeps_the_outputs_of_both_towers(name):
     left = [k for k, m in fast.named_modules() if isinstance(m, nn.BatchNorm2d)]
     # before attention, where a residual branch passes it by, a batch norm is none of a convolution's
     assert left == (["visual.trunk.stages.3.blocks.0.norm", "visual.trunk.stages.3.blocks.1.norm"] if name[-1] == "0" else [])
+    # and the scale after attention is no convolution's either
+    left = [k for k, m in fast.visual.named_modules() if type(m).__name__ == "LayerScale2d"]
+    assert left == ([f"trunk.stages.3.blocks.{i}.layer_scale_1" for i in (0, 1)] if name[-1] == "0" else [])
     with torch.no_grad():
         for one, args in (("encode_image", x), ("encode_text", TOKENS)):
             expected = getattr(model, one)(args, normalize=True)

@@ -125,6 +125,39 @@ def test_folding_only_where_it_is_right(shared):
         assert torch.allclose(fast.visual(x), model.visual(x), atol=1e-4)
 
 
+class Scaled(nn.Module):
+    """conv -> LayerScale, but the convolution's own output may be read a second time."""
+
+    image_size = 8
+
+    def __init__(self, scale, bias, shared):
+        super().__init__()
+        self.shared, self.conv, self.drop, self.scale = shared, nn.Conv2d(3, 4, 3, bias=bias), nn.Dropout(0.5), scale(4)
+        self.scale.gamma.data = torch.tensor([0.5, -2.0, 0.0, 3.0]).reshape(self.scale.gamma.shape)
+        self.bn = nn.BatchNorm2d(4)  # of nothing that was made by a convolution: stays
+
+    def forward(self, x):
+        y = self.drop(self.conv(x))
+        return self.bn(x.mean(1, keepdim=True).expand(-1, 4, -1, -1))[..., 1:-1, 1:-1] + self.scale(y) + (
+            y if self.shared else 0)
+
+
+@pytest.mark.parametrize("scale", [timm.layers.LayerScale2d, timm.models.fastvit.LayerScale2d])
+@pytest.mark.parametrize(("bias", "shared"), [(True, False), (False, False), (True, True)])
+def test_layer_scales_fold_only_where_it_is_right(scale, bias, shared):
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.visual = Scaled(scale, bias, shared).eval()
+    weight = model.visual.conv.weight.clone()
+    fast = models.for_inference(model)
+    assert isinstance(fast.visual.scale, scale) == shared and norms(fast) == 1
+    assert torch.equal(model.visual.conv.weight, weight)
+    x = torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(fast.visual(x), model.visual(x), atol=1e-5)
+        assert torch.equal(models.for_inference(fast).visual(x), fast.visual(x))
+
+
 def test_default_student(tmp_path):
     """Its tower ends at stride 16, so that no convolution sees padding alone; folding and export keep its outputs."""
     torch.manual_seed(0)

@@ -5,7 +5,8 @@
   weights (`MobileCLIP-S0/checkpoints/mobileclip_s0.pt`, as published), or a model alone (random init, to be trained):
   open_clip's and those of mclip/models/configs, MobileCLIP-S0 with its text encoder MCt among them.
 - `export(model, folder)`: open_clip's `local-dir` layout, for `open_clip.create_model_and_transforms`.
-- `for_inference(model)`: branches and batch norm folded into single convolutions, channels last; the same outputs.
+- `for_inference(model)`: branches, batch norm and LayerScale folded into single convolutions, channels last; the same
+  outputs.
 - `encode_images`, `encode_texts`: unit-norm float32 embeddings, each distinct caption encoded once
   (`encode_texts_with_all`: by several models, a text encoder that they share runs once).
 

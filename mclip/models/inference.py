@@ -1,4 +1,4 @@
-"""Fast inference: folded branches and batch norm, channels last, low precision where the hardware multiplies it fast.
+"""Fast inference: branches, batch norm and LayerScale folded, channels last, bf16 where hardware multiplies it fast.
 
 On 2 CPU cores folding and channels last take EfficientNet-Lite0 at 64 px from 676 to 1,114 images/s.
 """
@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import open_clip.hf_model
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerScale2d
+from timm.models import fastvit
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -20,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 T, R = TypeVar("T"), TypeVar("R")
+SCALES = (LayerScale2d, fastvit.LayerScale2d)  # x -> gamma x, a factor a channel
 
 
 def resolve_precision(precision: str = "auto", device: str | torch.device | None = None) -> torch.dtype:
@@ -39,7 +42,7 @@ def resolve_precision(precision: str = "auto", device: str | torch.device | None
 
 
 def for_inference(model: nn.Module) -> nn.Module:
-    """The model in eval mode, branches and batch norm of both towers folded, in channels-last memory.
+    """The model in eval mode, branches, batch norm and LayerScale of both towers folded, in channels-last memory.
 
     Parameters
     ----------
@@ -50,7 +53,7 @@ def for_inference(model: nn.Module) -> nn.Module:
     Notes
     -----
     Multi-branch blocks (timm's FastViT and MobileOne, MCt's RepMixer) become one convolution each. Then a probe run
-    shows which batch norm reads which convolution's output; such a pair becomes one convolution
+    shows which batch norm or LayerScale reads which convolution's output; such a pair becomes one convolution
     (`torch.nn.utils.fusion`), and the activation of timm's BatchNormAct2d stays. A folded tower must repeat the
     probe's embedding to 1e-4, else it stays unfolded: what comes back is always right.
     """
@@ -241,9 +244,10 @@ def _embed(tower: nn.Module, probe: Tensor) -> Tensor:
 
 
 def _fold(root: nn.Module, probe: Tensor) -> None:
-    """Fold in place every batch norm that is the only reader of a convolution's output on the probe run."""
+    """Fold in place every batch norm and LayerScale that is the only reader of a convolution's output on the probe run.
+    """
     source: dict[int, tuple[str, Tensor]] = {}  # id -> convolution that made it, the tensor (kept alive)
-    pairs: dict[str, str] = {}                  # batch norm -> convolution
+    pairs: dict[str, str] = {}                  # batch norm or LayerScale -> convolution
 
     def made(name):
         def hook(module, args, out):
@@ -261,19 +265,30 @@ def _fold(root: nn.Module, probe: Tensor) -> None:
     for name, module in root.named_modules():
         if isinstance(module, nn.Conv2d):
             handles.append(module.register_forward_hook(made(name)))
-        elif isinstance(module, nn.BatchNorm2d):
+        elif isinstance(module, (nn.BatchNorm2d, *SCALES)):
             handles.append(module.register_forward_pre_hook(reads(name)))
     with torch.no_grad(), readers:
         root(probe)
     for handle in handles:
         handle.remove()
     alone = {name for name, out in source.values() if readers.count[id(out)] == 1}  # no residual branch reads it, too
-    for bn_name, conv_name in pairs.items():
+    for name, conv_name in pairs.items():
         if conv_name not in alone:
             continue
-        bn = root.get_submodule(bn_name)
-        root.set_submodule(conv_name, fuse_conv_bn_eval(root.get_submodule(conv_name), bn))
-        root.set_submodule(bn_name, getattr(bn, "act", nn.Identity()))
+        module, conv = root.get_submodule(name), root.get_submodule(conv_name)
+        fuse = _scaled if isinstance(module, SCALES) else fuse_conv_bn_eval
+        root.set_submodule(conv_name, fuse(conv, module))
+        root.set_submodule(name, getattr(module, "act", nn.Identity()))
+
+
+@torch.no_grad()
+def _scaled(conv: nn.Conv2d, scale: nn.Module) -> nn.Conv2d:
+    """The convolution that does what `conv` and the LayerScale after it do."""
+    conv, gamma = copy.deepcopy(conv), scale.gamma.flatten()
+    conv.weight.mul_(gamma[:, None, None, None])
+    if conv.bias is not None:
+        conv.bias.mul_(gamma)
+    return conv
 
 
 class _Readers(TorchDispatchMode):
