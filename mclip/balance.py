@@ -40,7 +40,7 @@ from mclip.rows import Rows, RowsError, as_keys, check_keys, read_folder
 from mclip.unionfind import Sets
 
 METRICS = ("l2", "sql2", "cosine")
-CHUNK = 2048  # rows read at once for the centroids
+CHUNK = 512  # rows read at once for the centroids
 LINKS = 2_000_000  # links of a forest collected before they are merged
 
 
@@ -274,13 +274,18 @@ def _centroid_distance(rows: Rows, set_id: np.ndarray, order: np.ndarray, chunk:
     def sets(cut: tuple[int, int]) -> None:
         s, e = cut
         index, sizes = members[start[s]:end[e - 1]], end[s:e] - start[s:e]
-        number = np.repeat(np.arange(e - s), sizes)
-        mean = torch.zeros(e - s, rows.width, dtype=torch.float64)
+        if len(index) <= chunk:
+            unit, number = torch.from_numpy(rows.unit(index)), torch.from_numpy(np.repeat(np.arange(e - s), sizes))
+            mean = torch.zeros(e - s, rows.width, dtype=torch.float64).index_add_(0, number, unit)
+            mean /= torch.from_numpy(sizes)[:, None]
+            distance[index] = torch.linalg.vector_norm(unit.sub_(mean[number]), dim=1).numpy()
+            return
+        mean = np.zeros(rows.width)
         for k in range(0, len(index), chunk):
-            mean.index_add_(0, torch.from_numpy(number[k:k + chunk]), torch.from_numpy(rows.unit(index[k:k + chunk])))
-        mean = mean.numpy() / sizes[:, None]
+            mean += rows.unit(index[k:k + chunk]).sum(0)
+        mean /= len(index)
         for k in range(0, len(index), chunk):
-            difference = rows.unit(index[k:k + chunk]) - mean[number[k:k + chunk]]
+            difference = rows.unit(index[k:k + chunk]) - mean
             distance[index[k:k + chunk]] = np.sqrt(np.einsum("nd,nd->n", difference, difference))
 
     for _ in links.threads(sets, pairwise(cuts)):

@@ -38,7 +38,8 @@ def components(rows: Rows, limit: float, *, tile: int = links.TILE, device: str 
 
 
 def _search(prepared: links.Links, limit: float, sets: Sets, **options) -> None:
-    links.search(prepared, limit, lambda a, b, _: ~sets.joined(a, b), lambda a, b, _: sets.join(a, b), **options)
+    links.search(prepared, limit, lambda a, b, _: ~sets.joined(a, b), lambda a, b, _: sets.join(a, b),
+                 labels=sets.find, **options)
 
 
 def _search_by_many(prepared: links.Links, limit: float, sets: Sets, known: "_State", workers: int,

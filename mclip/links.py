@@ -5,14 +5,14 @@ Bounds rule pairs out before their full rows are read:
 1. Rows are rotated to the principal axes of a sample and cut to the leading AXES coordinates y and the norm r of what
    is left. For unit rows `|x - x'| >= |z - z'|` with z = (y, r), itself a unit vector: one product of 64 numbers a
    pair instead of the full width.
-2. The short rows are sorted into the cells of k-means. A row x of cell A can have a neighbour within e in cell B only
-   if `s_A(x) - s_B(x) <= e |c_A - c_B|` with s_C(x) = c_C.x - |c_C|^2 / 2: the plane between the two centres is no
-   farther from x than e. One product of 64 numbers for CELL pairs.
+2. The short rows are sorted into cells, and `mclip.cells` tells which cells, and which rows of them, can have a pair at
+   all: one product of 64 numbers for each row and cell, once for all limits.
 3. What passes both is held against the coordinates that follow, a thirty-second of the width.
 4. Pairs that the caller does not want any more, as both are in one set already, are never measured.
 
-What is left is measured nearest first. Where the bounds rule out too little to pay (no decaying spectrum, a large
-limit), full rows are multiplied instead, so that the worst case is the blocked product of all rows.
+What is left is measured nearest first; where the caller tells sets, by spanning forests of what could join them.
+Where the bounds rule out too little to pay (no decaying spectrum, a large limit), full rows are multiplied instead, so
+that the worst case is the blocked product of all rows.
 
 Rounding never decides: z is rounded from float64, products of short rows are compared with a margin for float32's
 error, and full products that float32 cannot tell from the limit are measured in float64.
@@ -21,54 +21,59 @@ error, and full products that float32 cannot tell from the limit are measured in
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import faiss
 import numpy as np
-import scipy.linalg
 import torch
-from threadpoolctl import threadpool_limits
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import minimum_spanning_tree
 
 from mclip import progress
+from mclip.cells import assign, extents, kmeans, threads
 from mclip.rows import Rows
 
-AXES = 63  # with the residual's norm 64 coordinates
+AXES = 63  # with the residual's norm 64 coordinates: a tenth of the bytes of 1,280 fp16 numbers
+FEWER = 31  # of narrow rows, where AXES would be many bytes
 CELL = 64  # rows a cell, on average
 CELLS = 8192  # at most: every row is held against the centres of all cells
-GROUP = 256  # rows a group of cells, about: they are multiplied together
-TILE = 8192  # rows that are gone through at once, about
+GROUP = 256  # rows of neighbouring cells that are multiplied at once where cells rule little out
+TILE = 131072  # rows that are gone through at once, about: at most this, and an eighth of all
+LEAST = 2048  # rows a tile has at least
+CHUNK = 4096  # rows whose full width is held at once
 MORE = 32  # the part of the width that the second look takes
-SAMPLE = 8192  # rows that the axes are computed from
-BATCH = 2048  # pairs measured at once
+SAMPLE = 4096  # rows that the axes are computed from
+BATCH = 256  # pairs measured at once
+MANY = 1024  # pairs of a block left by short rows: with more it is seen first which of them join the most
+CANDIDATES = 32768  # pairs put together before they are measured
 BLOCK = 2048  # rows read at once
-ROWS = 512  # rows held against all centres at once
 ROUNDING = 1e-4  # of cells' scores, far above what float32 is off by
 MEASURE = 1e-5  # measuring a pair takes as long as this part of a full product's elements, for each column
+FAILED = 4  # blocks on end in which short rows ruled out too little: after that full rows are multiplied at once
+DENSE = 0.25  # of a tile's rows and cells: above it, cells rule little out
 
 Wanted = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 Found = Callable[[np.ndarray, np.ndarray, np.ndarray | None], None]
+Labels = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass
 class Links:
-    """Rows prepared for `search`, sorted by cell; groups of cells, and tiles of groups.
+    """Rows prepared for `search`, sorted by cell; tiles of cells.
 
     order : (n,) row at each place. z : (n, k) float32, the short rows in that order; tail : (n, m) float32, the
-    coordinates that follow and the norm of what is left then. cell : (n,) each one's cell.
-    centres : (cells, k). together : cells a group. groups : (groups + 1,) first place of each group. tiles :
-    (tiles + 1,) first group of each tile. inverse : (n,) float64, 1 / norm of each row, in the rows' own order.
+    coordinates that follow and the norm of what is left then. starts : (cells + 1,) first place of each cell.
+    centres : (cells, k). extent : (cells, cells) fp16, see `cells.extents`. tiles : (tiles + 1,) first cell of each
+    tile. inverse : (n,) float64, 1 / norm of each row, in the rows' own order.
     """
 
     rows: Rows
     order: np.ndarray
     z: torch.Tensor
     tail: torch.Tensor
-    cell: torch.Tensor
+    starts: np.ndarray
     centres: torch.Tensor
-    together: int
-    groups: np.ndarray
+    extent: torch.Tensor
     tiles: np.ndarray
     inverse: np.ndarray
 
@@ -78,115 +83,96 @@ class Links:
         return (self.rows.width + 8) * 2.0**-24
 
     @property
+    def slack(self) -> float:
+        """The same of two short rows."""
+        return (self.z.shape[1] + 8) * 2.0**-24
+
+    @property
+    def slack_of_second(self) -> float:
+        """The same with their tails."""
+        return 2 * (self.slack + (self.tail.shape[1] + 8) * 2.0**-24)
+
+    @property
     def count(self) -> int:
         """Number of tiles."""
         return len(self.tiles) - 1
 
 
-def prepare(rows: Rows, *, axes: int = AXES, tile: int = TILE, cell: int | None = None,
+def prepare(rows: Rows, *, axes: int | None = None, tile: int = TILE, cell: int | None = None,
             device: str | None = None) -> Links:
     """Read all rows once: norms, short rows, cells. RowsError names a row without a direction.
 
-    cell : rows a cell, on average; None: CELL, more where that were more than CELLS cells.
+    axes : leading coordinates; None: by the width, at most AXES. cell : rows a cell, on average; None: CELL, more where
+    that were more than CELLS cells. tile : rows a tile, at most (of TILE: an eighth of all, where that is less).
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     n, width = len(rows), rows.width
-    k = min(axes, width)
+    k = min(axes or min(AXES, max(FEWER, width // 16 - 1)), width)
     more = min(width // MORE, width - k)
-    sample = rows.unit(np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64)))
-    moment = sample.T @ sample
-    with threadpool_limits(1, "blas"):  # OpenBLAS's threads wait by spinning: 20 x slower beside any other process
-        vectors = scipy.linalg.eigh(moment, subset_by_index=[width - k - more, width - 1])[1]
-    basis = torch.from_numpy(vectors[:, ::-1].copy())
-    z, tail = np.empty((n, k + 1), np.float32), np.empty((n, more + 1), np.float32)
+    basis = _axes(rows, k + more)
+    z, tail = torch.empty(n, k + 1), torch.empty(n, more + 1)
     inverse = np.empty(n)
 
     def shorten(start: int) -> None:
         block, norm = rows.block(start, min(start + BLOCK, n))
         at = slice(start, start + len(block))
         inverse[at] = 1 / norm.numpy()
-        y = (block @ basis) / norm[:, None]
+        y = (block @ basis).div_(norm[:, None])
         for out, part, used in ((z, y[:, :k], k), (tail, y[:, k:], k + more)):
             # in float64: rounding in 1 - |y|^2 would be magnified
-            rest = (1 - y[:, :used].square().sum(1)).clamp_min_(0).sqrt_()
-            out[at] = torch.cat([part, rest[:, None]], 1).float().numpy()
+            out[at, :-1], out[at, -1] = part, (1 - y[:, :used].square().sum(1)).clamp_min_(0).sqrt_()
 
     with progress.bar(desc="balance: read", unit="row", total=n) as bar:
         for _ in threads(shorten, range(0, n, BLOCK)):
             bar.update(min(BLOCK, n - bar.n))
-    cell = cell or max(CELL, n // CELLS)
-    together = max(1, GROUP // cell)
-    centres, label = _cells(z, max(1, n // cell), together)
+    centres = kmeans(z, max(1, n // (cell or max(CELL, n // CELLS))), where)
+    label = assign(z, centres)
     order = np.argsort(label, kind="stable")
-    for part in (z, tail):  # a few columns at a time: a second copy of all would double what this takes
+    starts = np.append(0, np.cumsum(np.bincount(label, minlength=len(centres))))
+    for part in (z.numpy(), tail.numpy()):  # a few columns at a time: a second copy of all would double what this takes
         for at in range(0, part.shape[1], 8):
             part[:, at:at + 8] = part[order, at:at + 8]
-    size = np.bincount(label, minlength=len(centres))
-    groups = np.append(np.cumsum(size) - size, n)[np.append(np.arange(0, len(centres), together), len(centres))]
-    # tiles: whole groups, of about `tile` rows together
-    number = np.minimum(groups[:-1] // tile, n)
-    tiles = np.append(np.unique(number, return_index=True)[1], len(groups) - 1)
-    return Links(rows, order, torch.from_numpy(z).to(where), torch.from_numpy(tail).to(where),
-                 torch.from_numpy(label[order]).to(where),
-                 torch.from_numpy(centres).to(where), together, groups, tiles, inverse)
+    # tiles: whole cells, of about `tile` rows together
+    number = starts[:-1] // (max(LEAST, min(tile, n // 8)) if tile == TILE else tile)
+    tiles = np.append(np.unique(number, return_index=True)[1], len(centres))
+    z = z.to(where)
+    return Links(rows, order, z, tail.to(where), starts, centres, extents(z, starts, centres), tiles, inverse)
 
 
-_ARRAYS = ("order", "z", "tail", "cell", "centres", "groups", "tiles", "inverse")
+def _axes(rows: Rows, count: int) -> torch.Tensor:
+    """(width, count) float64, orthonormal: about the principal axes of a sample, the largest variance first."""
+    n = len(rows)
+    sample = torch.from_numpy(rows.unit(np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64))))
+    start = torch.randn(rows.width, min(rows.width, count + 16), generator=torch.Generator().manual_seed(0))
+    basis, single = torch.linalg.qr(start.double())[0], sample.float()
+    for _ in range(4):  # how near they come decides how much is ruled out, not what is found
+        basis = torch.linalg.qr((single.T @ (single @ basis.float())).double())[0]
+    seen = sample @ basis
+    return (basis @ torch.linalg.eigh(seen.T @ seen)[1].flip(1))[:, :count].contiguous()
+
+
+_ARRAYS = ("order", "starts", "tiles", "inverse")
+_TENSORS = ("z", "tail", "centres", "extent")
 
 
 def save(links: Links, folder: str | Path) -> None:
     """Write what `prepare` made, so that other processes need not: about a fifth of the embeddings' fp16 bytes."""
-    for name in _ARRAYS:
+    for name in _ARRAYS + _TENSORS:
         value = getattr(links, name)
         np.save(Path(folder) / f"{name}.npy", value.cpu().numpy() if isinstance(value, torch.Tensor) else value)
-    np.save(Path(folder) / "together.npy", links.together)
 
 
 def load(folder: str | Path, rows: Rows) -> Links:
     """What `save` wrote, memory-mapped, on the CPU."""
-    found = {name: np.load(Path(folder) / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
+    found = {name: np.load(Path(folder) / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+             for name in _ARRAYS + _TENSORS}
     with warnings.catch_warnings():  # a memmap is read-only: so are its tensors
         warnings.simplefilter("ignore", UserWarning)
-        tensors = {name: torch.from_numpy(found[name]) for name in ("z", "tail", "cell", "centres")}
-    together = int(np.load(Path(folder) / "together.npy", allow_pickle=False))
-    return Links(rows, together=together, **{**found, **tensors})
+        return Links(rows, **{**found, **{name: torch.from_numpy(found[name]) for name in _TENSORS}})
 
 
-def _cells(z: np.ndarray, k: int, together: int) -> tuple[np.ndarray, np.ndarray]:
-    """Centres (k, d) of the short rows, near ones beside each other, and each row's cell (n,)."""
-    kmeans = faiss.Kmeans(z.shape[1], k, niter=5, seed=0, min_points_per_centroid=1, max_points_per_centroid=16)
-    kmeans.train(z)
-    centres = kmeans.centroids[kd_order(kmeans.centroids, together)]
-    to, label = torch.from_numpy(centres), np.empty(len(z), np.int64)
-    bias = to.square().sum(1) / -2
-
-    def assign(start: int) -> None:  # a flat index takes two to three times as long for a single neighbour
-        own = torch.from_numpy(z[start:start + ROWS])
-        label[start:start + ROWS] = torch.addmm(bias, own, to.T).argmax(1).numpy()
-
-    for _ in threads(assign, range(0, len(z), ROWS)):
-        pass
-    return centres, label
-
-
-def kd_order(points: np.ndarray, size: int) -> np.ndarray:
-    """(n,) places: points sorted by median splits along the coordinate of largest variance, into runs of `size`."""
-    order = np.arange(len(points))
-    stack = [(0, len(points))]
-    while stack:
-        start, stop = stack.pop()
-        if stop - start <= size:
-            continue
-        part = order[start:stop]
-        axis = int(points[part].var(axis=0).argmax())
-        middle = max(size, (stop - start + size) // (2 * size) * size)  # a whole number of runs
-        order[start:stop] = part[np.argpartition(points[part, axis], middle)]
-        stack += [(start, start + middle), (start + middle, stop)]
-    return order
-
-
-def search(links: Links, limit: float, wanted: Wanted, found: Found, *, squares: bool = False,
-           tiles: Iterable[int] | None = None, done: Callable[[int], None] | None = None,
+def search(links: Links, limit: float, wanted: Wanted, found: Found, *, labels: Labels | None = None,
+           squares: bool = False, tiles: Iterable[int] | None = None, done: Callable[[int], None] | None = None,
            desc: str | None = "balance") -> float:
     """Report all pairs of rows whose squared distance is at most `limit`, but those that are not wanted.
 
@@ -196,6 +182,8 @@ def search(links: Links, limit: float, wanted: Wanted, found: Found, *, squares:
     wanted : (a, b, lower) -> bool mask: pairs still of interest; `lower` bounds their squared distance from below.
         It is asked from several threads, and may answer by a state that is behind.
     found : (a, b, square): called by one thread at a time; square is None unless `squares`, else float64.
+    labels : rows -> the set of each, as far as is known: pairs within a set are not wanted, and of the others only as
+        many are measured as it takes to know the sets. None: there are no sets, all pairs count.
     tiles : which of the tiles, each against itself and all later ones; None: all.
     done : called after each tile's last pair was reported, by one thread at a time.
     desc : of the progress bar; None: no bar.
@@ -205,14 +193,13 @@ def search(links: Links, limit: float, wanted: Wanted, found: Found, *, squares:
     the share of all pairs whose full rows were read.
     """
     n = len(links.order)
-    lock, total, full = threading.Lock(), max(1, n * (n - 1) / 2), 0
+    task = _Search(links, limit, wanted, found, labels, squares, threading.Lock())
+    total, full = max(1, n * (n - 1) / 2), 0
 
     def one(t: int) -> None:
         nonlocal full
-        read = 0
-        for a, b, lower, upper, products in _batched(_candidates(links, t, limit, wanted)):
-            read += products + _measure(links, a, b, lower, upper, limit, wanted, found, lock, squares)
-        with lock:
+        read = task.tile(t)
+        with task.lock:
             full += read
             if done is not None:
                 done(t)
@@ -230,62 +217,193 @@ def search(links: Links, limit: float, wanted: Wanted, found: Found, *, squares:
     return full / total
 
 
-def _candidates(links: Links, t: int, limit: float, wanted: Wanted) -> Iterator[tuple]:
-    """Pairs of tile t with itself and later ones that the bounds leave, a group at a time: rows a and b, lower and
-    upper bounds of their squared distances (upper: None where only short rows were multiplied), and how many products
-    of full rows that took."""
-    g, stop_g = links.tiles[t], links.tiles[t + 1]
-    start, stop = links.groups[g], links.groups[stop_g]
-    if start == stop:
-        return
-    left, full_left = links.z[start:stop], None
-    slack = (left.shape[1] + 8) * 2.0**-24
-    slack2 = slack + (links.tail.shape[1] + 8) * 2.0**-24
-    visits = _visits(links, start, stop, g, limit)
-    for which in range(visits.shape[0]):
-        first, last = links.groups[g + which], links.groups[g + which + 1]
-        if first == last or not len(rows := visits[which].nonzero()[:, 0]):
-            continue
-        everything = len(rows) == len(left)
-        product = (left if everything else left[rows]) @ links.z[first:last].T
-        left_over = _near(links, product, start + rows, first, limit, slack, wanted, most=product.numel() / 8)
-        if left_over is not None:
-            a, b, value = left_over
+@dataclass
+class _Search:
+    links: Links
+    limit: float
+    wanted: Wanted
+    found: Found
+    labels: Labels | None
+    squares: bool
+    lock: threading.Lock
+    failed: int = 0  # blocks on end in which short rows ruled out too little
+
+    def tile(self, t: int) -> int:
+        """Report the links of tile t with itself and later ones; how many pairs were measured."""
+        links, read, waiting, count = self.links, 0, [], 0
+        place, cell = _visits(links, links.tiles[t], links.tiles[t + 1], self.limit)
+        start, stop = links.starts[links.tiles[t]], links.starts[links.tiles[t + 1]]
+        if len(place) > DENSE * (stop - start) * (len(links.centres) - links.tiles[t]):
+            parts = self._dense(links.tiles[t], links.tiles[t + 1])
+        else:
+            parts = self._sparse(place, cell)
+        for part, products in parts:
+            read += products
+            if part is not None:
+                waiting.append(part)
+                count += len(part[0])
+            if count >= CANDIDATES:
+                read += self._measure(*map(np.concatenate, zip(*waiting, strict=True)))
+                waiting, count = [], 0
+        return read + (self._measure(*map(np.concatenate, zip(*waiting, strict=True))) if waiting else 0)
+
+    def _sparse(self, place: np.ndarray, cell: np.ndarray) -> Iterator[tuple]:
+        """Candidates of rows with the cells that they visit, a cell at a time."""
+        starts = self.links.starts
+        order = np.argsort(cell, kind="stable")
+        place, cells, first = place[order], *np.unique(cell[order], return_index=True)
+        for c, begin, end in zip(cells, first, np.append(first[1:], len(place)), strict=True):
+            for at in range(begin, end, CHUNK):
+                yield from self._block(place[at:min(at + CHUNK, end)], starts[c], starts[c + 1])
+
+    def _dense(self, first: int, last: int) -> Iterator[tuple]:
+        """Candidates of the rows of cells first..last, all of them with groups of neighbouring cells; where short
+        rows have ruled out too little a few times, without them."""
+        starts = self.links.starts
+        group = np.append(np.unique(starts[first:-1] // GROUP, return_index=True)[1] + first, len(starts) - 1)
+        for begin in range(starts[first], starts[last], CHUNK):
+            rows = np.arange(begin, min(begin + CHUNK, starts[last]))
+            held: list = []
+            for low, high in zip(starts[group[:-1]], starts[group[1:]], strict=True):
+                if high <= begin:
+                    continue
+                yield from self._block(rows, low, high, held=held)
+
+    def _block(self, rows: np.ndarray, low: int, high: int, *, held: list | None = None) -> Iterator[tuple]:
+        """Pairs of places `rows` with those from low to high that the bounds leave, as (rows a and b, lower bounds of
+        their squared distances) or None, and how many products of full rows that took.
+
+        held : keeps the full rows of `rows` for the next call, which has the same."""
+        links, sets, every = self.links, None, len(rows)
+        if self.labels is not None:
+            left, right = self.labels(links.order[rows]), self.labels(links.order[low:high])
+            if (right == right[0]).all():
+                different = left != right[0]
+                rows, left = rows[different], left[different]
+            sets = left, right
+        if not len(rows):
+            return
+        if held is None or self.failed < FAILED:
+            mine = links.z[rows[0]:rows[-1] + 1] if _run(rows) else links.z[torch.from_numpy(rows)]
+            product = mine @ links.z[low:high].T
+            a, b, value, measured = self._near(product, rows, low, sets, links.slack, few=MANY if held is None else None)
+            if measured:
+                yield None, measured
+            a, b, value = self._keep(a, b, value, links.slack)
             if 0 < len(a) <= product.numel() // 16:
                 value = _second_look(links, a, b, value)
-                near = value >= 1 - limit / 2 - 2 * slack2
+                near = value >= 1 - self.limit / 2 - links.slack_of_second
                 a, b, value = a[near], b[near], value[near]
-            if len(a) <= product.numel() * links.rows.width * MEASURE:
+            # of sets' pairs few are measured, however many are left
+            part = 1 / 16 if sets is not None else links.rows.width * MEASURE
+            if len(a) <= max(16, product.numel() * part):
+                self.failed = 0
                 if len(a):
-                    yield links.order[a], links.order[b], 2 - 2 * (value + 2 * slack2), None, 0
-                continue
-        if full_left is None:
-            full_left = _unit(links, links.order[start:stop])
-        product = (full_left if everything else full_left[rows]) @ _unit(links, links.order[first:last]).T
-        a, b, value = _near(links, product, start + rows, first, limit, links.margin, wanted, most=product.numel())
-        yield (links.order[a], links.order[b], 2 - 2 * (value + links.margin), 2 - 2 * (value - links.margin),
-               product.numel())
+                    yield (links.order[a], links.order[b], 2 - 2 * (value + links.slack_of_second)), 0
+                return
+            self.failed += held is not None
+        if held is None or len(rows) < every:
+            full = _unit(links, links.order[rows])
+        else:
+            held[:] = held or [_unit(links, links.order[rows])]
+            full = held[0]
+        product = full @ _unit(links, links.order[low:high]).T
+        a, b, value, _ = self._near(product, rows, low, sets, links.margin)
+        a, b, value = self._keep(a, b, value, links.margin)
+        square = 2 - 2 * value
+        a, b = links.order[a], links.order[b]
+        if not self.squares:
+            sure = square <= self.limit - 2 * links.margin
+            if sure.any():
+                x, y = a[sure], b[sure]
+                some = _forest(self.labels, x, y, square[sure])
+                with self.lock:
+                    self.found(x[some], y[some], None)
+            a, b, square = a[~sure], b[~sure], square[~sure]
+        yield ((a, b, square - 2 * links.margin) if len(a) else None), product.numel()
+
+    def _near(self, product: torch.Tensor, rows: np.ndarray, low: int, sets: tuple | None, off: float,
+              few: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """Pairs of different sets that a product of the places `rows` with those from `low` on, right to `off`, does
+        not rule out: both places, the product's value, and how many pairs were measured for this: where it leaves more
+        than `few`, the nearest of each row and column, which may join the sets of the others."""
+        least, order, measured = 1 - self.limit / 2 - off, self.links.order, 0
+        some = (product.amax(1) >= least).nonzero()[:, 0]  # few rows have any: the rest is read once only
+        part = (product[some] if len(some) < len(product) else product).cpu().numpy()
+        some = some.cpu().numpy()
+        a = rows[some]
+        hit = part >= least  # numpy's comparison takes a tenth of torch's time
+        if sets is not None:
+            hit &= sets[0][some][:, None] != sets[1]
+        if len(a) and a[-1] >= low:  # a pair once, and no row with itself
+            hit &= np.arange(low, low + part.shape[1]) > a[:, None]
+        if sets is not None and few is not None:
+            for _ in range(3):
+                if np.count_nonzero(hit) <= few:
+                    break
+                value = np.where(hit, part, -np.inf)
+                i, j = np.arange(len(a)), np.arange(part.shape[1])
+                i, j = np.append(i, value.argmax(0)), np.append(value.argmax(1), j)
+                i, j = i[hit[i, j]], j[hit[i, j]]
+                x, y = order[a[i]], order[low + j]
+                measured += self._measure(x, y, 2 - 2 * (part[i, j].astype(np.float64) + off), once=True)
+                hit &= self.labels(order[a])[:, None] != self.labels(order[low:low + part.shape[1]])
+        i, j = hit.nonzero()
+        return a[i], low + j, part[i, j].astype(np.float64), measured
+
+    def _keep(self, a: np.ndarray, b: np.ndarray, value: np.ndarray, off: float) -> tuple[np.ndarray, ...]:
+        if not len(a):
+            return a, b, value
+        keep = self.wanted(self.links.order[a], self.links.order[b], 2 - 2 * (value + off))
+        return a[keep], b[keep], value[keep]
+
+    def _measure(self, a: np.ndarray, b: np.ndarray, lower: np.ndarray, *, once: bool = False) -> int:
+        """Decide candidates, the nearest first, as those connect most others; how many were measured. once: only those
+        of one forest of the sets that they would join."""
+        links, count = self.links, 0
+        while len(a) and not (once and count):
+            keep = self.wanted(a, b, lower)
+            a, b, lower = a[keep], b[keep], lower[keep]
+            if self.labels is None or (len(a) <= BATCH and not once):
+                now = np.argsort(lower, kind="stable")[:BATCH]
+            else:
+                now = _forest(self.labels, a, b, lower)
+            if not len(now):  # joined meanwhile
+                break
+            later = np.ones(len(a), bool)
+            later[now] = False
+            count += len(now)
+            for at in range(0, len(now), BATCH):
+                x, y = a[now[at:at + BATCH]], b[now[at:at + BATCH]]
+                square = links.rows.squares(x, y) if self.squares else None
+                good = square <= self.limit if self.squares else _within(links, x, y, self.limit)
+                if good.any():
+                    with self.lock:
+                        self.found(x[good], y[good], None if square is None else square[good])
+            a, b, lower = a[later], b[later], lower[later]
+        return count
 
 
-def _near(links: Links, product: torch.Tensor, rows: torch.Tensor, first: int, limit: float, off: float,
-          wanted: Wanted, *, most: float) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Wanted pairs that a product of the places `rows` with those from `first` on, right to `off`, does not rule out:
-    both places and the product's value; None where it leaves more than `most` pairs."""
-    least = 1 - limit / 2 - off
-    some = (product.amax(1) >= least).nonzero()[:, 0]  # few rows have any: the rest is read once only
-    part = product[some] if len(some) < len(product) else product
-    hit = part >= least
-    if int(hit.count_nonzero()) > most:
-        return None
-    i, j = hit.nonzero(as_tuple=True)
-    a, b = rows[some[i]], first + j
-    new = (b > a).nonzero()[:, 0]  # a pair once, and no row with itself
-    value = part[i[new], j[new]].double().cpu().numpy()
-    a, b = a[new].cpu().numpy(), b[new].cpu().numpy()
-    if len(a):
-        keep = wanted(links.order[a], links.order[b], 2 - 2 * (value + off))
-        a, b, value = a[keep], b[keep], value[keep]
-    return a, b, value
+def _visits(links: Links, first: int, last: int, limit: float) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows of cells first..last may have a neighbour in which later cell, their own among them: (m,) places,
+    ascending within a cell, and (m,) cells."""
+    mine, centres = links.centres[first:last], links.centres[first:]
+    bias = centres.square().sum(1) / -2
+    reach = torch.cdist(mine, centres, compute_mode="donot_use_mm_for_euclid_dist").mul_(limit**0.5).add_(ROUNDING)
+    reach += links.extent[first:, first:last].T
+    may = (reach + links.extent[first:last, first:] >= 0).cpu().numpy()
+    places, cells = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for own in range(last - first):
+        start, stop = links.starts[first + own], links.starts[first + own + 1]
+        if start == stop:
+            continue
+        others = own + np.flatnonzero(may[own, own:])  # itself the first
+        at = torch.from_numpy(others).to(centres.device)
+        score = torch.addmm(bias[at], links.z[start:stop], centres[at].T)
+        row, column = (score.sub_(score[:, :1].clone()).add_(reach[own, at]).cpu().numpy() >= 0).nonzero()
+        places.append(start + row)
+        cells.append(first + others[column])
+    return np.concatenate(places), np.concatenate(cells)
 
 
 def _second_look(links: Links, a: np.ndarray, b: np.ndarray, value: np.ndarray) -> np.ndarray:
@@ -296,68 +414,22 @@ def _second_look(links: Links, a: np.ndarray, b: np.ndarray, value: np.ndarray) 
     return value + found.double().cpu().numpy()
 
 
-def _visits(links: Links, start: int, stop: int, group: int, limit: float) -> torch.Tensor:
-    """(groups from `group` on, rows of the tile) bool: which rows may have a neighbour in which group."""
-    first = group * links.together
-    centres = links.centres[first:]
-    bias = (centres * centres).sum(1) / -2
-    mine = centres[:int(links.cell[stop - 1]) + 1 - first]  # the tile's own cells come first
-    reach = torch.cdist(mine, centres, compute_mode="donot_use_mm_for_euclid_dist").mul_(limit**0.5).add_(ROUNDING)
-    groups = -(-len(centres) // links.together)
-    out = torch.zeros(groups, stop - start, dtype=torch.bool, device=centres.device)
-    for at in range(start, stop, ROWS):
-        until = min(at + ROWS, stop)
-        own = links.cell[at:until]
-        score = torch.addmm(bias, links.z[at:until], centres.T)
-        own = own - first
-        least = score.gather(1, own[:, None])
-        may = score.add_(reach[own]) >= least
-        may = torch.nn.functional.pad(may, (0, groups * links.together - len(centres)))
-        out[:, at - start:until - start] = may.view(len(may), groups, links.together).any(2).T
-    return out
-
-
-def _batched(parts: Iterable[tuple]) -> Iterator[tuple]:
-    """Candidates of short rows put together, as a group has few; those with upper bounds go as they come."""
-    waiting, count = [], 0
-    for part in parts:
-        if part[3] is not None:
-            yield part
-            continue
-        waiting.append(part[:3])
-        count += len(part[0])
-        if count >= 4 * BATCH:
-            yield *map(np.concatenate, zip(*waiting, strict=True)), None, 0
-            waiting, count = [], 0
-    if waiting:
-        yield *map(np.concatenate, zip(*waiting, strict=True)), None, 0
-
-
-def _measure(links: Links, a, b, lower, upper, limit: float, wanted: Wanted, found: Found, lock, squares: bool) -> int:
-    """Decide candidates, the nearest first, as those connect most others; how many were measured."""
-    if upper is not None and not squares:
-        sure = upper <= limit
-        if sure.any():
-            with lock:
-                found(a[sure], b[sure], None)
-        a, b, lower = a[~sure], b[~sure], lower[~sure]
-    by = np.argsort(lower, kind="stable")
-    a, b, lower, count = a[by], b[by], lower[by], 0
-    while len(a):
-        keep = wanted(a, b, lower)
-        a, b, lower = a[keep], b[keep], lower[keep]
-        now, later = slice(None, BATCH), slice(BATCH, None)
-        count += len(a[now])
-        if squares:
-            square = links.rows.squares(a[now], b[now])
-            good = square <= limit
-        else:
-            square, good = None, _within(links, a[now], b[now], limit)
-        if good.any():
-            with lock:
-                found(a[now][good], b[now][good], None if square is None else square[good])
-        a, b, lower = a[later], b[later], lower[later]
-    return count
+def _forest(labels: Labels | None, a: np.ndarray, b: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Which of the pairs a minimum spanning forest of the sets that they would join consists of; all without sets."""
+    if labels is None:
+        return np.arange(len(a))
+    x, y = np.unique(labels(np.concatenate([a, b])), return_inverse=True)[1].reshape(2, -1)
+    by = np.argsort(length, kind="stable")
+    by = by[x[by] != y[by]]
+    low, high = np.minimum(x, y)[by], np.maximum(x, y)[by]
+    first = np.unique(low * (2 * len(a)) + high, return_index=True)[1]  # the nearest pair of two sets
+    by, low, high = by[first], low[first], high[first]
+    rank = np.empty(len(by))
+    rank[np.argsort(length[by], kind="stable")] = np.arange(1, len(by) + 1)  # scipy takes 0 for no edge
+    tree = minimum_spanning_tree(coo_array((rank, (low, high)), shape=(2 * len(a),) * 2).tocsr())
+    back = np.empty(len(by) + 1, np.int64)
+    back[rank.astype(np.int64)] = by
+    return back[tree.data.astype(np.int64)]
 
 
 def _within(links: Links, a: np.ndarray, b: np.ndarray, limit: float) -> np.ndarray:
@@ -376,20 +448,5 @@ def _unit(links: Links, index: np.ndarray) -> torch.Tensor:
     return links.rows.unit32(index, links.inverse[index]).to(links.z.device)
 
 
-def threads(work: Callable, items: Iterable) -> Iterator:
-    """work(item) of every item, on as many threads as torch has, each with one: the items are too small to be cut."""
-    count = torch.get_num_threads()
-    if count == 1:
-        yield from map(work, items)
-        return
-    try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures = [pool.submit(work, item) for item in items]
-            try:
-                for future in futures:
-                    yield future.result()
-            finally:
-                for future in futures:
-                    future.cancel()
-    finally:
-        torch.set_num_threads(count)
+def _run(places: np.ndarray) -> bool:
+    return places[-1] - places[0] + 1 == len(places)

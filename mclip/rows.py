@@ -51,12 +51,16 @@ class Rows:
 
     def unit(self, index: np.ndarray) -> np.ndarray:
         """Rows `index` (m,) as (m, d) float64 of unit norm; an error names a row that has no direction."""
-        source = np.searchsorted(self.starts, index, side="right") - 1
-        out = torch.empty(len(index), self.width, dtype=torch.float64)
-        for k in np.unique(source):
-            here = torch.from_numpy(np.flatnonzero(source == k))
-            out[here] = self.tensors[k][torch.from_numpy(index)[here] - int(self.starts[k])].double()
-        return (out / self._norms(out, index)[:, None]).numpy()
+        place = torch.from_numpy(index)
+        if len(self.tensors) == 1:
+            out = self.tensors[0][place].double()
+        else:
+            source = np.searchsorted(self.starts, index, side="right") - 1
+            out = torch.empty(len(index), self.width, dtype=torch.float64)
+            for k in np.unique(source):
+                here = torch.from_numpy(np.flatnonzero(source == k))
+                out[here] = self.tensors[k][place[here] - int(self.starts[k])].double()
+        return out.div_(self._norms(out, index)[:, None]).numpy()
 
     def squares(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Squared L2 distances of unit rows a[k] and b[k], (m,) float64."""

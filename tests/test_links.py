@@ -145,12 +145,3 @@ def test_an_error_in_a_thread_ends_the_search():
     with pytest.raises(RuntimeError, match="disk full"):
         links.search(prepared, 0.1, lambda a, b, lower: np.ones(len(a), bool), broken)
     assert torch.get_num_threads() == before and threading.active_count() == threads
-
-
-def test_runs_are_neighbours():
-    rng = np.random.default_rng(0)
-    z = rng.normal(size=(1003, 3)).astype(np.float32) * [5, 1, 0.1]
-    order = links.kd_order(z, 50)
-    assert sorted(order) == list(range(1003))
-    spread = np.mean([z[order[i:i + 50], 0].std() for i in range(0, 1000, 50)])
-    assert spread < 0.3 * z[:, 0].std()
