@@ -2,10 +2,13 @@
 
     python benchmarks/latency.py                                # S0, S2, ViT-B-16, fp32 runtimes, batch 1
     python benchmarks/latency.py --models all --runtimes all --batches 1 32   # everything
+    python benchmarks/latency.py --busy                         # on a machine with other work: CPU time of one thread
     python benchmarks/latency.py --device cuda --runtimes eager eager-bf16 compile compile-bf16 --batches 1 32
 """
 
 import argparse
+
+import torch
 
 from mclip import latency
 
@@ -20,10 +23,13 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--busy", action="store_true", help="a machine with other work: one thread, its least CPU time")
     args = parser.parse_args()
+    if args.busy:
+        torch.set_num_threads(1)
     frame = latency.measure(MODELS if args.models == ["all"] else args.models,
                             latency.RUNTIMES if "all" in args.runtimes else args.runtimes,
-                            batches=args.batches, rounds=args.rounds, device=args.device)
+                            batches=args.batches, rounds=args.rounds, device=args.device, busy=args.busy)
     table = latency.totals(frame)
     best, gmac = latency.best(frame).set_index(["model", "batch"]), frame.attrs["gmac"]
     print(f"{'model':<16} {'batch':>5}  {'runtime':<18} {'image ms':>9} {'text ms':>8} {'both ms':>8}  {REFERENCE}/it")

@@ -43,8 +43,12 @@ PUBLISHED = {"MobileCLIP-S0": (67.8, 58.1, 3.1), "MobileCLIP-S1": (72.6, 61.3, 5
 
 
 def measure(names: Sequence[str], runtimes: Sequence[str], *, batches: Sequence[int] = (1,), rounds: int = 9,
-            towers: Sequence[str] = ("image", "text"), warmup: int = 2, device: str = "cpu") -> pd.DataFrame:
+            towers: Sequence[str] = ("image", "text"), warmup: int = 2, device: str = "cpu",
+            busy: bool = False) -> pd.DataFrame:
     """Times of every case: columns COLUMNS, a row a case, `ms` the median over rounds of one call.
+
+    busy : for a CPU that has other work, too: `ms` is the least CPU time over rounds instead. Of one thread
+        (`torch.set_num_threads(1)` before) that is what a call would take alone.
 
     Its attrs: left_out, {runtime: reason}; gmac, {model: 10^9 multiply-adds of one input of all towers, folded}.
 
@@ -59,8 +63,9 @@ def measure(names: Sequence[str], runtimes: Sequence[str], *, batches: Sequence[
         for name in names:
             for key, call in _calls(name, runtimes, towers, batches, Path(scratch), device, left_out, gmac):
                 cases[key] = call
-        times = _interleaved(cases, rounds, warmup, device)
-    frame = pd.DataFrame([(*key, 1000 * statistics.median(times[key])) for key in cases], columns=COLUMNS)
+        times = _interleaved(cases, rounds, warmup, device, time.process_time if busy else time.perf_counter)
+    middle = min if busy else statistics.median
+    frame = pd.DataFrame([(*key, 1000 * middle(times[key])) for key in cases], columns=COLUMNS)
     frame.attrs |= {"left_out": left_out, "gmac": gmac}
     return frame
 
@@ -150,7 +155,8 @@ def _quantised(file: Path) -> Path:
     return out
 
 
-def _interleaved(cases: dict[tuple, Callable[[], object]], rounds: int, warmup: int, device: str) -> dict:
+def _interleaved(cases: dict[tuple, Callable[[], object]], rounds: int, warmup: int, device: str,
+                 clock: Callable[[], float] = time.perf_counter) -> dict:
     """Seconds of `rounds` calls a case: each round calls all of them in turn, every other one backwards."""
     def wait():
         if device != "cpu":
@@ -161,9 +167,9 @@ def _interleaved(cases: dict[tuple, Callable[[], object]], rounds: int, warmup: 
         for turn in range(warmup + rounds):
             for key in list(cases)[::-1 if turn % 2 else 1]:
                 wait()
-                start = time.perf_counter()
+                start = clock()
                 cases[key]()
                 wait()
                 if turn >= warmup:
-                    times[key].append(time.perf_counter() - start)
+                    times[key].append(clock() - start)
     return times

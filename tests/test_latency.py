@@ -17,6 +17,14 @@ def test_cases_are_interleaved_and_medians_are_by_case():
     assert "".join(order) == "abccbaabccba" and all(len(t) == 3 for t in times.values())
 
 
+def test_on_a_busy_machine_the_least_cpu_time_counts(monkeypatch):
+    ticks = iter([0, 10, 14, 20, 23, 30, 35])  # the start of the warm-up; starts and ends of three rounds
+    monkeypatch.setattr(latency.time, "process_time", lambda: next(ticks))
+    monkeypatch.setattr(latency, "_calls", lambda *_: [(("m", "image", "eager", 1), lambda: None)])
+    frame = latency.measure(["m"], ["eager"], rounds=3, warmup=1, busy=True)
+    assert frame["ms"].tolist() == [3000.0]
+
+
 def test_measure_and_totals():
     frame = latency.measure(["demo-student"], ["unfolded", "eager"], batches=[1, 3], rounds=2)
     assert list(frame.columns) == latency.COLUMNS and len(frame) == 8 and (frame["ms"] > 0).all()
