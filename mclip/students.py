@@ -74,7 +74,8 @@ def scores(recipe_name: str, student: str, others: Sequence[str], seeds: Sequenc
     more, missing_more = compare.read_seeds(others, folder)
     if missing or missing_more:
         raise FileNotFoundError((missing + missing_more)[0])
-    frame = pd.concat([default[default["seed"].isin(seeds)].assign(recipe=student), more], ignore_index=True)
+    own = default[default["seed"].isin(seeds)].assign(recipe=student)
+    frame = pd.concat([own, more], ignore_index=True) if len(more) else own  # an empty one would take the numbers' type
     return compare.main_metric(frame).rename(columns={"recipe": "student"})
 
 

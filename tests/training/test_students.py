@@ -114,6 +114,7 @@ def test_scores_are_the_default_s_seeds_and_the_others(tmp_path):
     made = students.summary(main, cost, ["near"])
     assert made.loc["demo-vit", "near mean"] == pytest.approx(70) and made.loc["demo-vit", "latency_ms"] == 1.0
     assert made.loc["demo-student", "near std"] == pytest.approx(100 / 2**0.5)
+    assert students.scores("combined", "demo-student", [], [0], **folders)["value"].dtype == float
     with pytest.raises(FileNotFoundError, match="combined.csv is missing"):
         students.scores("combined", "demo-student", [], [0], metrics=tmp_path / "nowhere")
 
