@@ -17,7 +17,7 @@ import torch
 
 ITERATIONS = 5
 PER_CELL = 8  # rows that a centre is trained on
-ROWS = 256  # rows held against all centres at once: the scores stay in a core's cache
+ROWS = 64  # rows held against all centres at once: the scores stay in a core's cache
 
 
 def assign(z: torch.Tensor, centres: torch.Tensor) -> np.ndarray:
@@ -59,11 +59,10 @@ def extents(z: torch.Tensor, starts: np.ndarray, centres: torch.Tensor) -> torch
         start, stop = starts[a], starts[a + 1]
         if start == stop:
             return
-        most = None
+        most = torch.full_like(bias, -torch.inf)
         for at in range(start, stop, ROWS):
             score = z[at:min(at + ROWS, stop)] @ across
-            here = score.sub_(score[:, a, None].clone()).amax(0)
-            most = here if most is None else torch.maximum(most, here)
+            torch.maximum(most, score.sub_(score[:, a, None].clone()).amax(0), out=most)
         most += bias - bias[a]
         out[a] = (most + most.abs() * 2**-10 + 1e-7).half()  # never rounded to less
 

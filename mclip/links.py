@@ -38,7 +38,7 @@ FEWER = 31  # of narrow rows, where AXES would be many bytes
 CELL = 64  # rows a cell, on average
 CELLS = 8192  # at most: every row is held against the centres of all cells
 GROUP = 256  # rows of neighbouring cells that are multiplied at once where cells rule little out
-TILE = 131072  # rows that are gone through at once, about: at most this, and an eighth of all
+TILE = 131072  # rows that are gone through at once, about: at most this, and a quarter of all
 LEAST = 2048  # rows a tile has at least
 CHUNK = 4096  # rows whose full width is held at once
 MORE = 32  # the part of the width that the second look takes
@@ -103,7 +103,7 @@ def prepare(rows: Rows, *, axes: int | None = None, tile: int = TILE, cell: int 
     """Read all rows once: norms, short rows, cells. RowsError names a row without a direction.
 
     axes : leading coordinates; None: by the width, at most AXES. cell : rows a cell, on average; None: CELL, more where
-    that were more than CELLS cells. tile : rows a tile, at most (of TILE: an eighth of all, where that is less).
+    that were more than CELLS cells. tile : rows a tile, at most (of TILE: a quarter of all, where that is less).
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     n, width = len(rows), rows.width
@@ -133,7 +133,7 @@ def prepare(rows: Rows, *, axes: int | None = None, tile: int = TILE, cell: int 
         for at in range(0, part.shape[1], 8):
             part[:, at:at + 8] = part[order, at:at + 8]
     # tiles: whole cells, of about `tile` rows together
-    number = starts[:-1] // (max(LEAST, min(tile, n // 8)) if tile == TILE else tile)
+    number = starts[:-1] // (max(LEAST, min(tile, n // 4)) if tile == TILE else tile)
     tiles = np.append(np.unique(number, return_index=True)[1], len(centres))
     z = z.to(where)
     return Links(rows, order, z, tail.to(where), starts, centres, extents(z, starts, centres), tiles, inverse)
@@ -286,7 +286,8 @@ class _Search:
         if held is None or self.failed < FAILED:
             mine = links.z[rows[0]:rows[-1] + 1] if _run(rows) else links.z[torch.from_numpy(rows)]
             product = mine @ links.z[low:high].T
-            a, b, value, measured = self._near(product, rows, low, sets, links.slack, few=MANY if held is None else None)
+            few = MANY if held is None else None
+            a, b, value, measured = self._near(product, rows, low, sets, links.slack, few=few)
             if measured:
                 yield None, measured
             a, b, value = self._keep(a, b, value, links.slack)
@@ -328,10 +329,10 @@ class _Search:
         not rule out: both places, the product's value, and how many pairs were measured for this: where it leaves more
         than `few`, the nearest of each row and column, which may join the sets of the others."""
         least, order, measured = 1 - self.limit / 2 - off, self.links.order, 0
-        some = (product.amax(1) >= least).nonzero()[:, 0]  # few rows have any: the rest is read once only
-        part = (product[some] if len(some) < len(product) else product).cpu().numpy()
-        some = some.cpu().numpy()
-        a = rows[some]
+        some = np.flatnonzero(product.amax(1).cpu().numpy() >= least)  # few rows have any: the rest is read once only
+        if len(some) < len(product):
+            product = product[torch.from_numpy(some).to(product.device)]
+        part, a = product.cpu().numpy(), rows[some]
         hit = part >= least  # numpy's comparison takes a tenth of torch's time
         if sets is not None:
             hit &= sets[0][some][:, None] != sets[1]

@@ -19,7 +19,7 @@ class Sets:
         root = self.parent[x]
         while True:
             up = self.parent[root]
-            if np.array_equal(up, root):
+            if (up == root).all():
                 return root
             root = up
 
