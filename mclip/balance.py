@@ -30,14 +30,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import minimum_spanning_tree
 
 from mclip import engine, links
 from mclip.components import StateError, components
 from mclip.files import whole
 from mclip.rows import Rows, RowsError, as_keys, check_keys, read_folder
-from mclip.unionfind import Sets
+from mclip.unionfind import Sets, minimum_forest
 
 METRICS = ("l2", "sql2", "cosine")
 CHUNK = 512  # rows read at once for the centroids
@@ -251,9 +249,7 @@ def _forest(edges: list[tuple[np.ndarray, ...]], n: int) -> tuple[np.ndarray, np
     a, b, length = map(np.concatenate, zip(*edges, strict=True))
     order = np.lexsort((b, a, length))
     a, b, length = a[order], b[order], length[order]
-    # ranks for lengths: scipy takes an edge of length 0, an exact duplicate, for no edge
-    tree = minimum_spanning_tree(coo_array((np.arange(1, len(a) + 1), (a, b)), shape=(n, n)).tocsr())
-    chosen = np.sort(tree.data).astype(np.int64) - 1
+    chosen = minimum_forest(a, b, n)
     return a[chosen], b[chosen], length[chosen]
 
 

@@ -26,12 +26,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import minimum_spanning_tree
 
 from mclip import progress
 from mclip.cells import assign, extents, kmeans, threads
 from mclip.rows import Rows
+from mclip.unionfind import minimum_forest
 
 AXES = 63  # with the residual's norm 64 coordinates: a tenth of the bytes of 1,280 fp16 numbers
 FEWER = 31  # of narrow rows, where AXES would be many bytes
@@ -423,14 +422,8 @@ def _forest(labels: Labels | None, a: np.ndarray, b: np.ndarray, length: np.ndar
     by = np.argsort(length, kind="stable")
     by = by[x[by] != y[by]]
     low, high = np.minimum(x, y)[by], np.maximum(x, y)[by]
-    first = np.unique(low * (2 * len(a)) + high, return_index=True)[1]  # the nearest pair of two sets
-    by, low, high = by[first], low[first], high[first]
-    rank = np.empty(len(by))
-    rank[np.argsort(length[by], kind="stable")] = np.arange(1, len(by) + 1)  # scipy takes 0 for no edge
-    tree = minimum_spanning_tree(coo_array((rank, (low, high)), shape=(2 * len(a),) * 2).tocsr())
-    back = np.empty(len(by) + 1, np.int64)
-    back[rank.astype(np.int64)] = by
-    return back[tree.data.astype(np.int64)]
+    first = np.sort(np.unique(low * (2 * len(a)) + high, return_index=True)[1])  # the nearest pair of two sets
+    return by[first][minimum_forest(low[first], high[first], 2 * len(a))]
 
 
 def _within(links: Links, a: np.ndarray, b: np.ndarray, limit: float) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""Union-find on arrays: sets of the rows 0..n-1, joined a batch of links at a time."""
+"""Union-find on arrays: sets of the rows 0..n-1, joined a batch of links at a time; forests of links."""
 
 import numpy as np
 from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
 
 class Sets:
@@ -44,3 +44,13 @@ class Sets:
     def roots(self) -> np.ndarray:
         """(n,) the root of each row."""
         return self.find(np.arange(len(self.parent)))
+
+
+def minimum_forest(a: np.ndarray, b: np.ndarray, n: int) -> np.ndarray:
+    """Which of the edges a[k] - b[k] between n vertices make a minimum spanning forest, ascending.
+
+    a, b : (m,) vertices 0..n-1 of each edge, the shortest edge first, no two vertices twice.
+    """
+    # ranks for lengths: scipy takes an edge of length 0, an exact duplicate, for no edge
+    tree = minimum_spanning_tree(coo_array((np.arange(1, len(a) + 1), (a, b)), shape=(n, n)).tocsr())
+    return np.sort(tree.data).astype(np.int64) - 1

@@ -3,7 +3,7 @@ import pytest
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from mclip.unionfind import Sets
+from mclip.unionfind import Sets, minimum_forest
 
 
 @pytest.mark.parametrize("batch", [1, 7, 1000])
@@ -26,3 +26,9 @@ def test_no_links():
     sets = Sets(3)
     sets.join(np.empty(0, np.int64), np.empty(0, np.int64))
     assert sets.roots().tolist() == [0, 1, 2] and sets.find(np.array([2])).tolist() == [2]
+
+
+def test_a_minimum_forest_joins_what_the_edges_join_by_the_shortest():
+    a, b = np.array([0, 1, 0, 3, 2]), np.array([1, 2, 2, 4, 5])  # 0 - 2 closes a circle
+    assert minimum_forest(a, b, 7).tolist() == [0, 1, 3, 4]
+    assert minimum_forest(a[:0], b[:0], 7).tolist() == []
