@@ -22,6 +22,7 @@ from .params import Recipe, Train
 from .runs import Run, TrainingSet
 
 SCRATCH = Path("data/cache/runs")
+CHECKPOINTS = 2  # their layout; one of another layout is not gone on with
 
 
 class TrainingError(RuntimeError):
@@ -49,8 +50,8 @@ def plan(name: str, recipe: Recipe, student: str, train: Train, seeds: list[int]
     )
     runs = []
     for seed in seeds:
-        identity = json.dumps([name, seed, student, architecture(student), t.model_dump(), recipe.model_dump(),
-                               shards.read_manifest(spec.pairs)["shards"]], sort_keys=True)
+        identity = json.dumps([CHECKPOINTS, name, seed, student, architecture(student), t.model_dump(),
+                               recipe.model_dump(), shards.read_manifest(spec.pairs)["shards"]], sort_keys=True)
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
         runs.append(Run(name=name, seed=seed, student=student, train=t, recipe=recipe, data=spec,
                         out=str(Path(out) / name / f"seed{seed}"), scratch=str(scratch / f"{name}-{seed}-{digest}")))

@@ -28,6 +28,7 @@ from .data.augment import to_input
 from .files import whole, write_whole
 from .losses import sharding
 from .losses.objective import Objective, chosen
+from .models.vocabulary import Kept, shrink
 from .params import Train
 from .progress import bar
 from .runs import Run
@@ -118,6 +119,7 @@ def steps(run: Run) -> Iterator[int]:
     precision = models.resolve_precision(t.precision, device)
     reinforced_pairs = run.data.pairs_kind == "reinforced"
     ensemble = reinforced.read_meta(run.data.reinforced)["teachers"] if reinforced_pairs else []
+    side, vocabulary = _side(run, student, tokenizer) if t.cache_pixels else (None, None)
     objective = _objective(run, student, ensemble, kernel=chosen(t.loss_kernel, t.batch_size, device))
     together = _Together(student, objective).to(device)
     wrapped = _averaged_over_ranks(together) if world > 1 else together
@@ -126,7 +128,7 @@ def steps(run: Run) -> Iterator[int]:
     total = max(1, t.samples // t.batch_size)
     scratch = Path(run.scratch)
     start, history = _resume(scratch, together, optimizer, averaged)
-    loader = _loader(run, tokenizer, ensemble, start=start, rank=rank, world=world)
+    loader = _loader(run, tokenizer, ensemble, side, start=start, rank=rank, world=world)
     mean, std = (tuple(student.visual.preprocess_cfg[k]) for k in ("mean", "std"))
     sums: dict[str, float] = {}
     progress = bar(desc=f"{run.name} seed {run.seed}", unit="sample", total=total * t.batch_size) if rank == 0 else None
@@ -171,6 +173,8 @@ def steps(run: Run) -> Iterator[int]:
         progress.close()
         final = averaged.module if averaged is not None else student
         final.mclip = student.mclip
+        if vocabulary is not None:
+            vocabulary.restore(final)
         _finish(run, final.eval(), history)
     if world > 1:
         dist.barrier()
@@ -242,16 +246,26 @@ def _objective(run: Run, student: nn.Module, ensemble: list[dict], kernel: str =
     return Objective(run.recipe, width, ensemble=ensemble, centres=centres, seed=run.seed, kernel=kernel)
 
 
-def _loader(run: Run, tokenizer, ensemble: list[dict], *, start: int, rank: int, world: int):
-    """The batches from step `start` on."""
+def _side(run: Run, student: nn.Module, tokenizer) -> tuple[training.Side, Kept | None]:
+    """What the set has beside pixels, its tokens those of the student, whose vocabulary is cut to them."""
+    side = training.load_side(run.data)
+    training.add_tokens(side, tokenizer, synthetic=run.recipe.synthetic)
+    captions = {name: side.arrays[name] for name in ("tokens", "syn_tokens") if name in side.arrays}
+    vocabulary = shrink(student, list(captions.values()))
+    if vocabulary is not None:
+        side.arrays |= {name: vocabulary.tokens(tokens) for name, tokens in captions.items()}
+    return side, vocabulary
+
+
+def _loader(run: Run, tokenizer, ensemble: list[dict], side: training.Side | None, *, start: int, rank: int,
+            world: int):
+    """The batches from step `start` on; side: None to stream the shards."""
     # where the cluster teacher is one of the ensemble: its slice, for its embedding of the augmented picture
     its_slice = next((t["slice"] for t in ensemble if t["name"] == run.data.teacher), None)
     common = {"seed": run.seed, "rank": rank, "world": world, "teacher_slice": its_slice}
-    if not run.train.cache_pixels:
+    if side is None:
         return training.StreamedLoader(run.data, tokenizer, run.train.batch_size, start=start,
                                        workers=run.train.workers, **common)
-    side = training.load_side(run.data)
-    training.add_tokens(side, tokenizer, synthetic=run.recipe.synthetic)
     pixels = training.pixel_cache(run.data, workers=run.train.workers)
     return training.CachedLoader(side, pixels, run.train.batch_size, **common)
 

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from mclip import models
+from mclip.models.resnet import FewPositions
 
 torch.set_num_threads(1)
 CONFIG = {
@@ -172,6 +173,35 @@ def test_default_student(tmp_path):
         assert torch.equal(again.encode_image(x), expected)
     with pytest.raises(ValueError, match="no pretrained weights"):
         timm.create_model("mclip_resnet_s16", pretrained=True)
+
+
+@pytest.mark.parametrize("size, stride, kernel", [(1, 1, 3), (2, 1, 3), ((1, 2), 1, 3), (3, 2, 3), (4, 2, 3), (5, 4, 5),
+                                                  (2, 1, 1), (4, 1, 3), (7, 2, 3)])
+def test_a_convolution_of_few_positions_is_a_convolution(size, stride, kernel):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(5, 3, kernel, stride, kernel // 2, bias=False).double()
+    few = FewPositions.of(plain)
+    assert few.weight is plain.weight
+    x = torch.randn(4, 5, *(size if isinstance(size, tuple) else (size, size)), dtype=torch.double, requires_grad=True)
+    expected, found = (conv(x.contiguous(memory_format=torch.channels_last)) for conv in (plain, few))
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn_like(expected)
+    for one, other in zip(*(torch.autograd.grad(y, (x, plain.weight), upstream) for y in (expected, found)), strict=True):
+        torch.testing.assert_close(one, other)
+    small = few.float()(x.float())
+    torch.testing.assert_close(small.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_students_last_stage_is_the_same_function_of_its_weights():
+    torch.manual_seed(0)
+    tower = timm.create_model("mclip_resnet_s16", num_classes=7).eval()
+    convs = [m for m in tower.modules() if isinstance(m, FewPositions)]
+    x = torch.randn(3, 3, 32, 32)
+    found = tower(x)
+    for conv in convs:
+        conv.__class__ = nn.Conv2d
+    assert len(convs) == 2
+    torch.testing.assert_close(found, tower(x), rtol=1e-4, atol=1e-5)
 
 
 def test_encode_texts_dedupes_and_keeps_order(folder):

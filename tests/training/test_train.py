@@ -77,7 +77,8 @@ def one_step(run, **options):
         model.set_grad_checkpointing()
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, image_px=train.models.image_size(model)))
     ensemble = train.reinforced.read_meta(run.data.reinforced)["teachers"]
-    loader = train._loader(run, tokenizer, ensemble, start=0, rank=0, world=1)
+    side, _ = train._side(run, model, tokenizer)
+    loader = train._loader(run, tokenizer, ensemble, side, start=0, rank=0, world=1)
     objective = train._objective(run, model, ensemble)
     together = train._Together(model, objective)
     generator = torch.Generator().manual_seed(1)
@@ -120,7 +121,33 @@ def test_checkpointing_keeps_less_and_changes_nothing(model, accumulate, student
     assert all(v == accumulate for v in counted) and bool(counted) == (model == "demo-student")
 
 
+@pytest.mark.parametrize("name, changes", [("combined", {}), ("clip", {"ema": 0.9})], ids=["two captions", "ema"])
+def test_rows_that_no_caption_uses_are_trained_by_weight_decay_alone(name, changes, student, training_set, tmp_path,
+                                                                     monkeypatch):
+    """A table cut to the captions' tokens ends as the whole table, trained, does."""
+    run = make_run(student, training_set, tmp_path / "cut", name, samples=160, weight_decay=20.0, **changes)
+    tables, cut = [], train.shrink
+
+    def watched(model, captions):
+        kept = cut(model, captions)
+        tables.append(len(model.token_embedding.weight))
+        return kept
+
+    monkeypatch.setattr(train, "shrink", watched)
+    train.train(run)
+    monkeypatch.setattr(train, "shrink", lambda model, captions: None)
+    whole = dataclasses.replace(run, out=str(tmp_path / "whole"), scratch=str(tmp_path / "whole-scratch"))
+    train.train(whole)
+    assert tables[0] < 50
+    (one, *_), (other, *_) = (train.models.create(f"local-dir:{r.out}") for r in (run, whole))
+    before = train.models.create(student)[0].token_embedding.weight
+    assert other.token_embedding.weight[1000:2000].norm() < 0.9 * before[1000:2000].norm()  # it decayed
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(one.state_dict()[name], value, rtol=2e-4, atol=2e-6, msg=name)
+
+
 def test_the_averaged_weights_are_those_that_are_kept(student, training_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "shrink", lambda model, captions: None)  # what is averaged is what is kept
     seen = []
     update = train.AveragedModel.update_parameters
     monkeypatch.setattr(train.AveragedModel, "update_parameters", lambda self, m: (
