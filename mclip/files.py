@@ -1,13 +1,16 @@
 """Files and folders that are there whole or not at all: written under another name, then renamed."""
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 
 @contextmanager
@@ -52,3 +55,18 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         os.replace(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def made_once(folder: str | Path, name: str, suffix: str, made_of: Any, build: Callable[[Path], None]) -> Path:
+    """The file FOLDER/NAME-<digest of made_of>SUFFIX, made by build(draft) where it isn't there.
+
+    made_of : JSON of all that the content depends on. Of several processes that want the file one makes it.
+    """
+    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+    path = Path(folder) / f"{name}-{digest}{suffix}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            with whole(path) as draft:
+                build(draft)
+    return path

@@ -249,7 +249,7 @@ def _objective(run: Run, student: nn.Module, ensemble: list[dict], kernel: str =
 def _side(run: Run, student: nn.Module, tokenizer) -> tuple[training.Side, Kept | None]:
     """What the set has beside pixels, its tokens those of the student, whose vocabulary is cut to them."""
     side = training.load_side(run.data)
-    training.add_tokens(side, tokenizer, synthetic=run.recipe.synthetic)
+    training.add_tokens(side, tokenizer, synthetic=run.recipe.synthetic, cache=run.data.cache)
     captions = {name: side.arrays[name] for name in ("tokens", "syn_tokens") if name in side.arrays}
     vocabulary = shrink(student, list(captions.values()))
     if vocabulary is not None:

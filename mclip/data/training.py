@@ -12,37 +12,39 @@ ids); with synthetic captions syn_tokens, syn_ids; with a teacher label (b,), te
 with a reinforced set ensemble_image, ensemble_text, ensemble_syn (b, D).
 """
 
-import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .. import balance, cluster, embed
-from ..files import whole
+from ..files import made_once
 from ..progress import bar
 from ..runs import TrainingSet
 from . import augment, reinforced, shards
+from .captions import Tokenizer, caption_id, read_captions, tokenise
 
-Tokenizer = Callable[[list[str]], torch.Tensor]
 SHUFFLE_BUFFER = 2000
 
 
 @dataclass
 class Side:
-    """All but the pixels, of n samples; row[i] is sample i's row in the pixel cache."""
+    """All but the pixels, of n samples; row[i] is sample i's row in the pixel cache.
+
+    known : the captions of all pairs that these were picked from, the same for all such sets.
+    """
 
     row: np.ndarray
     keys: list[str]
     captions: list[str]
+    known: list[str]
     arrays: dict[str, torch.Tensor]
     syn_text: list[list[str]] | None = None
 
@@ -64,42 +66,29 @@ def pair_count(spec: TrainingSet) -> int:
     return shards.read_manifest(spec.pairs)["samples"]
 
 
-def caption_id(caption: str) -> int:
-    """A 63-bit id that equal captions share."""
-    return int.from_bytes(hashlib.sha1(caption.encode()).digest()[:8], "big") >> 1
-
-
-def read_captions(pairs: str, indices: list[int] | None = None) -> tuple[list[str], list[str]]:
-    """Keys and captions of the pairs' shards, in manifest order."""
-    rows = [(s.key, s.caption) for s in shards.iter_samples(pairs, shards=indices)]
-    return [k for k, _ in rows], [c for _, c in rows]
-
-
-def load_side(spec: TrainingSet, indices: list[int] | None = None,
-              samples: list[shards.Sample] | None = None) -> Side:
-    """Everything but the pixels, of some shards (None: all), in memory.
-
-    samples: those of these shards, where they have been read already.
+def load_side(spec: TrainingSet, shard: tuple[int, list[shards.Sample]] | None = None) -> Side:
+    """Everything but the pixels, of all shards or of one, given by its index and its samples, in memory.
 
     Raises FileNotFoundError naming the stage to run, ValueError where the parts do not fit together.
     """
     manifest = shards.read_manifest(spec.pairs)
-    indices = list(range(len(manifest["shards"]))) if indices is None else indices
+    indices = range(len(manifest["shards"])) if shard is None else [shard[0]]
     arrays: dict[str, torch.Tensor] = {}
     syn_text = None
     if spec.pairs_kind == "reinforced":
         parts = [reinforced.read_shard(spec.reinforced, i) for i in indices]
         keys = [k for p in parts for k in p.keys]
-        captions = [c for p in parts for c in p.captions]
+        captions = known = [c for p in parts for c in p.captions]
         syn_text = [s for p in parts for s in p.syn_text]
         arrays["ensemble_image"] = torch.cat([p.image_emb for p in parts])
         arrays["ensemble_texts"] = torch.cat([p.text_emb for p in parts])
         row = np.arange(len(keys))
     else:
-        if samples is not None:
-            keys, captions = [s.key for s in samples], [s.caption for s in samples]
+        if shard is not None:
+            keys, captions = [s.key for s in shard[1]], [s.caption for s in shard[1]]
         else:
-            keys, captions = read_captions(spec.pairs, indices)
+            keys, captions = read_captions(spec.pairs, spec.cache)
+        known = captions
         row = np.arange(len(keys))
         if spec.pairs_kind == "kept":
             balanced = balance.read(spec.balance)
@@ -110,7 +99,7 @@ def load_side(spec: TrainingSet, indices: list[int] | None = None,
         raise ValueError(f"no pair to train on ({spec.pairs_kind} pairs of {spec.pairs})")
     if spec.teacher is not None:
         arrays |= _teacher_arrays(spec, keys)
-    return Side(row=row, keys=keys, captions=captions, arrays=arrays, syn_text=syn_text)
+    return Side(row=row, keys=keys, captions=captions, known=known, arrays=arrays, syn_text=syn_text)
 
 
 def _teacher_arrays(spec: TrainingSet, keys: list[str]) -> dict[str, torch.Tensor]:
@@ -130,20 +119,23 @@ def _teacher_arrays(spec: TrainingSet, keys: list[str]) -> dict[str, torch.Tenso
     }
 
 
-def add_tokens(side: Side, tokenizer: Tokenizer, *, synthetic: bool) -> None:
-    """Tokenise the captions, each distinct one once, into `tokens`, `ids` (and `syn_tokens`, `syn_ids`)."""
+def add_tokens(side: Side, tokenizer: Tokenizer, *, synthetic: bool, cache: str | None = None) -> None:
+    """Tokenise the captions, each distinct one once, into `tokens`, `ids` (and `syn_tokens`, `syn_ids`).
+
+    cache : a folder that keeps the tokens for the next run.
+    """
     lists = {"": [[c] for c in side.captions]}
     if synthetic:
         if not side.syn_text or not side.syn_text[0]:
             raise ValueError("synthetic captions wanted, but the reinforced set has none (reinforce.n_syn)")
         lists["syn_"] = side.syn_text
     for prefix, texts in lists.items():
-        distinct = sorted({t for group in texts for t in group})
+        distinct = sorted({t for group in texts for t in group} if prefix else set(side.known))
         index = {t: i for i, t in enumerate(distinct)}
-        tokens = torch.cat([tokenizer(distinct[i : i + 4096]) for i in range(0, len(distinct), 4096)])
+        tokens = tokenise(distinct, tokenizer, cache)
         where = torch.tensor([[index[t] for t in group] for group in texts])
         ids = torch.tensor([caption_id(t) for t in distinct])
-        side.arrays[f"{prefix}tokens"] = tokens.to(torch.int32)[where]
+        side.arrays[f"{prefix}tokens"] = tokens[where]
         side.arrays[f"{prefix}ids"] = ids[where]
 
 
@@ -234,16 +226,11 @@ def pixel_cache(spec: TrainingSet, *, workers: int = 2) -> np.ndarray:
         made_of.append(reinforced.pictures(reinforced.read_meta(spec.reinforced)))
     else:
         made_of += [spec.light_scale_min, spec.light_views, spec.seed]
-    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-    path = Path(spec.cache) / f"pixels-{kind}-{digest}.npy"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):  # runs side by side want the same: one builds it
-        if not path.exists():
-            _build_cache(spec, path, workers)
+    path = made_once(spec.cache, f"pixels-{kind}", ".npy", made_of, lambda draft: _build_cache(spec, draft, workers))
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def _build_cache(spec: TrainingSet, path: Path, workers: int) -> None:
+def _build_cache(spec: TrainingSet, draft: Path, workers: int) -> None:
     if spec.pairs_kind == "reinforced":
         counts = [len(reinforced.read_shard(spec.reinforced, i).keys)
                   for i in range(len(shards.read_manifest(spec.pairs)["shards"]))]
@@ -254,7 +241,7 @@ def _build_cache(spec: TrainingSet, path: Path, workers: int) -> None:
     shape = (sum(counts), n_views, 3, spec.image_px, spec.image_px)
     at = 0
     loader = DataLoader(_Decode(spec), batch_size=None, num_workers=workers)
-    with whole(path) as draft, bar(desc="decode and augment", unit="pair", total=shape[0]) as progress:
+    with bar(desc="decode and augment", unit="pair", total=shape[0]) as progress:
         pixels = np.lib.format.open_memmap(draft, mode="w+", dtype=np.uint8, shape=shape)
         for views in loader:
             pixels[at : at + len(views)] = views
@@ -355,7 +342,7 @@ class _Stream(IterableDataset):
 
     def _open(self, index: int) -> Iterator[tuple[_Opened, int, shards.Sample]]:
         samples = list(shards.iter_samples(self.spec.pairs, shards=[index]))
-        side = load_side(self.spec, [index], samples)
+        side = load_side(self.spec, (index, samples))
         if not len(side):
             return
         add_tokens(side, self.tokenizer, synthetic=self.spec.synthetic)
