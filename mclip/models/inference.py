@@ -61,7 +61,8 @@ def for_inference(model: nn.Module) -> nn.Module:
     towers = [name for name in ("visual", "text") if _foldable(getattr(model, name, None))]
     if not towers:
         return model.to(memory_format=torch.channels_last)
-    folded = copy.deepcopy(model).requires_grad_(False)
+    known = getattr(model, "mclip", None)  # with its tokenizer, whose 49,408 words take a second to copy
+    folded = copy.deepcopy(model, {id(known): known}).requires_grad_(False)
     for name in towers:
         tower = copy.deepcopy(getattr(folded, name))
         probe = _probe(tower)
