@@ -149,7 +149,8 @@ def samples_to(samples: Sequence[float], accuracy: Sequence[float], target: floa
 
 
 def savings(main: pd.DataFrame, baseline: str, at_least: int) -> pd.DataFrame:
-    """How many times fewer samples each recipe takes to the baseline's accuracy at its longer runs.
+    """How many times fewer samples each recipe takes to the same accuracy: the baseline's at its longer runs, and the
+    recipe's own at its longest.
 
     Parameters
     ----------
@@ -158,51 +159,64 @@ def savings(main: pd.DataFrame, baseline: str, at_least: int) -> pd.DataFrame:
 
     Returns
     -------
-    columns recipe, set, reference (the baseline's samples), seeds (how many it has there), accuracy, reached (samples
-    at which the baseline first is there: fewer than `reference` where its curve falls back), needed (the recipe's),
-    factor (reached / needed), bound: "=" between two points, ">=" where the recipe's shortest run is above it already,
-    "<" where no run reaches it (then `needed` is the longest).
+    columns recipe, set, whose (accuracy it is), reference (at how many samples), seeds (how many there are of it),
+    accuracy, reached (samples at which the baseline first is there: fewer than its `reference` where its curve falls
+    back), needed (the recipe's), factor (reached / needed), bound: "=" between two points; ">=" where the recipe's
+    shortest run is above it already or no run of the baseline is (then `reached` is its longest); "<" the other way
+    round.
     """
     groups = main.groupby(["set", "recipe", "samples"], sort=False)["value"]
     means = groups.agg(value="mean", seeds="size").reset_index()
     rows = []
     for name, own in means.groupby("set", sort=False):
         base = own[own["recipe"] == baseline].sort_values("samples")
-        long = base[base["samples"] >= at_least]
         for recipe, curve in own[own["recipe"] != baseline].groupby("recipe", sort=False):
             curve = curve.sort_values("samples")
-            for reference, accuracy, seeds in zip(long["samples"], long["value"], long["seeds"], strict=True):
-                reached = samples_to(base["samples"], base["value"], accuracy)
-                needed, bound = samples_to(curve["samples"], curve["value"], accuracy), "="
-                if math.isinf(needed):
-                    needed, bound = float(curve["samples"].max()), "<"
-                elif curve["value"].iloc[0] >= accuracy:
-                    bound = ">="
-                rows.append((recipe, name, int(reference), int(seeds), accuracy, reached, needed, reached / needed,
-                             bound))
-    return pd.DataFrame(rows, columns=["recipe", "set", "reference", "seeds", "accuracy", "reached", "needed", "factor",
-                                       "bound"])
+            for target in pd.concat([base[base["samples"] >= at_least], curve.tail(1)]).itertuples():
+                (reached, early), (needed, soon) = (_first(c, target.value) for c in (base, curve))
+                late, never = reached is None, needed is None
+                reached, needed = (float(c["samples"].max()) if at is None else at
+                                   for c, at in ((base, reached), (curve, needed)))
+                of_base = target.recipe == baseline  # whose shortest run is no bound to where it first is as good
+                bound = "<" if never or (early and not of_base) else ">=" if late or (soon and of_base) else "="
+                rows.append((recipe, name, target.recipe, target.samples, target.seeds, target.value, reached, needed,
+                             reached / needed, bound))
+    return pd.DataFrame(rows, columns=["recipe", "set", "whose", "reference", "seeds", "accuracy", "reached", "needed",
+                                       "factor", "bound"])
+
+
+def _first(curve: pd.DataFrame, target: float) -> tuple[float | None, bool]:
+    """`samples_to` of a learning curve, None where it never is there, and whether its shortest run is already."""
+    at = samples_to(curve["samples"], curve["value"], target)
+    return None if math.isinf(at) else at, bool(curve["value"].iloc[0] >= target)
 
 
 def saving(saved: pd.DataFrame, titles: Mapping[str, str], baseline: str, claimed: float) -> str:
     """What `savings` found in a sentence: factors at the first reference, and the largest of all against the claim."""
-    if not len(saved):
+    of_base = saved[saved["whose"] == baseline]
+    if not len(of_base):
         return f"No recipe but {titles[baseline]} was run for long enough."
-    reference = saved["reference"].min()
+    reference, base = of_base["reference"].min(), titles[baseline]
     said = []
-    first = saved[(saved["reference"] == reference) & (saved["set"] == HELD_OUT)]
+    first = of_base[(of_base["reference"] == reference) & (of_base["set"] == HELD_OUT)]
     for recipe, own in first.groupby("recipe", sort=False):
         said.append(f"{titles[recipe]} {_factor(own.iloc[0])}")
     there = saved[saved["bound"] != "<"]
     if not len(there):
-        return f"No recipe reaches {titles[baseline]}'s accuracy at {reference:,} samples on any set."
+        return f"No recipe reaches {base}'s accuracy at {reference:,} samples on any set."
     best = there.loc[there["factor"].idxmax()]
     holds = "holds" if best["factor"] >= claimed else "does not hold at this size"
-    base = titles[baseline]
     seeds = f"{best['seeds']} seed{'s' if best['seeds'] > 1 else ''}"
+    if best["whose"] == baseline:
+        target = f"{base}'s accuracy at {best['reference']:,} samples ({seeds})"
+    else:
+        never = f"{base} does not reach with {best['reached']:,.0f}"
+        late = f"{base} reaches with {best['reached']:,.0f}"
+        target = (f"its own accuracy at {best['reference']:,} samples ({seeds}), which "
+                  f"{never if best['bound'] == '>=' else late}")
     return (f"To {base}'s {HELD_OUT} at {reference:,} samples, times fewer samples: {', '.join(said)}. The largest "
-            f"on one set: {titles[best['recipe']]} {_factor(best)} on {best['set']}, to {base}'s accuracy at "
-            f"{best['reference']:,} samples ({seeds}); the paper's factor of {claimed:g} {holds}.")
+            f"on one set: {titles[best['recipe']]} {_factor(best)} on {best['set']}, to {target}; the paper's factor "
+            f"of {claimed:g} {holds}.")
 
 
 def _factor(row) -> str:
