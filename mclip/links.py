@@ -31,9 +31,9 @@ from mclip.unionfind import minimum_forest
 
 GROUP = 256  # short rows that are multiplied by a chunk at once where cells rule little out
 WIDE = 512  # full rows, the same; also columns of a cell that is larger
-CHUNK = 4096  # full rows held at once, the same
-VISITORS = 1024  # rows that visit a cell, taken at once
-VISITS = 2_000_000  # rows with cells that they visit, held at once
+CHUNK = 4096  # rows that are multiplied by those; where cells rule little out, their full width is held
+PIECE = 1024  # rows whose full width, or whose scores for all cells, are held at once elsewhere
+VISITS = 8_000_000  # rows with cells that they visit, held at once in 4 bytes each
 STRIP = 32  # cells held against all others at once
 SOME = 8  # cells of a tile that tell whether cells rule little out
 BATCH = 256  # pairs measured at once
@@ -133,28 +133,26 @@ class _Search:
         starts = self.prepared.starts
         here, span = starts[first], starts[last] - starts[first]
         kind = np.min_scalar_type(span * (len(starts) - 1 - first))  # one number for a cell and a place: mostly uint32
-        keys, count = [], 0
+        keys, count = np.empty(max(VISITS, PIECE * (len(starts) - 1 - first)), kind), 0
         for place, cell in _visits(self.prepared, np.arange(first, last), self.limit):
-            keys.append(((cell - first) * span + (place - here)).astype(kind))
+            if count + len(place) > len(keys):
+                yield from self._by_cell(keys[:count], first, here, span)
+                count = 0
+            keys[count:count + len(place)] = (cell - first) * span + (place - here)
             count += len(place)
-            if count >= VISITS:
-                yield from self._by_cell(keys, first, here, span)
-                keys, count = [], 0
-        if keys:
-            yield from self._by_cell(keys, first, here, span)
+        yield from self._by_cell(keys[:count], first, here, span)
 
-    def _by_cell(self, keys: list[np.ndarray], first: int, here: int, span: int) -> Iterator[tuple]:
+    def _by_cell(self, keys: np.ndarray, first: int, here: int, span: int) -> Iterator[tuple]:
         """Candidates of visits, a cell that is visited at a time."""
-        starts, key = self.prepared.starts, np.concatenate(keys)
-        keys.clear()
-        key.sort()
-        ends = np.searchsorted(key, (np.arange(len(starts) - first) * span).astype(key.dtype))
+        starts = self.prepared.starts
+        keys.sort()
+        ends = np.searchsorted(keys, (np.arange(len(starts) - first) * span).astype(keys.dtype))
         for c in np.flatnonzero(np.diff(ends)):
-            place = key[ends[c]:ends[c + 1]].astype(np.int64) + (here - c * span)
-            for at in range(0, len(place), VISITORS):
+            place = keys[ends[c]:ends[c + 1]].astype(np.int64) + (here - c * span)
+            for at in range(0, len(place), CHUNK):
                 for low in range(starts[first + c], starts[first + c + 1], WIDE):
                     high = min(low + WIDE, starts[first + c + 1])
-                    rows = place[at:at + VISITORS]
+                    rows = place[at:at + CHUNK]
                     yield self._block(rows[:np.searchsorted(rows, high)], low, high)
 
     def _dense(self, first: int, last: int) -> Iterator[tuple]:
@@ -190,8 +188,13 @@ class _Search:
                 self.failed = 0
                 return (left if len(left[0]) else None), measured
             self.failed += dense
-        full = _some(whole(), rows - begin) if dense else self.prepared.unit(rows)
-        left, products = self._full(full, rows, low, high, sets)
+        full = self.prepared.unit(np.arange(low, high)).T
+        if dense:
+            product = _some(whole(), rows - begin) @ full
+        else:
+            parts = np.split(rows, range(PIECE, len(rows), PIECE))
+            product = torch.cat([self.prepared.unit(part) @ full for part in parts])
+        left, products = self._full(product, rows, low, sets)
         return (left if len(left[0]) else None), measured + products
 
     def _short(self, rows: np.ndarray, low: int, high: int, sets: tuple | None, few: int | None) -> tuple:
@@ -210,10 +213,9 @@ class _Search:
             return None, measured
         return (prepared.order[a], prepared.order[b], 2 - 2 * (value + prepared.slack_of_second)), measured
 
-    def _full(self, full: torch.Tensor, rows: np.ndarray, low: int, high: int, sets: tuple | None) -> tuple:
-        """What full rows can't tell of a block; what they can is reported. And the number of products."""
+    def _full(self, product: torch.Tensor, rows: np.ndarray, low: int, sets: tuple | None) -> tuple:
+        """What the full rows' products can't tell of a block; what they can is reported. And their number."""
         prepared = self.prepared
-        product = full @ prepared.unit(np.arange(low, high)).T
         a, b, value, _ = self._near(product, rows, low, sets, prepared.margin)
         a, b, value = self._keep(a, b, value, prepared.margin)
         square = 2 - 2 * value
@@ -306,8 +308,8 @@ def _visits(prepared: Prepared, cells: np.ndarray, limit: float) -> Iterator[tup
             others = c - own[0] + np.flatnonzero(may[k, c - own[0]:])  # itself the first
             at = torch.from_numpy(others).to(centres.device)
             across, offset, far = centres[at].T, bias[at], reach[k, at]
-            for low in range(starts[c], starts[c + 1], VISITORS):
-                score = torch.addmm(offset, prepared.z[low:min(low + VISITORS, starts[c + 1])].float(), across)
+            for low in range(starts[c], starts[c + 1], PIECE):
+                score = torch.addmm(offset, prepared.z[low:min(low + PIECE, starts[c + 1])].float(), across)
                 row, column = (score.sub_(score[:, :1].clone()).add_(far).cpu().numpy() >= 0).nonzero()
                 yield low + row, own[0] + others[column]
 

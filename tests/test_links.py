@@ -69,10 +69,11 @@ def test_axes_and_tiles_do_not_matter(options):
 
 
 @pytest.mark.parametrize("limit", [0.1, 0.6])
-@pytest.mark.parametrize("least", [{"VISITS": 1}, {"VISITS": 300, "STRIP": 3}, {"WIDE": 5, "VISITORS": 7, "VISITS": 100},
-                                   {"DENSE": 0.0}, {"DENSE": 0.0, "CHUNK": 50, "GROUP": 13, "WIDE": 31, "FAILED": 1}])
-def test_pieces_do_not_matter(limit, least, monkeypatch):
-    for name, value in ({"DENSE": 2.0} | least).items():
+@pytest.mark.parametrize("sizes", [{"VISITS": 1, "PIECE": 2}, {"VISITS": 300, "PIECE": 3, "STRIP": 3},
+                                   {"WIDE": 5, "CHUNK": 17, "PIECE": 7, "VISITS": 100}, {"DENSE": 0.0},
+                                   {"DENSE": 0.0, "CHUNK": 50, "GROUP": 13, "WIDE": 31, "FAILED": 1}])
+def test_pieces_do_not_matter(limit, sizes, monkeypatch):
+    for name, value in ({"DENSE": 2.0} | sizes).items():
         monkeypatch.setattr(links, name, value)
     rows = spectrum()
     for cell in (3, 100):
