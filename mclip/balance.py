@@ -13,8 +13,8 @@ The paper doesn't say which distance its 0.07 is, so the metric is explicit, on 
 convert exactly: sql2 = l2^2 = 2 cosine.
 
 How: `mclip.links` finds the links without measuring most pairs, and decides each as float64 would; they are joined
-as they are found (`mclip.unionfind`). Beside the embeddings, which stay where they are, memory is about 150 bytes a row
-and some blocks.
+as they are found (`mclip.unionfind`). Beside the embeddings, which stay where they are, memory is about 270 bytes a row
+of 1,280 columns, at most 130 MB for cells, and some blocks (figures: benchmarks/balance.md).
 """
 
 import argparse
