@@ -13,8 +13,8 @@ The paper doesn't say which distance its 0.07 is, so the metric is explicit, on 
 convert exactly: sql2 = l2^2 = 2 cosine.
 
 How: `mclip.links` finds the links without measuring most pairs, and decides each as float64 would; they are joined
-as they are found (`mclip.unionfind`). Beside the embeddings, which stay where they are, memory is about 150 bytes a row
-and some blocks.
+as they are found (`mclip.unionfind`). Beside the embeddings, which stay where they are, memory is about 270 bytes a row
+of 1,280 columns, at most 130 MB for cells, and some blocks (figures: benchmarks/balance.md).
 """
 
 import argparse
@@ -32,8 +32,10 @@ import pyarrow.parquet as pq
 import torch
 
 from mclip import engine, links
+from mclip.cells import threads
 from mclip.components import StateError, components
 from mclip.files import whole
+from mclip.prepared import prepare
 from mclip.rows import Rows, RowsError, as_keys, check_keys, read_folder
 from mclip.unionfind import Sets, minimum_forest
 
@@ -87,7 +89,7 @@ class Balance:
 
 
 def balance(embeddings, keys: Sequence | np.ndarray | None = None, *, threshold: float, metric: str,
-            tile: int = links.TILE, device: str | None = None, state: str | Path | None = None,
+            tile: int | None = None, device: str | None = None, state: str | Path | None = None,
             workers: int = 1, backend: str = "processes") -> Balance:
     """Sets of near-duplicates and the representative of each; see the module's docstring.
 
@@ -97,7 +99,7 @@ def balance(embeddings, keys: Sequence | np.ndarray | None = None, *, threshold:
     keys : n different strings or integers; None: the row's number
     threshold : largest distance that links two images, in `metric`
     metric : "l2" | "sql2" | "cosine"
-    tile : rows that are compared at once; changes memory and speed, never the result
+    tile : rows that are compared at once; None: by their number. Changes memory and speed, never the result
     device : of the matrix products; None: a GPU if there is one
     state : a file that what was found is kept in while this runs, so that a killed run goes on there; None: none
     workers : processes that search for links; 1: this one, with as many threads as torch has
@@ -124,7 +126,7 @@ def balance(embeddings, keys: Sequence | np.ndarray | None = None, *, threshold:
     return Balance(set_id, keep, distance, keys, float(threshold), metric)
 
 
-def removed_curve(embeddings, thresholds: Sequence[float], *, metric: str, tile: int = links.TILE,
+def removed_curve(embeddings, thresholds: Sequence[float], *, metric: str, tile: int | None = None,
                   device: str | None = None) -> np.ndarray:
     """Fraction of the images that `balance` removes at each threshold, (len(thresholds),): one pass for all.
 
@@ -138,7 +140,7 @@ def removed_curve(embeddings, thresholds: Sequence[float], *, metric: str, tile:
     return np.searchsorted(np.sort(square), limits, side="right") / len(Rows(embeddings))
 
 
-def spanning_forest(embeddings, threshold: float, *, metric: str, tile: int = links.TILE,
+def spanning_forest(embeddings, threshold: float, *, metric: str, tile: int | None = None,
                     device: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Edges (i < j, squared L2 distance) of the minimum spanning forest of all links up to `threshold`, ascending;
     of equally long edges those between the lowest rows come first.
@@ -174,7 +176,7 @@ def spanning_forest(embeddings, threshold: float, *, metric: str, tile: int = li
         if count > LINKS:
             forest, batch, count = _forest([forest, *batch], n), [], 0
 
-    prepared = links.prepare(rows, tile=tile, device=device)
+    prepared = prepare(rows, tile=tile, device=device)
     links.search(prepared, limit, wanted, found, squares=True, desc="balance: curve")
     return _forest([forest, *batch], n)
 
@@ -239,8 +241,8 @@ def read(folder: str | Path) -> Balance:
     return Balance(*columns[:3], as_keys(columns[3]), **about)
 
 
-def _check_tile(tile: int) -> None:
-    if tile < 1:
+def _check_tile(tile: int | None) -> None:
+    if tile is not None and tile < 1:
         raise BalanceError(f"tile: expected at least 1 row, found {tile}")
 
 
@@ -284,7 +286,7 @@ def _centroid_distance(rows: Rows, set_id: np.ndarray, order: np.ndarray, chunk:
             difference = rows.unit(index[k:k + chunk]) - mean
             distance[index[k:k + chunk]] = np.sqrt(np.einsum("nd,nd->n", difference, difference))
 
-    for _ in links.threads(sets, pairwise(cuts)):
+    for _ in threads(sets, pairwise(cuts)):
         pass
     return distance
 

@@ -25,7 +25,7 @@ def assign(z: torch.Tensor, centres: torch.Tensor) -> np.ndarray:
     label, across, bias = np.empty(len(z), np.int32), centres.T.contiguous(), centres.square().sum(1) / -2
 
     def some(start: int) -> None:
-        score = torch.addmm(bias, z[start:start + ROWS].to(centres.device), across)
+        score = torch.addmm(bias, z[start:start + ROWS].to(centres.device).float(), across)
         # numpy's argmax on the CPU: a fifteenth of torch's time
         label[start:start + ROWS] = score.argmax(1).cpu() if score.is_cuda else score.numpy().argmax(1)
 
@@ -37,7 +37,7 @@ def assign(z: torch.Tensor, centres: torch.Tensor) -> np.ndarray:
 def kmeans(z: torch.Tensor, k: int, device: torch.device) -> torch.Tensor:
     """Centres (k, d) of rows z by Lloyd's algorithm on PER_CELL rows each; near ones lie beside each other."""
     some = np.random.default_rng(0).choice(len(z), min(len(z), PER_CELL * k), replace=False)
-    sample = z[torch.from_numpy(some)]
+    sample = z[torch.from_numpy(some)].float()
     centres = sample[:k].clone()
     for _ in range(ITERATIONS if k > 1 else 1):
         label = torch.from_numpy(assign(sample, centres.to(device))).long()
@@ -61,7 +61,7 @@ def extents(z: torch.Tensor, starts: np.ndarray, centres: torch.Tensor) -> torch
             return
         most = torch.full_like(bias, -torch.inf)
         for at in range(start, stop, ROWS):
-            score = z[at:min(at + ROWS, stop)] @ across
+            score = z[at:min(at + ROWS, stop)].float() @ across
             torch.maximum(most, score.sub_(score[:, a, None].clone()).amax(0), out=most)
         most += bias - bias[a]
         out[a] = (most + most.abs() * 2**-10 + 1e-7).half()  # never rounded to less

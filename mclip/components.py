@@ -11,6 +11,7 @@ import torch
 
 from mclip import engine, links, progress
 from mclip.files import whole
+from mclip.prepared import PARTS, Prepared, load, prepare, save
 from mclip.rows import Rows
 from mclip.unionfind import Sets
 
@@ -21,13 +22,14 @@ class StateError(ValueError):
     """The file of an earlier run can't be read; the message names it."""
 
 
-def components(rows: Rows, limit: float, *, tile: int = links.TILE, device: str | None = None,
+def components(rows: Rows, limit: float, *, tile: int | None = None, device: str | None = None,
                state: str | Path | None = None, workers: int = 1, backend: str = "processes") -> np.ndarray:
     """(n,) label of each row's component in the graph of squared distances <= limit: its lowest row.
 
     The other arguments are those of `mclip.balance.balance`.
     """
-    prepared, sets = links.prepare(rows, tile=tile, device=device), Sets(len(rows))
+    prepared = prepare(rows, tile=tile, parts=PARTS * max(1, workers), device=device)
+    sets = Sets(len(rows))
     known = _State(state, prepared, limit, sets)
     if workers == 1 and backend == "processes":
         _search(prepared, limit, sets, tiles=known.todo, done=known.done)
@@ -37,16 +39,16 @@ def components(rows: Rows, limit: float, *, tile: int = links.TILE, device: str 
     return sets.roots()
 
 
-def _search(prepared: links.Links, limit: float, sets: Sets, **options) -> None:
+def _search(prepared: Prepared, limit: float, sets: Sets, **options) -> None:
     links.search(prepared, limit, lambda a, b, _: ~sets.joined(a, b), lambda a, b, _: sets.join(a, b),
                  labels=sets.find, **options)
 
 
-def _search_by_many(prepared: links.Links, limit: float, sets: Sets, known: "_State", workers: int,
+def _search_by_many(prepared: Prepared, limit: float, sets: Sets, known: "_State", workers: int,
                     backend: str) -> None:
     """Lots of tiles go to workers; each returns its rows' sets, a forest as good as all links that it found."""
     with tempfile.TemporaryDirectory(prefix="mclip-balance-") as folder:
-        links.save(prepared, folder)
+        save(prepared, folder)
         files = list(prepared.rows.names)
         if not prepared.rows.in_files:
             files = [f"{folder}/rows.npy"]
@@ -68,14 +70,14 @@ def _search_lot(files: list[str], folder: str, limit: float, lot: list[int]) -> 
     torch.set_num_threads(1)
     rows = Rows(files)
     sets = Sets(len(rows))
-    _search(links.load(folder, rows), limit, sets, tiles=lot, desc=None)
+    _search(load(folder, rows), limit, sets, tiles=lot, desc=None)
     return lot, sets.roots()
 
 
 class _State:
     """Which tiles a run is done with, and the sets found so far, on disk about twice a minute."""
 
-    def __init__(self, path: str | Path | None, prepared: links.Links, limit: float, sets: Sets):
+    def __init__(self, path: str | Path | None, prepared: Prepared, limit: float, sets: Sets):
         self.path, self.sets, self.saved = path and Path(path), sets, time.monotonic()
         self.finished = np.zeros(prepared.count, bool)
         about = hashlib.sha256(np.array([limit, prepared.count, prepared.rows.width]).tobytes())

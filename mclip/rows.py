@@ -92,7 +92,7 @@ class Rows:
             here = np.flatnonzero(source == k) if len(self.tensors) > 1 else slice(None)
             part = self.tensors[k][torch.from_numpy(index[here] - self.starts[k])]
             scale = torch.from_numpy(inverse[here])[:, None]
-            part = (part * scale).float() if part.dtype == torch.float64 else part.float() * scale.float()
+            part = (part * scale).float() if part.dtype == torch.float64 else part.float().mul_(scale.float())
             if len(part) == len(index):
                 return part
             out = torch.empty(len(index), self.width) if out is None else out

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mclip import links
+from mclip.prepared import prepare
 from mclip.rows import Rows
 
 
@@ -31,7 +32,7 @@ def all_links(rows, limit):
 
 
 def searched(rows, limit, squares=True, **options):
-    prepared = links.prepare(Rows(rows), **options)
+    prepared = prepare(Rows(rows), **options)
     out, finished = {}, []
 
     def found(a, b, square):
@@ -65,6 +66,26 @@ def test_every_link_once(exponent, limit, squares):
 def test_axes_and_tiles_do_not_matter(options):
     rows = spectrum()
     assert searched(rows, 0.1, **options)[0].keys() == all_links(rows, 0.1).keys()
+
+
+@pytest.mark.parametrize("limit", [0.1, 0.6])
+@pytest.mark.parametrize("sizes", [{"VISITS": 1, "PIECE": 2}, {"VISITS": 300, "PIECE": 3, "STRIP": 3},
+                                   {"WIDE": 5, "CHUNK": 17, "PIECE": 7, "VISITS": 100}, {"DENSE": 0.0},
+                                   {"DENSE": 0.0, "CHUNK": 50, "GROUP": 13, "WIDE": 31, "FAILED": 1}])
+def test_pieces_do_not_matter(limit, sizes, monkeypatch):
+    for name, value in ({"DENSE": 2.0} | sizes).items():
+        monkeypatch.setattr(links, name, value)
+    rows = spectrum()
+    for cell in (3, 100):
+        assert searched(rows, limit, cell=cell, tile=200)[0].keys() == all_links(rows, limit).keys()
+
+
+def test_no_pair_of_crowded_rows_is_multiplied_twice(monkeypatch):
+    monkeypatch.setattr(links, "WIDE", 64)
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(2000, 200)).astype(np.float32)
+    out, full = searched(rows, 1.0, tile=500)
+    assert not out and 1 < full < 1.1
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -102,7 +123,7 @@ def test_unwanted_pairs_are_not_measured(monkeypatch):
     monkeypatch.setattr(links, "MEASURE", 1.0)
     monkeypatch.setattr(links, "GROUP", 512)  # all rows: in a smaller group so many are near that it is multiplied whole
     rows = np.repeat(np.eye(16, dtype=np.float32), 25, axis=0)
-    prepared, seen = links.prepare(Rows(rows)), []
+    prepared, seen = prepare(Rows(rows)), []
     full = links.search(prepared, 0.1, lambda a, b, lower: (a // 25 == 2) & (lower < 0.1),
                         lambda a, b, square: seen.extend(zip(a.tolist(), b.tolist(), strict=True)))
     assert len(seen) == 25 * 24 / 2 and full == pytest.approx(len(seen) / (400 * 399 / 2))
@@ -110,7 +131,7 @@ def test_unwanted_pairs_are_not_measured(monkeypatch):
 
 def test_only_some_tiles():
     rows, parts = spectrum(), []
-    prepared = links.prepare(Rows(rows), tile=64)
+    prepared = prepare(Rows(rows), tile=64)
     for some in (range(0, prepared.count, 2), range(1, prepared.count, 2)):
         links.search(prepared, 0.1, lambda a, b, lower: np.ones(len(a), bool),
                      lambda a, b, square: parts.extend(zip(a.tolist(), b.tolist(), strict=True)), tiles=some)
@@ -119,7 +140,7 @@ def test_only_some_tiles():
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_products_are_float32_whatever_the_process_has_chosen(fails):
-    prepared, seen = links.prepare(Rows(spectrum())), []
+    prepared, seen = prepare(Rows(spectrum())), []
     torch.set_float32_matmul_precision("medium")
 
     def found(a, b, square):
@@ -136,7 +157,7 @@ def test_products_are_float32_whatever_the_process_has_chosen(fails):
 
 
 def test_an_error_in_a_thread_ends_the_search():
-    prepared = links.prepare(Rows(spectrum()), tile=64)
+    prepared = prepare(Rows(spectrum()), tile=64)
     before, threads = torch.get_num_threads(), threading.active_count()
 
     def broken(a, b, square):
