@@ -32,8 +32,8 @@ from .runs import Run
 
 CACHE = Path("data/cache/ablations")
 METRICS = Path("reports/metrics/ablations")
-CODE = ("cluster.py", "data/augment.py", "data/reinforced.py", "data/shards.py", "data/training.py", "kernels",
-        "losses", "models", "runs.py", "train.py")
+CODE = ("cluster.py", "data/augment.py", "data/captions.py", "data/reinforced.py", "data/shards.py", "data/training.py",
+        "kernels", "losses", "models", "runs.py", "train.py")
 SCORE_CODE = ("data/evalsets.py", "data/registry.py", "evaluate.py", "features.py", "metrics.py", "models")
 PACKAGES = ("torch", "open_clip_torch", "timm")
 UNSEEN = {"parallel_runs", "checkpoint_every"}  # of distill.train: never seen in what a run gives

@@ -17,8 +17,8 @@ from .data import reinforced, shards
 from .files import whole_folder
 from .params import Balance, Cluster, KeptPairs, Recipe, Selection, Variant
 
-CODE = ("balance.py", "cluster.py", "components.py", "derive.py", "links.py", "prune.py", "rows.py", "unionfind.py",
-        "data/reinforced.py", "data/shards.py")
+CODE = ("balance.py", "cells.py", "cluster.py", "components.py", "derive.py", "links.py", "prepared.py", "prune.py",
+        "rows.py", "unionfind.py", "data/reinforced.py", "data/shards.py")
 FOLDERS = {name: f"data/{name}" for name in ("pairs", "balance", "clusters", "embeddings", "reinforced")}
 
 
