@@ -26,7 +26,7 @@ from filelock import FileLock
 
 from . import compare, derive, distill, evaluate, models
 from . import scores as tables
-from .files import write_whole
+from .files import digest, write_whole
 from .params import Balance, Cluster, EvalSet, Learning, Recipe, Study, Train, varied
 from .runs import Run
 
@@ -125,7 +125,7 @@ def identity(run: Run) -> str:
         reads |= {"clusters": run.data.clusters, "embeddings": f"{run.data.embeddings}/{run.data.teacher}"}
     for folder in [*derive.FOLDERS, "cache"]:
         del spec[folder]
-    return derive.digest({
+    return digest({
         "student": [run.student, distill.architecture(run.student)],
         "recipe": run.recipe.model_dump(exclude={"title"}),
         "train": run.train.model_dump(exclude=UNSEEN),
@@ -167,7 +167,7 @@ def scores(runs: Iterable[Run], sets: Mapping[str, EvalSet], *, batch_size: int,
     files = {}
     for out in dict.fromkeys(run.out for run in runs):
         weights = models.weights_sha256(f"local-dir:{out}"), (Path(out) / "open_clip_config.json").read_text()
-        files[out] = cache / "scores" / f"{derive.digest([weights, asked])}.json"
+        files[out] = cache / "scores" / f"{digest([weights, asked])}.json"
     if todo := [out for out, file in files.items() if not file.exists()]:
         loaded = [models.create(f"local-dir:{out}") for out in todo]
         _, _, preprocess, tokenizer = loaded[0]

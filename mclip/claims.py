@@ -173,22 +173,27 @@ def savings(main: pd.DataFrame, baseline: str, at_least: int) -> pd.DataFrame:
         for recipe, curve in own[own["recipe"] != baseline].groupby("recipe", sort=False):
             curve = curve.sort_values("samples")
             for target in pd.concat([base[base["samples"] >= at_least], curve.tail(1)]).itertuples():
-                (reached, early), (needed, soon) = (_first(c, target.value) for c in (base, curve))
-                late, never = reached is None, needed is None
-                reached, needed = (float(c["samples"].max()) if at is None else at
-                                   for c, at in ((base, reached), (curve, needed)))
+                reached, theirs = _first(base, target.value)
+                needed, ours = _first(curve, target.value)
                 of_base = target.recipe == baseline  # whose shortest run is no bound to where it first is as good
-                bound = "<" if never or (early and not of_base) else ">=" if late or (soon and of_base) else "="
+                bound = "="
+                if ours == "last" or (theirs == "first" and not of_base):
+                    bound = "<"
+                elif theirs == "last" or (ours == "first" and of_base):
+                    bound = ">="
                 rows.append((recipe, name, target.recipe, target.samples, target.seeds, target.value, reached, needed,
                              reached / needed, bound))
     return pd.DataFrame(rows, columns=["recipe", "set", "whose", "reference", "seeds", "accuracy", "reached", "needed",
                                        "factor", "bound"])
 
 
-def _first(curve: pd.DataFrame, target: float) -> tuple[float | None, bool]:
-    """`samples_to` of a learning curve, None where it never is there, and whether its shortest run is already."""
+def _first(curve: pd.DataFrame, target: float) -> tuple[float, str]:
+    """`samples_to` of a learning curve, its longest run where it never is there; and which run that is a bound by:
+    "first" where the shortest is there already, "last" where none is, "" between two."""
     at = samples_to(curve["samples"], curve["value"], target)
-    return None if math.isinf(at) else at, bool(curve["value"].iloc[0] >= target)
+    if math.isinf(at):
+        return float(curve["samples"].max()), "last"
+    return at, "first" if curve["value"].iloc[0] >= target else ""
 
 
 def saving(saved: pd.DataFrame, titles: Mapping[str, str], baseline: str, claimed: float) -> str:
@@ -210,10 +215,9 @@ def saving(saved: pd.DataFrame, titles: Mapping[str, str], baseline: str, claime
     if best["whose"] == baseline:
         target = f"{base}'s accuracy at {best['reference']:,} samples ({seeds})"
     else:
-        never = f"{base} does not reach with {best['reached']:,.0f}"
-        late = f"{base} reaches with {best['reached']:,.0f}"
-        target = (f"its own accuracy at {best['reference']:,} samples ({seeds}), which "
-                  f"{never if best['bound'] == '>=' else late}")
+        reaches = "does not reach" if best["bound"] == ">=" else "reaches"
+        target = (f"its own accuracy at {best['reference']:,} samples ({seeds}), which {base} {reaches} with "
+                  f"{best['reached']:,.0f}")
     return (f"To {base}'s {HELD_OUT} at {reference:,} samples, times fewer samples: {', '.join(said)}. The largest "
             f"on one set: {titles[best['recipe']]} {_factor(best)} on {best['set']}, to {target}; the paper's factor "
             f"of {claimed:g} {holds}.")

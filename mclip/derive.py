@@ -5,16 +5,14 @@ what is there is not made again, what was made of other data or by other code is
 """
 
 import hashlib
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from . import balance, cluster, embed, prune
 from .data import reinforced, shards
-from .files import whole_folder
+from .files import digest, whole_folder
 from .params import Balance, Cluster, KeptPairs, Recipe, Selection, Variant
 
 CODE = ("balance.py", "cells.py", "cluster.py", "components.py", "derive.py", "links.py", "prepared.py", "prune.py",
@@ -143,11 +141,6 @@ def code(names: tuple[str, ...]) -> str:
     files = sorted(path for name in names for path in [root / name, *(root / name).rglob("*")]
                    if path.suffix in (".py", ".json"))
     return digest([(str(path.relative_to(root)), path.read_text()) for path in files])
-
-
-def digest(content: Any) -> str:
-    """16 hex digits of anything JSON can hold."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _named(cache: Path, kind: str, made_of: list) -> Path:

@@ -57,13 +57,17 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def digest(content: Any) -> str:
+    """16 hex digits of anything JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def made_once(folder: str | Path, name: str, suffix: str, made_of: Any, build: Callable[[Path], None]) -> Path:
     """The file FOLDER/NAME-<digest of made_of>SUFFIX, made by build(draft) where it isn't there.
 
     made_of : JSON of all that the content depends on. Of several processes that want the file one makes it.
     """
-    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-    path = Path(folder) / f"{name}-{digest}{suffix}"
+    path = Path(folder) / f"{name}-{digest(made_of)}{suffix}"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if not path.exists():
