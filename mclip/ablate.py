@@ -36,6 +36,7 @@ CODE = ("cluster.py", "data/augment.py", "data/captions.py", "data/reinforced.py
         "kernels", "losses", "models", "runs.py", "train.py")
 SCORE_CODE = ("data/evalsets.py", "data/registry.py", "evaluate.py", "features.py", "metrics.py", "models")
 PACKAGES = ("torch", "open_clip_torch", "timm")
+ON_ALL = " on all pairs"  # after a recipe's name: its finished student, beside a curve on a fraction of them
 UNSEEN = {"parallel_runs", "checkpoint_every"}  # of distill.train: never seen in what a run gives
 
 
@@ -77,28 +78,37 @@ def plan_learning(curve: Learning, recipes: Mapping[str, Recipe], shared: Shared
                   finished_seeds: Sequence[int], students: str | Path = "models/students") -> dict[str, list[Run]]:
     """The runs of a learning curve, "RECIPE SAMPLES" -> runs; each length is a training of its own, its own cosine.
 
-    At distill's own number of samples they are its finished students. Raises FileNotFoundError where these are missing.
+    At distill's own number of samples they are its finished students. With a fraction of the pairs these stand beside
+    the curve, as recipe "RECIPE on all pairs". Raises FileNotFoundError where they are missing.
     """
     runs, full = {}, shared.train.samples
+    whole = curve.fraction == 1
     for recipe in dict.fromkeys([*curve.recipes, curve.baseline]):
         lengths = dict.fromkeys(curve.samples, seeds)
         if recipe == curve.baseline:
             lengths |= dict.fromkeys(curve.longer, curve.longer_seeds)
-        data = derive.FOLDERS | shared.data
-        for samples, which in sorted((lengths | {full: finished_seeds}).items()):
-            key = f"{recipe} {samples}"
-            if samples != full:
-                runs[key] = _runs(recipe, recipes[recipe], shared, samples, which, shared.cluster.teacher, data)
-                continue
-            runs[key] = distill.plan(recipe, recipes[recipe], shared.student, shared.train, list(which), data=data,
-                                     teacher=shared.cluster.teacher, out=students)
-            if missing := [run.out for run in runs[key] if not distill.finished(run)]:
-                raise FileNotFoundError(f"{missing[0]} is missing: run `dvc repro distill@{recipe}` first")
+        if whole:
+            lengths.pop(full, None)
+        data = derive.part(curve.fraction, recipes[recipe], shared.cluster, cache=shared.cache, data=shared.data)
+        own = {(samples, recipe): _runs(recipe, recipes[recipe], shared, samples, which, shared.cluster.teacher, data)
+               for samples, which in lengths.items()}
+        own[full, recipe if whole else recipe + ON_ALL] = _students(recipe, recipes[recipe], shared, finished_seeds,
+                                                                    students)
+        runs |= {f"{name} {samples}": own[samples, name] for samples, name in sorted(own)}
+    return runs
+
+
+def _students(name: str, recipe: Recipe, shared: Shared, seeds: Sequence[int], folder: str | Path) -> list[Run]:
+    """The runs of distill's finished students."""
+    runs = distill.plan(name, recipe, shared.student, shared.train, list(seeds), data=derive.FOLDERS | shared.data,
+                        teacher=shared.cluster.teacher, out=folder)
+    if missing := [run.out for run in runs if not distill.finished(run)]:
+        raise FileNotFoundError(f"{missing[0]} is missing: run `dvc repro distill@{name}` first")
     return runs
 
 
 def planned(name: str, recipe: Recipe, student: str, train: Train, seeds: Sequence[int], *, teacher: str | None,
-            data: dict[str, str] | None = None, cache: Path = CACHE) -> list[Run]:
+            data: dict[str, Any] | None = None, cache: Path = CACHE) -> list[Run]:
     """`distill.plan`'s runs, in the cache under names of their own: what a study has finished is there already."""
     found = []
     for run in distill.plan(name, recipe, student, train, list(seeds), teacher=teacher, data=data):
@@ -108,7 +118,7 @@ def planned(name: str, recipe: Recipe, student: str, train: Train, seeds: Sequen
 
 
 def _runs(name: str, recipe: Recipe, shared: Shared, samples: int, seeds: Sequence[int], teacher: str | None,
-          data: dict[str, str]) -> list[Run]:
+          data: dict[str, Any]) -> list[Run]:
     train = shared.train.model_copy(update={"samples": samples})
     return planned(name, recipe, shared.student, train, seeds, teacher=teacher, data=data, cache=shared.cache)
 
@@ -243,6 +253,13 @@ def by_samples(main: pd.DataFrame) -> pd.DataFrame:
     """The frame of a learning curve with its variants, "RECIPE SAMPLES", as columns recipe and samples."""
     parts = main["recipe"].str.rsplit(" ", n=1)
     return main.assign(recipe=parts.str[0], samples=parts.str[1].astype(int))
+
+
+def seed_counts(main: pd.DataFrame) -> pd.DataFrame:
+    """How many seeds each recipe of a learning curve has, a row a number of samples."""
+    first = main[main["set"] == main["set"].iloc[0]]
+    counts = first.groupby(["recipe", "samples"], sort=False)["seed"].nunique().unstack(0)
+    return counts.sort_index().rename_axis("samples")
 
 
 def pairs(runs: Mapping[str, Sequence[Run]]) -> dict[str, int]:

@@ -223,5 +223,19 @@ def saving(saved: pd.DataFrame, titles: Mapping[str, str], baseline: str, claime
             f"of {claimed:g} {holds}.")
 
 
+def savings_table(saved: pd.DataFrame, titles: Mapping[str, str], baseline: str) -> pd.DataFrame:
+    """`savings` to read, accuracy in percent; its last columns but one are samples, to be shown without digits."""
+    return pd.DataFrame({
+        "set": saved["set"],
+        "recipe": saved["recipe"].map(titles),
+        "whose accuracy": saved["whose"].map(titles),
+        "at samples": saved["reference"],
+        "accuracy, %": 100 * saved["accuracy"],
+        f"{titles[baseline]} reaches it at": saved["reached"],
+        "the recipe at": saved["needed"],
+        "factor": saved["bound"].replace("=", "") + " " + saved["factor"].map("{:.1f}".format),
+    })
+
+
 def _factor(row) -> str:
     return {"=": "", ">=": "at least ", "<": "less than "}[row["bound"]] + f"{row['factor']:.1f}"

@@ -6,6 +6,7 @@ what is there is not made again, what was made of other data or by other code is
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,10 @@ from . import balance, cluster, embed, prune
 from .data import reinforced, shards
 from .files import digest, whole_folder
 from .params import Balance, Cluster, KeptPairs, Recipe, Selection, Variant
+from .runs import in_part
 
 CODE = ("balance.py", "cells.py", "cluster.py", "components.py", "derive.py", "links.py", "prepared.py", "prune.py",
-        "rows.py", "unionfind.py", "data/reinforced.py", "data/shards.py")
+        "rows.py", "runs.py", "unionfind.py", "data/reinforced.py", "data/shards.py")
 FOLDERS = {name: f"data/{name}" for name in ("pairs", "balance", "clusters", "embeddings", "reinforced")}
 
 
@@ -40,6 +42,19 @@ def folders(variant: Variant, recipe: Recipe, kept: Balance, clusters: Cluster, 
     if variant.reinforced:
         own["reinforced"] = str(_selected(variant.reinforced, own, cache))
     return own, teacher
+
+
+def part(fraction: float, recipe: Recipe, clusters: Cluster, *, cache: str | Path,
+         data: dict[str, str] | None = None) -> dict[str, Any]:
+    """Overrides of TrainingSet that cut every kind of pairs to a fraction of them, clusters included: as many pairs a
+    cluster as in the whole, found without the others. Parameters as of `folders`."""
+    own: dict[str, Any] = FOLDERS | (data or {})
+    if fraction < 1:
+        own["fraction"] = fraction
+        if recipe.weight.cluster or recipe.weight.instance:
+            fewer = clusters.model_copy(update={"clusters": max(1, round(fraction * clusters.clusters))})
+            own["clusters"] = str(_clusters(fewer, own, Path(cache), fraction))
+    return own
 
 
 def _kept(wanted: KeptPairs, settings: Balance, clusters: Cluster, data: dict[str, str], cache: Path) -> Path:
@@ -67,17 +82,19 @@ def _kept(wanted: KeptPairs, settings: Balance, clusters: Cluster, data: dict[st
     return folder
 
 
-def _clusters(settings: Cluster, data: dict[str, str], cache: Path) -> Path:
-    """A clusters folder of the kept pairs, by the settings' teacher and number."""
+def _clusters(settings: Cluster, data: dict[str, str], cache: Path, fraction: float = 1.0) -> Path:
+    """A clusters folder of the kept pairs, or of a fraction of them, by the settings' teacher and number."""
     embeddings = Path(data["embeddings"]) / settings.teacher
     made_of = [settings.clusters, settings.iterations, settings.seed, fingerprint(embeddings),
-               fingerprint(data["balance"])]
+               fingerprint(data["balance"]), fraction]
     folder = _named(cache, "clusters", made_of)
     if folder.exists():
         return folder
     table, balanced = embed.load(embeddings), balance.read(data["balance"])
     keys = np.asarray(table.keys)
     kept = np.isin(keys, balanced.keys[balanced.keep].astype(str))
+    if fraction < 1:
+        kept &= [in_part(key, fraction) for key in keys]
     found = cluster.cluster(table.image[kept], settings.clusters, iterations=settings.iterations, seed=settings.seed,
                             keys=keys[kept])
     with whole_folder(folder) as draft:

@@ -37,7 +37,7 @@ def plan(name: str, recipe: Recipe, student: str, train: Train, seeds: list[int]
     ----------
     teacher : name of the cluster teacher, a folder of data/embeddings; used where the recipe weighs
         cluster or instance.
-    data : overrides of TrainingSet's folders.
+    data : overrides of TrainingSet, such as its folders.
     """
     t, w = train, recipe.weight
     spec = TrainingSet(

@@ -53,9 +53,6 @@ __all__ = ["Result", "class_features", "confusion", "evaluate", "evaluate_many",
            "load_students", "predictions", "prompts", "summary", "write"]
 
 
-# ---------------------------------------------------------------- all of it
-
-
 def evaluate_many(
     models: Sequence[torch.nn.Module],
     preprocess,

@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mclip import export, models
 from mclip.models.factory import quiet
+from mclip.timing import interleaved
 
 RUNTIMES = ("unfolded", "eager", "eager-bf16", "compile", "compile-bf16", "onnxruntime", "onnxruntime-int8")
 COLUMNS = ["model", "tower", "runtime", "batch", "ms"]
@@ -63,7 +64,9 @@ def measure(names: Sequence[str], runtimes: Sequence[str], *, batches: Sequence[
         for name in names:
             for key, call in _calls(name, runtimes, towers, batches, Path(scratch), device, left_out, gmac):
                 cases[key] = call
-        times = _interleaved(cases, rounds, warmup, device, time.process_time if busy else time.perf_counter)
+        with torch.inference_mode():
+            times = interleaved(cases, rounds, warmup, clock=time.process_time if busy else time.perf_counter,
+                                wait=torch.cuda.synchronize if device != "cpu" else lambda: None)
     middle = min if busy else statistics.median
     frame = pd.DataFrame([(*key, 1000 * middle(times[key])) for key in cases], columns=COLUMNS)
     frame.attrs |= {"left_out": left_out, "gmac": gmac}
@@ -153,23 +156,3 @@ def _quantised(file: Path) -> Path:
         with quiet():
             quantize_dynamic(model, out, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
     return out
-
-
-def _interleaved(cases: dict[tuple, Callable[[], object]], rounds: int, warmup: int, device: str,
-                 clock: Callable[[], float] = time.perf_counter) -> dict:
-    """Seconds of `rounds` calls a case: each round calls all of them in turn, every other one backwards."""
-    def wait():
-        if device != "cpu":
-            torch.cuda.synchronize()
-
-    times: dict[tuple, list[float]] = {key: [] for key in cases}
-    with torch.inference_mode():
-        for turn in range(warmup + rounds):
-            for key in list(cases)[::-1 if turn % 2 else 1]:
-                wait()
-                start = clock()
-                cases[key]()
-                wait()
-                if turn >= warmup:
-                    times[key].append(clock() - start)
-    return times

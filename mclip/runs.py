@@ -1,5 +1,6 @@
 """What a training run is: `mclip.distill` writes it as RUN.json, `mclip.train` reads it. Imports nothing heavy."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,12 +19,18 @@ class TrainingSet:
     light_scale_min: float = 0.9
     light_views: int = 4
     seed: int = 0  # of the light augmentations
+    fraction: float = 1.0  # of the pairs, the same ones for every recipe and seed; a smaller part lies in a larger one
     pairs: str = "data/pairs"
     balance: str = "data/balance"
     clusters: str = "data/clusters"
     embeddings: str = "data/embeddings"
     reinforced: str = "data/reinforced"
     cache: str = "data/cache"
+
+
+def in_part(key: str, fraction: float) -> bool:
+    """Is a pair in that fraction of all? By a hash of its key: a shard need not know the others."""
+    return int.from_bytes(hashlib.sha1(key.encode()).digest()[:8], "big") < fraction * 2**64
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ pixels, width 128, four layers take 309 ms and reach 29.9 % and 4.9 %; patches o
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from . import ablate, models, train
 from .params import Recipe, Train
 from .runs import Run
+from .timing import interleaved
 
 WARM_STEPS = 2  # of each student before the clock starts
 
@@ -69,26 +69,14 @@ def costs(runs: Mapping[str, Run], *, steps: int = 8, rounds: int = 60) -> pd.Da
             table[name] = {"image_params": image, "text_params": sum(p.numel() for p in model.parameters()) - image}
             towers |= {(name, f"{kind}_ms"): call for kind, call in _towers(model, tokenizer).items()}
         with torch.inference_mode():
-            for (name, column), seconds in interleaved(towers, rounds).items():
-                table[name][column] = 1e3 * seconds
+            for (name, column), seconds in interleaved(towers, rounds, warm=3).items():
+                table[name][column] = 1e3 * statistics.median(seconds)
         for name, seconds in _step_seconds(runs, steps).items():
             table[name] |= {"latency_ms": table[name]["image_ms"] + table[name]["text_ms"], "step_ms": 1e3 * seconds,
                             "train_s": seconds * (runs[name].train.samples // runs[name].train.batch_size)}
     finally:
         torch.set_num_threads(threads)
     return pd.DataFrame.from_dict(table, orient="index").rename_axis("student")
-
-
-def interleaved(calls: Mapping, rounds: int, warm: int = 3) -> dict:
-    """Median seconds of each call, one after the other in each of `rounds` rounds after `warm` that do not count."""
-    seconds: dict = {key: [] for key in calls}
-    for i in range(warm + rounds):
-        for key, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if i >= warm:
-                seconds[key].append(time.perf_counter() - start)
-    return {key: statistics.median(values) for key, values in seconds.items()}
 
 
 def _towers(model: torch.nn.Module, tokenizer) -> dict[str, Callable]:
@@ -110,7 +98,7 @@ def _step_seconds(runs: Mapping[str, Run], steps: int) -> dict[str, float]:
                             max(1, min(steps, most - WARM_STEPS)), min(WARM_STEPS, most - 1))
         for each in going.values():
             each.close()
-    return found
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
 # --- what to say ------------------------------------------------------------------------------------------------

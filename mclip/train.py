@@ -28,6 +28,7 @@ from .data.augment import to_input
 from .files import whole, write_whole
 from .losses import sharding
 from .losses.objective import Objective, chosen
+from .models.lengths import text_encoder
 from .models.vocabulary import Kept, shrink
 from .params import Train
 from .progress import bar
@@ -42,6 +43,7 @@ class _Together(nn.Module):
     def __init__(self, student: nn.Module, objective: Objective):
         super().__init__()
         self.student, self.objective = student, objective
+        self.encode_text = text_encoder(student)
 
     def forward(self, batch: dict[str, torch.Tensor], mean: tuple, std: tuple, precision: torch.dtype,
                 given: dict[str, torch.Tensor] | None = None, part: slice | None = None,
@@ -62,10 +64,10 @@ class _Together(nn.Module):
         with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
             out = {"image": self.student.encode_image(x)}
             if "syn_tokens" in batch:  # one pass of the text tower for both captions
-                both = self.student.encode_text(torch.cat([batch["tokens"], batch["syn_tokens"]]))
+                both = self.encode_text(torch.cat([batch["tokens"], batch["syn_tokens"]]))
                 out["text"], out["syn_text"] = both.chunk(2)
             else:
-                out["text"] = self.student.encode_text(batch["tokens"])
+                out["text"] = self.encode_text(batch["tokens"])
         return {k: F.normalize(v.float(), dim=-1) for k, v in out.items()}
 
 

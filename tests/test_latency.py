@@ -10,13 +10,6 @@ from mclip import export, latency, models
 torch.set_num_threads(1)
 
 
-def test_cases_are_interleaved_and_medians_are_by_case():
-    order = []
-    cases = {(name,): lambda name=name: order.append(name) for name in "abc"}
-    times = latency._interleaved(cases, rounds=3, warmup=1, device="cpu")
-    assert "".join(order) == "abccbaabccba" and all(len(t) == 3 for t in times.values())
-
-
 def test_on_a_busy_machine_the_least_cpu_time_counts(monkeypatch):
     ticks = iter([0, 10, 14, 20, 23, 30, 35])  # the start of the warm-up; starts and ends of three rounds
     monkeypatch.setattr(latency.time, "process_time", lambda: next(ticks))

@@ -92,6 +92,20 @@ def test_differences_have_a_panel_a_set_and_a_row_a_variant():
     assert first.get_xlabel() == second.get_xlabel() == "difference, points"
 
 
+def test_learning_curves_have_a_panel_a_set_and_a_level():
+    rows = [(r, n, s, v + seed / 100) for r, v in (("clip", 0.1), ("combined", 0.2)) for n in (100, 1000)
+            for s in ("near", "far", "third") for seed in (0, 1)]
+    main = pd.DataFrame(rows, columns=["recipe", "samples", "set", "value"])
+    figure = plots.learning(main, {"near": ("clip", 0.15)}, title="Curves", labels={"clip": "CLIP"})
+    panels = [ax for ax in figure.axes if ax.get_title("left")]
+    assert [ax.get_title("left") for ax in panels] == ["near", "far", "third"] and len(figure.axes) == 4
+    assert all(ax.get_xscale() == "log" for ax in panels)
+    assert [t.get_text() for t in panels[0].get_xticklabels()] == ["0.1k", "1k"]
+    dotted = [[line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == ":"] for ax in panels]
+    assert dotted == [[15.0], [], []]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["CLIP", "combined"]
+
+
 def test_a_radars_axes_are_scaled_to_their_own_ring():
     around = pd.concat([runs().assign(set=name) for name in ("a", "b", "c")])
     ax = plots.radar(around, axis="set", y="value", hue="recipe", outer={"a": 22.0, "b": 11.0, "c": 44.0}, title="")

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from .. import balance, cluster, embed
 from ..files import made_once
 from ..progress import bar
-from ..runs import TrainingSet
+from ..runs import TrainingSet, in_part
 from . import augment, reinforced, shards
 from .captions import Tokenizer, caption_id, read_captions, tokenise
 
@@ -59,11 +59,24 @@ class Side:
 
 def pair_count(spec: TrainingSet) -> int:
     """How many pairs a set trains on."""
+    if spec.fraction < 1:
+        return sum(in_part(key, spec.fraction) for key in _keys(spec))
     if spec.pairs_kind == "reinforced":
         return reinforced.read_meta(spec.reinforced)["samples"]
     if spec.pairs_kind == "kept":
         return int(balance.read(spec.balance).keep.sum())
     return shards.read_manifest(spec.pairs)["samples"]
+
+
+def _keys(spec: TrainingSet) -> list[str]:
+    """Of all pairs of a kind, whatever the fraction."""
+    if spec.pairs_kind == "reinforced":
+        count = len(shards.read_manifest(spec.pairs)["shards"])
+        return [key for i in range(count) for key in reinforced.read_shard(spec.reinforced, i).keys]
+    if spec.pairs_kind == "kept":
+        balanced = balance.read(spec.balance)
+        return list(balanced.keys[balanced.keep])
+    return read_captions(spec.pairs, spec.cache)[0]
 
 
 def load_side(spec: TrainingSet, shard: tuple[int, list[shards.Sample]] | None = None) -> Side:
@@ -95,6 +108,11 @@ def load_side(spec: TrainingSet, shard: tuple[int, list[shards.Sample]] | None =
             kept = set(balanced.keys[balanced.keep])
             row = np.asarray([i for i, k in enumerate(keys) if k in kept], dtype=np.int64)
             keys, captions = [keys[i] for i in row], [captions[i] for i in row]
+    if spec.fraction < 1:
+        part = [i for i, key in enumerate(keys) if in_part(key, spec.fraction)]
+        row, keys, captions = row[part], [keys[i] for i in part], [captions[i] for i in part]
+        syn_text = syn_text and [syn_text[i] for i in part]
+        arrays = {name: values[part] for name, values in arrays.items()}
     if not keys and len(indices) == len(manifest["shards"]):
         raise ValueError(f"no pair to train on ({spec.pairs_kind} pairs of {spec.pairs})")
     if spec.teacher is not None:

@@ -59,6 +59,7 @@ class Study(Section):
 
 
 class Learning(Section):
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the pairs, the same ones for every recipe
     recipes: list[str] = Field(min_length=1)
     baseline: str
     samples: list[PositiveInt] = Field(min_length=1)

@@ -13,6 +13,7 @@ import mclip
 from mclip import ablate, balance, cluster, derive, distill, embed
 from mclip.data import reinforced, training
 from mclip.params import Balance, Cluster, EvalSet, Learning, Study, Variant, varied
+from mclip.runs import in_part
 
 from .conftest import PX, RECIPES, TRAIN, WIDTHS
 
@@ -167,6 +168,29 @@ def test_a_learning_curve_has_each_length_and_the_finished_students(shared, tmp_
     assert runs["clip-cid 16"][0].out == plan(shared, samples=16, x={})["x"][0].out  # shared with the studies
     main = ablate.pd.DataFrame({"recipe": ["clip-cid 16"], "value": [0.1]})
     assert ablate.by_samples(main)[["recipe", "samples"]].to_dict("records") == [{"recipe": "clip-cid", "samples": 16}]
+
+
+def test_a_curve_on_a_part_of_the_pairs_stands_beside_the_students_of_all(shared, tmp_path):
+    curve = Learning(fraction=0.6, recipes=["clip", "clip-cid"], samples=[8, 24], baseline="clip", longer=[48],
+                     longer_seeds=[0])
+    for recipe in curve.recipes:
+        (tmp_path / f"{recipe}/seed0").mkdir(parents=True)
+        (tmp_path / f"{recipe}/seed0/history.csv").touch()
+    runs = ablate.plan_learning(curve, RECIPES, shared, seeds=[0, 1], finished_seeds=[0], students=tmp_path)
+    assert {name: len(own) for name, own in runs.items()} == {
+        "clip 8": 2, "clip 24": 2, "clip on all pairs 24": 1, "clip 48": 1, "clip-cid 8": 2, "clip-cid 24": 2,
+        "clip-cid on all pairs 24": 1}
+    assert runs["clip on all pairs 24"][0].data.fraction == 1 and runs["clip 24"][0].data.fraction == 0.6
+    assert runs["clip 24"][0].out != plan(shared, "clip", x={})["x"][0].out
+    parts = {run.data.clusters for run in runs["clip-cid 8"]}
+    found = cluster.read(parts.pop())
+    assert not parts and len(found.centres) == 2  # 0.6 of 4
+    kept = balance.read(shared.data["balance"])
+    assert sorted(found.keys) == sorted(key for key in kept.keys[kept.keep] if in_part(key, 0.6))
+    main = ablate.pd.DataFrame({"recipe": ["clip on all pairs 24", "clip 8"], "set": "s", "seed": 0, "value": 0.1})
+    assert ablate.by_samples(main)["recipe"].tolist() == ["clip on all pairs", "clip"]
+    counts = ablate.seed_counts(ablate.by_samples(main))
+    assert counts.loc[24, "clip on all pairs"] == 1 and counts.index.tolist() == [8, 24]
 
 
 # --- derived data -----------------------------------------------------------------------------------------------

@@ -131,6 +131,14 @@ def test_savings_say_where_they_are_only_bounds():
             in text)
 
 
+def test_savings_are_a_table_to_read():
+    saved = claims.savings(learning(), "clip", 400)
+    table = claims.savings_table(saved, {r: r.upper() for r in ("clip", "fast", "slow", "same")}, "clip")
+    assert len(table) == len(saved) and table["recipe"].isin(["FAST", "SLOW", "SAME"]).all()
+    row = table[(table["recipe"] == "FAST") & (table["at samples"] == 400) & (table["whose accuracy"] == "CLIP")].iloc[0]
+    assert row["factor"] == ">= 4.0" and row["CLIP reaches it at"] == pytest.approx(400) and row["accuracy, %"] == pytest.approx(20.5)
+
+
 def test_a_baseline_that_falls_back_is_counted_where_it_first_was_there():
     main = pd.DataFrame([(r, n, "s", 0, v) for r, c in {"clip": {100: 0.1, 200: 0.3, 800: 0.2}, "other": {100: 0.2}}.items()
                          for n, v in c.items()], columns=["recipe", "samples", "set", "seed", "value"])

@@ -44,12 +44,6 @@ def test_costs_are_of_real_steps_and_leave_nothing_behind(student, training_set,
     assert not (tmp_path / "out").exists()
 
 
-def test_the_calls_take_turns():
-    seen = []
-    found = students.interleaved({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, 2, warm=1)
-    assert seen == ["a", "b"] * 3 and found.keys() == {"a", "b"}
-
-
 def table(**rows) -> pd.DataFrame:
     columns = ["near mean", "near std", "far mean", "far std", "latency_ms", "train_s"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)

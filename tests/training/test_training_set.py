@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mclip.data import reinforced, shards, training
+from mclip.runs import in_part
 
 from .conftest import PX, N
 
@@ -82,8 +83,30 @@ def test_ranks_share_a_global_batch(training_set):
 
 
 @pytest.mark.parametrize("kind", ["all", "kept", "reinforced"])
-def test_streamed_content_equals_cached(training_set, kind):
-    spec = training_set(kind, teacher=None if kind == "all" else "large", synthetic=kind == "reinforced")
+def test_a_fraction_is_the_same_pairs_of_every_kind(training_set, kind):
+    whole, _ = loaded(training_set(kind))
+    options = {"teacher": "large", "synthetic": kind == "reinforced"}
+    side, pixels = loaded(training_set(kind, fraction=0.5, **options))
+    assert side.keys == [key for key in whole.keys if in_part(key, 0.5)] and 0 < len(side) < len(whole)
+    assert training.pair_count(training_set(kind, fraction=0.5)) == len(side)
+    assert all(len(values) == len(side) for values in side.arrays.values())
+    everything, all_pixels = loaded(training_set(kind, **options))
+    place = [everything.keys.index(key) for key in side.keys]
+    for name in ("teacher_image", "label", "ids"):
+        assert torch.equal(side.arrays[name], everything.arrays[name][place])
+    assert (pixels[side.row] == all_pixels[everything.row[place]]).all()
+    smaller = training.load_side(training_set(kind, fraction=0.25))
+    assert set(smaller.keys) <= set(side.keys)
+
+
+def test_a_fraction_without_pairs_is_told(training_set):
+    with pytest.raises(ValueError, match="no pair to train on"):
+        training.load_side(training_set("all", fraction=1e-9))
+
+
+@pytest.mark.parametrize("kind, fraction", [("all", 1), ("kept", 1), ("reinforced", 1), ("reinforced", 0.6)])
+def test_streamed_content_equals_cached(training_set, kind, fraction):
+    spec = training_set(kind, teacher=None if kind == "all" else "large", synthetic=kind == "reinforced", fraction=fraction)
     side, pixels = loaded(spec)
     stream = training.StreamedLoader(spec, TOKENIZER, 8, seed=0, workers=0, teacher_slice=[6, 11])
     seen = set()
