@@ -29,6 +29,7 @@ from .files import whole, write_whole
 from .losses import sharding
 from .losses.objective import Objective, chosen
 from .models.lengths import text_encoder
+from .models.pointwise import sidestep
 from .models.vocabulary import Kept, shrink
 from .params import Train
 from .progress import bar
@@ -113,6 +114,7 @@ def steps(run: Run) -> Iterator[int]:
     student, _, _, tokenizer = models.create(run.student, device=device)
     if run.data.image_px is None:
         run = replace(run, data=replace(run.data, image_px=models.image_size(student)))
+    sidestep(student)
     student.train().to(memory_format=torch.channels_last)
     if t.grad_checkpoint:
         student.set_grad_checkpointing()
