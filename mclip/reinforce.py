@@ -7,7 +7,7 @@ whole, and a rerun with the same settings goes on with the first missing one.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -100,7 +100,7 @@ def run(
                 n = len(reinforced.read_shard(out, index).keys)
             else:
                 samples = [s for s in shards.iter_samples(pairs, shards=[index]) if s.key in kept]
-                shard = _reinforce_shard(samples, settings, ensemble, writer, workers, progress)
+                shard = reinforce_samples(samples, settings, ensemble, writer, workers=workers, done=progress.update)
                 reinforced.write_shard(out, index, shard)
                 n = 0
                 total += len(samples)
@@ -111,7 +111,16 @@ def run(
     return _write_meta(out, {**identity, "samples": total, "complete": True})
 
 
-def _reinforce_shard(samples, settings, ensemble, writer, workers, progress) -> Shard:
+def reinforce_samples(samples: Sequence[shards.Sample], settings: Reinforce, ensemble: Sequence[tuple], writer=None, *,
+                      workers: int | None = None, done: Callable[[int], object] = lambda n: None) -> Shard:
+    """Augmentations, captions and embeddings of some pairs, nothing written.
+
+    Parameters
+    ----------
+    ensemble : (model, tokenizer) of each teacher.
+    writer : the captioner; None: no synthetic captions, whatever the settings say.
+    done : called with the number of pairs whose pictures have been embedded since the last call.
+    """
     device = next(ensemble[0][0].parameters()).device
     # batch_size counts pictures
     loader = DataLoader(_Views(samples, settings), batch_size=max(1, settings.batch_size // settings.n_aug),
@@ -134,7 +143,7 @@ def _reinforce_shard(samples, settings, ensemble, writer, workers, progress) -> 
     image_emb = []
     for part in models.side_by_side(embed, views(), device):
         image_emb.append(part)
-        progress.update(len(part))
+        done(len(part))
     captions = [[] for _ in samples]
     if writer is not None and samples:
         from .captioner import generate
@@ -152,7 +161,7 @@ def _reinforce_shard(samples, settings, ensemble, writer, workers, progress) -> 
         syn_text=captions,
         augment=torch.cat(rows).numpy() if rows else np.zeros((0, settings.n_aug, p), np.float32),
         image_emb=torch.cat(image_emb) if samples else torch.zeros(0, settings.n_aug, width, dtype=torch.bfloat16),
-        text_emb=(torch.cat(text_emb, dim=-1).view(len(samples), 1 + settings.n_syn, -1) if samples
+        text_emb=(torch.cat(text_emb, dim=-1).view(len(samples), len(texts) // len(samples), -1) if samples
                   else torch.zeros(0, 1 + settings.n_syn, width)).bfloat16(),
     )
 

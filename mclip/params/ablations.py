@@ -78,6 +78,11 @@ class PcaPictures(Section):
     mosaics: PositiveInt
 
 
+class EpochCost(Section):
+    baseline: str
+    rounds: PositiveInt
+
+
 class WeightsPictures(Section):
     near_zero: PositiveFloat
 
@@ -98,6 +103,7 @@ class Ablations(Section):
     # at most one entry: its stage writes one report; {}: no such stage
     students: dict[str, StudentsAblation] = Field(max_length=1)
     latency: dict[Literal["cpu", "cuda"], LatencyAblation] = Field(max_length=1)
+    epoch: dict[str, EpochCost] = Field(max_length=1)
     pca: dict[str, PcaPictures] = Field(max_length=1)
     weights: dict[str, WeightsPictures] = Field(max_length=1)
     search: dict[str, SearchPictures] = Field(max_length=1)

@@ -38,8 +38,9 @@ class Params(Section):
     @pydantic.model_validator(mode="after")
     def _pictures_can_be_made(self):
         a, recipes, sets = self.ablations, sorted(self.distill.recipes), sorted(self.evaluate.sets)
-        named = [(f"{key}.{entry}", entry, recipes) for key in ("students", "pca", "weights", "search")
+        named = [(f"{key}.{entry}", entry, recipes) for key in ("students", "epoch", "pca", "weights", "search")
                  for entry in getattr(a, key)]
+        named += [(f"epoch.{entry}.baseline", epoch.baseline, recipes) for entry, epoch in a.epoch.items()]
         for entry, pca in a.pca.items():
             named += [(f"pca.{entry}.baseline", pca.baseline, recipes),
                       (f"pca.{entry}.teacher", pca.teacher, sorted(self.teachers.models)),

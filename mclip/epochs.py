@@ -1,0 +1,98 @@
+"""What an epoch of training costs, by what is stored and what is made as it is needed (MobileCLIP; papers.md 2.5).
+
+    plain               the baseline's training step
+    reinforced          MobileCLIP's, from the stored augmentations, captions and embeddings
+    teachers online     that, and one augmentation of each picture drawn, replayed and embedded by the ensemble, the
+                        true and one synthetic caption embedded
+    everything online   that, and the synthetic caption written by the captioner
+
+Measured on one thread, the parts by turns in one process; medians. What is online is added up, as it would run before
+the step on the same core.
+"""
+
+import statistics
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pandas as pd
+import torch
+
+from . import models, reinforce, train
+from .data import shards
+from .params import Reinforce
+from .runs import Run
+from .timing import interleaved
+
+KINDS = ("plain", "reinforced", "teachers online", "everything online")
+
+
+def per_sample(plain: Run, reinforced: Run, settings: Reinforce, teachers: Mapping[str, str], captioner: str, *,
+               rounds: int = 7, warm: int = 2) -> pd.Series:
+    """Milliseconds a sample of `KINDS`.
+
+    Parameters
+    ----------
+    plain, reinforced : runs of at least warm + rounds + 1 steps; nothing is trained to the end.
+    settings : the reinforce section; of each picture one augmentation and one caption are made.
+    teachers : name -> model string. captioner : model string.
+
+    Raises
+    ------
+    ValueError : runs that are too short.
+    """
+    batch = reinforced.train.batch_size
+    if min(run.train.samples // run.train.batch_size for run in (plain, reinforced)) <= warm + rounds:
+        raise ValueError(f"runs of more than {warm + rounds} steps are needed")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        ensemble = []
+        for name in settings.ensemble:
+            model, _, _, tokenizer = models.create(teachers[name])
+            ensemble.append((models.for_inference(model), tokenizer))
+        writer = models.for_inference(models.create(captioner)[0])
+        one = settings.model_copy(update={"n_aug": 1, "n_syn": 1, "batch_size": batch})
+        samples = [sample for sample, _ in zip(shards.iter_samples(reinforced.data.pairs), range(batch), strict=False)]
+        captions = [sample.caption for sample in samples]
+        with tempfile.TemporaryDirectory() as folder:
+            steps = [train.steps(replace(run, out=f"{folder}/out{i}", scratch=f"{folder}/{i}"))
+                     for i, run in enumerate((plain, reinforced))]
+            found = interleaved({
+                "plain": lambda: next(steps[0]),
+                "reinforced": lambda: next(steps[1]),
+                "teachers": lambda: reinforce.reinforce_samples(samples, one, ensemble),
+                "texts": lambda: models.encode_texts_with_all(ensemble, captions, precision=one.precision),
+                "everything": lambda: reinforce.reinforce_samples(samples, one, ensemble, writer),
+            }, rounds, warm)
+            for each in steps:
+                each.close()
+    finally:
+        torch.set_num_threads(threads)
+    ms = {name: 1e3 * statistics.median(seconds) / batch for name, seconds in found.items()}
+    stored = ms["reinforced"]
+    # without a writer only true captions are embedded: as many synthetic ones cost as much again
+    return pd.Series(dict(zip(KINDS, (ms["plain"], stored, stored + ms["teachers"] + ms["texts"],
+                                      stored + ms["everything"]), strict=True)), name="ms a sample")
+
+
+def table(ms: pd.Series, pairs: int, paper: Mapping[str, float]) -> pd.DataFrame:
+    """`per_sample` to read: milliseconds, minutes an epoch of so many pairs on one core, how many times plain's, and
+    the same of the paper's hours."""
+    return pd.DataFrame({
+        "ms a sample": ms,
+        f"minutes an epoch of {pairs:,} pairs": ms * pairs / 6e4,
+        "times plain": ms / ms["plain"],
+        "the paper: hours": pd.Series(paper),
+        "the paper: times plain": pd.Series(paper) / paper["plain"],
+    }).loc[list(ms.index)].rename_axis("training")
+
+
+def verdict(ms: pd.Series, paper: Mapping[str, float]) -> str:
+    """What the store saves, in a sentence."""
+    times = ms / ms["plain"]
+    order = list(ms.sort_values(kind="stable").index) == sorted(paper, key=lambda kind: paper[kind])
+    said = {kind: f"{times[kind]:.2f} times ({paper[kind] / paper['plain']:.2f})" for kind in KINDS[1:]}
+    return (f"Of a plain sample's cost (the paper's in brackets) one of the reinforced set takes {said['reinforced']}, "
+            f"with the teachers online {said['teachers online']}, with everything online {said['everything online']}: "
+            f"the paper's order {'holds' if order else 'does not hold'}.")
