@@ -6,10 +6,11 @@
                         true and one synthetic caption embedded
     everything online   that, and the synthetic caption written by the captioner
 
-Measured on one thread, the parts by turns in one process; medians. What is online is added up, as it would run before
-the step on the same core.
+Measured on one thread (or one GPU), the parts by turns in one process; medians. What is online is added up, as it
+would run before the step on the same core or GPU.
 """
 
+import itertools
 import statistics
 import tempfile
 from collections.abc import Mapping
@@ -44,16 +45,18 @@ def per_sample(plain: Run, reinforced: Run, settings: Reinforce, teachers: Mappi
     batch = reinforced.train.batch_size
     if min(run.train.samples // run.train.batch_size for run in (plain, reinforced)) <= warm + rounds:
         raise ValueError(f"runs of more than {warm + rounds} steps are needed")
+    # where the training steps and reinforce.run put their models, too
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         ensemble = []
         for name in settings.ensemble:
-            model, _, _, tokenizer = models.create(teachers[name])
+            model, _, _, tokenizer = models.create(teachers[name], device=device)
             ensemble.append((models.for_inference(model), tokenizer))
-        writer = models.for_inference(models.create(captioner)[0])
+        writer = models.for_inference(models.create(captioner, device=device)[0])
         one = settings.model_copy(update={"n_aug": 1, "n_syn": 1, "batch_size": batch})
-        samples = [sample for sample, _ in zip(shards.iter_samples(reinforced.data.pairs), range(batch), strict=False)]
+        samples = list(itertools.islice(shards.iter_samples(reinforced.data.pairs), batch))
         captions = [sample.caption for sample in samples]
         with tempfile.TemporaryDirectory() as folder:
             steps = [train.steps(replace(run, out=f"{folder}/out{i}", scratch=f"{folder}/{i}"))
@@ -64,7 +67,7 @@ def per_sample(plain: Run, reinforced: Run, settings: Reinforce, teachers: Mappi
                 "teachers": lambda: reinforce.reinforce_samples(samples, one, ensemble),
                 "texts": lambda: models.encode_texts_with_all(ensemble, captions, precision=one.precision),
                 "everything": lambda: reinforce.reinforce_samples(samples, one, ensemble, writer),
-            }, rounds, warm)
+            }, rounds, warm, wait=torch.cuda.synchronize if device == "cuda" else lambda: None)
             for each in steps:
                 each.close()
     finally:

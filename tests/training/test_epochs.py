@@ -36,7 +36,7 @@ def test_what_is_online_is_added_to_the_reinforced_step(runs, student, monkeypat
     monkeypatch.setattr(epochs.reinforce, "reinforce_samples", reinforce_samples)
     seconds = {"plain": 8, "reinforced": 16, "teachers": 80, "texts": 40, "everything": 400}
 
-    def interleaved(calls, rounds, warm):
+    def interleaved(calls, rounds, warm, wait):
         for call in calls.values():
             call()
         return {name: [seconds[name]] for name in calls}
