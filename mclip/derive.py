@@ -40,7 +40,7 @@ def folders(variant: Variant, recipe: Recipe, kept: Balance, clusters: Cluster, 
         k = variant.clusters or clusters.clusters
         own["clusters"] = str(_clusters(clusters.model_copy(update={"teacher": teacher, "clusters": k}), own, cache))
     if variant.reinforced:
-        own["reinforced"] = str(_selected(variant.reinforced, own, cache))
+        own["reinforced"] = str(selected(variant.reinforced, own, cache))
     return own, teacher
 
 
@@ -102,8 +102,8 @@ def _clusters(settings: Cluster, data: dict[str, str], cache: Path, fraction: fl
     return folder
 
 
-def _selected(wanted: Selection, data: dict[str, str], cache: Path) -> Path:
-    """A part of the reinforced set; without augmentations, with the embeddings of the plain pictures."""
+def selected(wanted: Selection, data: dict[str, str], cache: Path) -> Path:
+    """A part of the reinforced set of `data`; without augmentations, with the embeddings of the plain pictures."""
     made_of = [wanted.model_dump(), fingerprint(data["reinforced"])]
     if wanted.n_aug == 0:
         names = wanted.ensemble or [t["name"] for t in reinforced.read_meta(data["reinforced"])["teachers"]]

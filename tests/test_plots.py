@@ -106,6 +106,18 @@ def test_learning_curves_have_a_panel_a_set_and_a_level():
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["CLIP", "combined"]
 
 
+def test_amounts_have_a_panel_a_kind_and_a_line_a_set():
+    rows = [(what, n, s, -1.0 / n, -2.0 / n, 0.0) for what, most in (("augmentations", 10), ("captions", 5))
+            for s in ("near", "far") for n in (most, 1, 2)]
+    frame = pd.DataFrame(rows, columns=["what", "number", "set", "mean", "low", "high"])
+    figure = plots.amounts(frame, title="Stored", ylabel="points")
+    assert [ax.get_xlabel() for ax in figure.axes] == ["augmentations stored", "captions stored"]
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["1", "2", "10"]
+    line = figure.axes[1].containers[0].lines[0]
+    assert list(line.get_ydata()) == [-1.0, -0.5, -0.2]  # by number
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["near", "far"]
+
+
 def test_a_radars_axes_are_scaled_to_their_own_ring():
     around = pd.concat([runs().assign(set=name) for name in ("a", "b", "c")])
     ax = plots.radar(around, axis="set", y="value", hue="recipe", outer={"a": 22.0, "b": 11.0, "c": 44.0}, title="")

@@ -11,7 +11,7 @@ In a notebook::
     p.balance.threshold
 """
 
-from mclip.params.ablations import KeptPairs, Learning, Selection, Study, Variant
+from mclip.params.ablations import Amount, KeptPairs, Learning, Selection, Study, Variant
 from mclip.params.schema import Params, apply_overlay, check, load, varied
 from mclip.params.sections import (
     Align,
@@ -30,6 +30,6 @@ from mclip.params.sections import (
 from mclip.params.tree import ParamsError, merge, pick, read_yaml
 from mclip.params.view import stage
 
-__all__ = ["Align", "Balance", "CaptionerTrain", "Cluster", "Data", "DemoData", "EvalSet", "KeptPairs", "Learning",
-           "Params", "ParamsError", "Recipe", "Reinforce", "Selection", "Study", "TeacherParts", "Teachers", "Train",
-           "Variant", "apply_overlay", "check", "load", "merge", "pick", "read_yaml", "stage", "varied"]
+__all__ = ["Align", "Amount", "Balance", "CaptionerTrain", "Cluster", "Data", "DemoData", "EvalSet", "KeptPairs",
+           "Learning", "Params", "ParamsError", "Recipe", "Reinforce", "Selection", "Study", "TeacherParts", "Teachers",
+           "Train", "Variant", "apply_overlay", "check", "load", "merge", "pick", "read_yaml", "stage", "varied"]

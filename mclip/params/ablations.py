@@ -67,6 +67,14 @@ class Learning(Section):
     longer_seeds: list[NonNegativeInt]
 
 
+class Amount(Section):
+    fraction: Annotated[float, Field(gt=0, le=1)]  # of the pairs: few ones are seen many times
+    samples: PositiveInt
+    stored: dict[str, Any]  # laid over `reinforce`, for these pairs
+    n_aug: list[PositiveInt]
+    n_syn: list[NonNegativeInt]
+
+
 class PcaPictures(Section):
     baseline: str
     teacher: str
@@ -103,6 +111,7 @@ class Ablations(Section):
     # at most one entry: its stage writes one report; {}: no such stage
     students: dict[str, StudentsAblation] = Field(max_length=1)
     latency: dict[Literal["cpu", "cuda"], LatencyAblation] = Field(max_length=1)
+    amount: dict[str, Amount] = Field(max_length=1)
     epoch: dict[str, EpochCost] = Field(max_length=1)
     pca: dict[str, PcaPictures] = Field(max_length=1)
     weights: dict[str, WeightsPictures] = Field(max_length=1)

@@ -8,7 +8,7 @@ import pydantic
 from ruamel.yaml import YAML
 
 from mclip.files import write_whole
-from mclip.params.ablations import Ablations, Variant
+from mclip.params.ablations import Ablations, Amount, Variant
 from mclip.params.sections import Balance, Cluster, Data, Distill, Embed, Evaluate, Recipe, Reinforce, Teachers
 from mclip.params.tree import ParamsError, Section, explain, merge, read_yaml
 
@@ -38,8 +38,8 @@ class Params(Section):
     @pydantic.model_validator(mode="after")
     def _pictures_can_be_made(self):
         a, recipes, sets = self.ablations, sorted(self.distill.recipes), sorted(self.evaluate.sets)
-        named = [(f"{key}.{entry}", entry, recipes) for key in ("students", "epoch", "pca", "weights", "search")
-                 for entry in getattr(a, key)]
+        by_recipe = ("students", "amount", "epoch", "pca", "weights", "search")
+        named = [(f"{key}.{entry}", entry, recipes) for key in by_recipe for entry in getattr(a, key)]
         named += [(f"epoch.{entry}.baseline", epoch.baseline, recipes) for entry, epoch in a.epoch.items()]
         for entry, pca in a.pca.items():
             named += [(f"pca.{entry}.baseline", pca.baseline, recipes),
@@ -60,6 +60,8 @@ class Params(Section):
             self._recipe_exists(f"{key}.recipe", study.recipe)
             for which, variant in study.variants.items():
                 self._variant_can_be_made(f"{key}.variants.{which}", self.distill.recipes[study.recipe], variant)
+        for name, study in self.ablations.amount.items():
+            self._amount_can_be_made(f"ablations.amount.{name}", study)
         for name, curve in self.ablations.learning.items():
             for recipe in [*curve.recipes, curve.baseline]:
                 self._recipe_exists(f"ablations.learning.{name}", recipe)
@@ -69,6 +71,20 @@ class Params(Section):
         if recipe not in self.distill.recipes:
             raise ValueError(f"{key}: no such recipe {recipe!r}; distill.recipes has "
                              f"{', '.join(sorted(self.distill.recipes))}")
+
+    def _amount_can_be_made(self, key: str, study: Amount) -> None:
+        recipe = key.rpartition(".")[2]
+        if recipe in self.distill.recipes and not self.distill.recipes[recipe].synthetic:
+            raise ValueError(f"{key}: the recipe needs synthetic: true")
+        try:
+            stored = Reinforce.model_validate(merge(self.reinforce.model_dump(), study.stored))
+        except pydantic.ValidationError as err:
+            raise ValueError("; ".join(f"{key}.stored.{explain(e, Reinforce)}" for e in err.errors())) from None
+        if unknown := sorted(set(stored.ensemble) - set(self.teachers.models)):
+            raise ValueError(f"{key}.stored.ensemble: no such teacher {unknown[0]!r}")
+        for what in ("n_aug", "n_syn"):
+            if more := [n for n in getattr(study, what) if n >= (most := getattr(stored, what))]:
+                raise ValueError(f"{key}.{what}: {more[0]} is not below the {most} that are stored (stored.{what})")
 
     def _variant_can_be_made(self, key: str, recipe: Recipe, variant: Variant) -> None:
         try:

@@ -1,5 +1,6 @@
-"""Learning curves: accuracy over samples seen, a panel a set."""
+"""Accuracy over how much: learning curves over samples seen, a panel a set; over what is stored, a panel a kind."""
 
+import math
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
@@ -7,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from mclip.plots.charts import curves
-from mclip.plots.theme import COLOURS, WIDTH
+from mclip.plots.theme import COLOURS, MUTED, WIDTH, palette
 
 
 def learning(main: pd.DataFrame, levels: Mapping[str, tuple[str, float]], *, title: str,
@@ -40,5 +41,32 @@ def learning(main: pd.DataFrame, levels: Mapping[str, tuple[str, float]], *, tit
     for ax in list(axes.flat)[len(names):]:
         ax.axis("off")
     fig.legend(handles, [labels.get(name, name) for name in shown], loc="outside lower center", ncols=len(shown))
+    fig.suptitle(title, x=0.01, ha="left")
+    return fig
+
+
+def amounts(frame: pd.DataFrame, *, title: str, ylabel: str) -> Figure:
+    """Differences to the largest number of each kind, with their intervals; the numbers are evenly spread.
+
+    frame : columns what (a panel each), number, set (a line each), mean, low, high; an infinite interval is not drawn.
+    """
+    kinds, sets = (list(dict.fromkeys(frame[column])) for column in ("what", "set"))
+    colours = palette(sets)
+    fig, axes = plt.subplots(1, len(kinds), figsize=(WIDTH, 3.8), sharey=True, squeeze=False)
+    for ax, what in zip(axes[0], kinds, strict=True):
+        ticks = sorted(frame.loc[frame["what"] == what, "number"].unique())
+        for i, name in enumerate(sets):
+            own = frame[(frame["what"] == what) & (frame["set"] == name)].sort_values("number")
+            half = (own["high"] - own["mean"]).replace(math.inf, math.nan)
+            at = [ticks.index(n) + 0.06 * (i - (len(sets) - 1) / 2) for n in own["number"]]  # side by side, not over
+            ax.errorbar(at, own["mean"], yerr=half, marker="o", markersize=6, capsize=3, color=colours[name],
+                        label=name)
+        ax.axhline(0, color=MUTED, linestyle=":", linewidth=1.2)
+        ax.set_xticks(range(len(ticks)), ticks)
+        ax.set_xlim(-0.3, len(ticks) - 0.7)
+        ax.set_xlabel(f"{what} stored")
+        ax.grid(axis="x", visible=False)
+    axes[0, 0].set_ylabel(ylabel)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(sets))
     fig.suptitle(title, x=0.01, ha="left")
     return fig

@@ -97,9 +97,9 @@ def test_ablations_costs_and_pictures(clone, first):
     before = path.read_text()
     params.apply_overlay(Path(__file__).parent / "ablations.yaml", path)
     output = call(clone, "python", "-m", "mclip.warm", "dvc", "repro")
-    assert ran(output) == {"ablate@terms", "ablate-learning@few-pairs", "students@combined", "latency@cpu", "epoch@combined",
+    assert ran(output) == {"ablate@terms", "ablate-learning@few-pairs", "students@combined", "latency@cpu", "amount@combined", "epoch@combined",
                            "pca@combined", "weights@clip", "search@combined", "report"}
-    for name in ("terms", "few-pairs", "students", "latency", "epoch", "pca", "weights", "search"):
+    for name in ("terms", "few-pairs", "students", "latency", "amount", "epoch", "pca", "weights", "search"):
         assert (clone / f"reports/site/ablations-{name}.html").is_file()
     path.write_text(before)
 
