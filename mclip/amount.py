@@ -131,7 +131,8 @@ def _enough(what: str, points: pd.DataFrame) -> str:
     below = points.index[points["high"] < 0]
     most = points["number"].iloc[-1]
     if not len(below):
-        return f"{points['number'].iloc[0]} of {most} {what} can't be told from all"
+        return f"no smaller number of {what} can be told from {most}"
     worst, after = points.loc[below[-1]], points.loc[points["number"] > points["number"][below[-1]], "number"].iloc[0]
-    gap = f"{worst['number']} {what} are {-worst['mean']:.1f} ± {worst['mean'] - worst['low']:.1f} points below {most}"
+    verb = f"{what.removesuffix('s')} is" if worst["number"] == 1 else f"{what} are"
+    gap = f"{worst['number']} {verb} {-worst['mean']:.1f} ± {worst['mean'] - worst['low']:.1f} points below {most}"
     return gap + (f" and {after} can't be told from them" if after < most else "")

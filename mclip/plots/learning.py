@@ -1,5 +1,6 @@
 """Accuracy over how much: learning curves over samples seen, a panel a set; over what is stored, a panel a kind."""
 
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -8,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from mclip.plots.charts import curves
-from mclip.plots.theme import COLOURS, MUTED, WIDTH, palette
+from mclip.plots.theme import COLOURS, MUTED, SPARE, WIDTH
 
 
 def learning(main: pd.DataFrame, levels: Mapping[str, tuple[str, float]], *, title: str,
@@ -51,7 +52,8 @@ def amounts(frame: pd.DataFrame, *, title: str, ylabel: str) -> Figure:
     frame : columns what (a panel each), number, set (a line each), mean, low, high; an infinite interval is not drawn.
     """
     kinds, sets = (list(dict.fromkeys(frame[column])) for column in ("what", "set"))
-    colours = palette(sets)
+    looks = zip(sets, itertools.cycle([*SPARE[:2], *SPARE[5:]]), itertools.cycle("osD^"))  # easily told apart
+    styles = {name: {"color": colour, "marker": marker} for name, colour, marker in looks}
     fig, axes = plt.subplots(1, len(kinds), figsize=(WIDTH, 3.8), sharey=True, squeeze=False)
     for ax, what in zip(axes[0], kinds, strict=True):
         ticks = sorted(frame.loc[frame["what"] == what, "number"].unique())
@@ -59,8 +61,7 @@ def amounts(frame: pd.DataFrame, *, title: str, ylabel: str) -> Figure:
             own = frame[(frame["what"] == what) & (frame["set"] == name)].sort_values("number")
             half = (own["high"] - own["mean"]).replace(math.inf, math.nan)
             at = [ticks.index(n) + 0.06 * (i - (len(sets) - 1) / 2) for n in own["number"]]  # side by side, not over
-            ax.errorbar(at, own["mean"], yerr=half, marker="o", markersize=6, capsize=3, color=colours[name],
-                        label=name)
+            ax.errorbar(at, own["mean"], yerr=half, markersize=6, capsize=3, label=name, **styles[name])
         ax.axhline(0, color=MUTED, linestyle=":", linewidth=1.2)
         ax.set_xticks(range(len(ticks)), ticks)
         ax.set_xlim(-0.3, len(ticks) - 0.7)
