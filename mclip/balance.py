@@ -18,74 +18,24 @@ of 1,280 columns, at most 130 MB for cells, and some blocks (figures: benchmarks
 """
 
 import argparse
-import json
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from mclip import engine, links
 from mclip.cells import threads
 from mclip.components import StateError, components
-from mclip.files import whole
+from mclip.data.balanced import METRICS, Balance, BalanceError, convert, read, write
 from mclip.prepared import prepare
-from mclip.rows import Rows, RowsError, as_keys, check_keys, read_folder
+from mclip.rows import Rows, RowsError, check_keys, read_folder
 from mclip.unionfind import Sets, minimum_forest
 
-METRICS = ("l2", "sql2", "cosine")
 CHUNK = 512  # rows read at once for the centroids
 LINKS = 2_000_000  # links of a forest collected before they are merged
-
-
-class BalanceError(ValueError):
-    """An option out of range, or a result that is missing; the message names the parameter or the file."""
-
-
-@dataclass(frozen=True)
-class Balance:
-    """Row i of every array belongs to sample `keys[i]`.
-
-    set_id : (n,) int64, sets numbered from 0 by their lowest key
-    keep : (n,) bool, exactly one True a set
-    centroid_distance : (n,) float64, Euclidean distance of the unit-norm row to its set's mean row
-    keys : (n,) str or int
-    """
-
-    set_id: np.ndarray
-    keep: np.ndarray
-    centroid_distance: np.ndarray
-    keys: np.ndarray
-    threshold: float
-    metric: str
-
-    @property
-    def removed_fraction(self) -> float:
-        return float(1 - self.keep.mean())
-
-    @property
-    def set_sizes(self) -> np.ndarray:
-        """(number of sets,) int64: images in each set."""
-        return np.bincount(self.set_id)
-
-    @property
-    def thresholds(self) -> dict[str, float]:
-        """The threshold in all three metrics."""
-        return convert(self.threshold, self.metric)
-
-    def summary(self) -> str:
-        """One line: images, kept, removed, sets, threshold in all units."""
-        n, kept, sizes = len(self.keep), int(self.keep.sum()), self.set_sizes
-        units = ", ".join(f"{name} {value:.4g}" for name, value in self.thresholds.items())
-        return (f"{n:,} images, {kept:,} kept, {n - kept:,} removed ({100 * self.removed_fraction:.1f} %); "
-                f"{int((sizes > 1).sum()):,} sets of several images, the largest of {sizes.max():,}; "
-                f"threshold {units}")
 
 
 def balance(embeddings, keys: Sequence | np.ndarray | None = None, *, threshold: float, metric: str,
@@ -197,50 +147,6 @@ def representative_distance(embeddings, result: Balance, *, chunk: int = CHUNK) 
     return out
 
 
-def convert(threshold: float, metric: str) -> dict[str, float]:
-    """A threshold in all three metrics, {"l2": .., "sql2": .., "cosine": ..}; exact on unit-norm rows."""
-    if metric not in METRICS:
-        raise BalanceError(f"metric: expected one of {', '.join(METRICS)}, found {metric!r}")
-    largest = 4.0 if metric == "sql2" else 2.0
-    if not 0 < threshold <= largest:
-        raise BalanceError(f"threshold: with metric {metric} it lies above 0 and is at most {largest:g} "
-                           f"(unit vectors are never farther apart), found {threshold}")
-    square = {"l2": threshold * threshold, "sql2": threshold, "cosine": 2 * threshold}[metric]
-    units = {"l2": square**0.5, "sql2": square, "cosine": square / 2}
-    return {name: float(value) for name, value in (units | {metric: threshold}).items()}
-
-
-def write(folder: str | Path, result: Balance) -> None:
-    """FOLDER/balance.parquet: key, set_id, keep, centroid_distance. Where all keys are DataComp uids (32 hex
-    digits) also the kept ones as FOLDER/kept_uids.npy, sorted `u8,u8`: what DataComp's resharder reads."""
-    table = pa.table({"key": result.keys, "set_id": result.set_id, "keep": result.keep,
-                      "centroid_distance": result.centroid_distance})
-    about = {"threshold": result.threshold, "metric": result.metric}
-    with whole(Path(folder) / "balance.parquet") as part:
-        pq.write_table(table.replace_schema_metadata({"mclip.balance": json.dumps(about)}), part)
-    uids = Path(folder) / "kept_uids.npy"
-    if result.keys.dtype.kind == "U" and all(re.fullmatch("[0-9a-f]{32}", key) for key in result.keys):
-        kept = [(int(key[:16], 16), int(key[16:], 16)) for key in result.keys[result.keep]]
-        with whole(uids) as part, open(part, "wb") as file:
-            np.save(file, np.sort(np.array(kept, dtype="u8,u8")), allow_pickle=False)
-    else:
-        uids.unlink(missing_ok=True)
-
-
-def read(folder: str | Path) -> Balance:
-    """What `write` wrote; BalanceError in one line where it is missing or something else."""
-    path = Path(folder) / "balance.parquet"
-    if not path.is_file():
-        raise BalanceError(f"{path} is missing: run `dvc repro balance` first")
-    try:
-        table = pq.read_table(path)
-        about = json.loads((table.schema.metadata or {})[b"mclip.balance"])
-        columns = [table[name].to_numpy() for name in ("set_id", "keep", "centroid_distance", "key")]
-    except (pa.ArrowException, KeyError, ValueError) as err:
-        raise BalanceError(f"{path} is no file of mclip.balance: run `dvc repro -f balance` ({err})") from None
-    return Balance(*columns[:3], as_keys(columns[3]), **about)
-
-
 def _check_tile(tile: int | None) -> None:
     if tile is not None and tile < 1:
         raise BalanceError(f"tile: expected at least 1 row, found {tile}")
@@ -329,6 +235,9 @@ def main(argv: list[str] | None = None) -> int:
     print(result.summary())
     return 0
 
+
+__all__ = ["METRICS", "Balance", "BalanceError", "balance", "convert", "read", "removed_curve",
+           "representative_distance", "spanning_forest", "write"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,43 +8,13 @@ On a GPU where faiss has one. All rows take part in every iteration (faiss alone
 The same seed gives the same bytes on the same machine, also with another number of threads.
 """
 
-import io
-import json
-from dataclasses import dataclass, field
-from pathlib import Path
-
 import faiss
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from mclip.files import whole
-from mclip.rows import Rows, RowsError, as_keys, check_keys
+from mclip.data.clustered import ClusterError, Clusters, read, write
+from mclip.rows import Rows, RowsError, check_keys
 
 FEW = 10  # images a cluster below which a warning is due: such centres are hardly more than single images
-
-
-class ClusterError(ValueError):
-    """A number of clusters that can't be, or a result that is missing; the message names it."""
-
-
-@dataclass(frozen=True)
-class Clusters:
-    """centres (k, d) float32, unit norm; row i of `labels` (n,) int64 and `similarity` (n,) float32, the cosine
-    to its own centre, belongs to `keys[i]`; objective (iterations,): mean similarity before each update of the
-    centres; warning: "" or one line about the choice of k."""
-
-    centres: np.ndarray
-    labels: np.ndarray
-    similarity: np.ndarray
-    objective: np.ndarray
-    keys: np.ndarray = field(default_factory=lambda: np.empty(0, str))
-    warning: str = ""
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """(k,) int64: images in each cluster."""
-        return np.bincount(self.labels, minlength=len(self.centres))
 
 
 def cluster(embeddings, k: int, *, iterations: int, seed: int, keys=None) -> Clusters:
@@ -95,37 +65,6 @@ def assign(embeddings, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         nearest, which = index.search(block, 1)
         labels[s:s + len(block)], similarity[s:s + len(block)] = which[:, 0], nearest[:, 0]
     return labels, similarity
-
-
-def write(folder: str | Path, result: Clusters) -> None:
-    """FOLDER/centres.npy and FOLDER/labels.parquet: key, label, similarity (the objective in its metadata)."""
-    table = pa.table({"key": result.keys, "label": result.labels, "similarity": result.similarity})
-    about = {"objective": [float(x) for x in result.objective], "warning": result.warning}
-    buffer = io.BytesIO()
-    np.save(buffer, result.centres, allow_pickle=False)
-    with whole(Path(folder) / "centres.npy") as part:
-        part.write_bytes(buffer.getvalue())
-    with whole(Path(folder) / "labels.parquet") as part:
-        pq.write_table(table.replace_schema_metadata({"mclip.cluster": json.dumps(about)}), part)
-
-
-def read(folder: str | Path) -> Clusters:
-    """What `write` wrote; ClusterError in one line where it is missing or something else."""
-    centres, labels = Path(folder) / "centres.npy", Path(folder) / "labels.parquet"
-    for path in (centres, labels):
-        if not path.is_file():
-            raise ClusterError(f"{path} is missing: run `dvc repro cluster` first")
-    try:
-        array = np.load(centres, allow_pickle=False)
-        table = pq.read_table(labels)
-        about = json.loads((table.schema.metadata or {})[b"mclip.cluster"])
-        key, label, similarity = (table[name].to_numpy() for name in ("key", "label", "similarity"))
-    except (pa.ArrowException, KeyError, ValueError, EOFError) as err:
-        raise ClusterError(f"{folder} holds no files of mclip.cluster: run `dvc repro -f cluster` ({err})") from None
-    if len(label) and label.max() >= len(array):
-        raise ClusterError(f"{labels}: label {label.max()}, but {centres} has {len(array)} centres: "
-                           "run `dvc repro -f cluster`")
-    return Clusters(array, label, similarity, np.array(about["objective"]), as_keys(key), about["warning"])
 
 
 def _unit(rows: Rows) -> np.ndarray:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import balance, cluster, embed, prune
-from .data import reinforced, shards
+from . import balance, cluster, prune
+from .data import embedded, reinforced, shards
 from .files import digest, whole_folder
 from .params import Balance, Cluster, KeptPairs, Recipe, Selection, Variant
 from .runs import in_part
@@ -66,7 +66,7 @@ def _kept(wanted: KeptPairs, settings: Balance, clusters: Cluster, data: dict[st
     folder = _named(cache, "balance", made_of)
     if folder.exists():
         return folder
-    table = embed.load(embeddings)
+    table = embedded.load(embeddings)
     if wanted.threshold is not None:
         found = balance.balance(table.image, table.keys, threshold=wanted.threshold, metric=settings.metric)
     else:
@@ -90,7 +90,7 @@ def _clusters(settings: Cluster, data: dict[str, str], cache: Path, fraction: fl
     folder = _named(cache, "clusters", made_of)
     if folder.exists():
         return folder
-    table, balanced = embed.load(embeddings), balance.read(data["balance"])
+    table, balanced = embedded.load(embeddings), balance.read(data["balance"])
     keys = np.asarray(table.keys)
     kept = np.isin(keys, balanced.keys[balanced.keep].astype(str))
     if fraction < 1:
@@ -122,7 +122,7 @@ def _plain_pictures(data: dict[str, str]) -> reinforced.Plain:
 
     def plain(keys: list[str], names: list[str]) -> tuple[np.ndarray, torch.Tensor]:
         for name in [name for name in names if name not in tables]:
-            table = embed.load(Path(data["embeddings"]) / name)
+            table = embedded.load(Path(data["embeddings"]) / name)
             tables[name] = {key: i for i, key in enumerate(table.keys)}, table.image
         crops = np.array([(0, 0, sizes[key][1], sizes[key][0]) for key in keys], np.float32).reshape(-1, 4)
         parts = [torch.from_numpy(np.asarray(image[[row[key] for key in keys]], np.float32))

@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from mclip.data.balanced import as_keys
+
 
 class RowsError(ValueError):
     """Embeddings or keys that can't be used; the message names the file, the row or the key."""
@@ -108,12 +110,6 @@ def open_npy(path: str | Path) -> np.ndarray:
         raise RowsError(f"{path}: no such file") from None
     except (ValueError, EOFError, OSError) as err:
         raise RowsError(f"{path}: not a whole .npy file of numbers ({err})") from None
-
-
-def as_keys(keys) -> np.ndarray:
-    """Keys as an array of integers or strings."""
-    keys = np.asarray(keys)
-    return keys if keys.dtype.kind in "iu" else keys.astype(str)
 
 
 def check_keys(keys, rows: int) -> np.ndarray:

@@ -22,8 +22,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from . import cluster, models
-from .data import reinforced, training
+from . import models
+from .data import clustered, reinforced, training
 from .data.augment import to_input
 from .files import whole, write_whole
 from .losses import sharding
@@ -245,7 +245,7 @@ def _averaged_over_ranks(together: _Together) -> nn.Module:
 def _objective(run: Run, student: nn.Module, ensemble: list[dict], kernel: str = "plain") -> Objective:
     w, centres = run.recipe.weight, None
     if w.cluster or w.instance:
-        centres = torch.from_numpy(cluster.read(run.data.clusters).centres)
+        centres = torch.from_numpy(clustered.read(run.data.clusters).centres)
     width = student.mclip["config"]["embed_dim"]
     return Objective(run.recipe, width, ensemble=ensemble, centres=centres, seed=run.seed, kernel=kernel)
 

@@ -24,11 +24,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from .. import balance, cluster, embed
 from ..files import made_once
 from ..progress import bar
 from ..runs import TrainingSet, in_part
-from . import augment, reinforced, shards
+from . import augment, balanced, clustered, embedded, reinforced, shards
 from .captions import Tokenizer, caption_id, read_captions, tokenise
 
 SHUFFLE_BUFFER = 2000
@@ -64,7 +63,7 @@ def pair_count(spec: TrainingSet) -> int:
     if spec.pairs_kind == "reinforced":
         return reinforced.read_meta(spec.reinforced)["samples"]
     if spec.pairs_kind == "kept":
-        return int(balance.read(spec.balance).keep.sum())
+        return int(balanced.read(spec.balance).keep.sum())
     return shards.read_manifest(spec.pairs)["samples"]
 
 
@@ -74,8 +73,8 @@ def _keys(spec: TrainingSet) -> list[str]:
         count = len(shards.read_manifest(spec.pairs)["shards"])
         return [key for i in range(count) for key in reinforced.read_shard(spec.reinforced, i).keys]
     if spec.pairs_kind == "kept":
-        balanced = balance.read(spec.balance)
-        return list(balanced.keys[balanced.keep])
+        balance = balanced.read(spec.balance)
+        return list(balance.keys[balance.keep])
     return read_captions(spec.pairs, spec.cache)[0]
 
 
@@ -104,8 +103,8 @@ def load_side(spec: TrainingSet, shard: tuple[int, list[shards.Sample]] | None =
         known = captions
         row = np.arange(len(keys))
         if spec.pairs_kind == "kept":
-            balanced = balance.read(spec.balance)
-            kept = set(balanced.keys[balanced.keep])
+            balance = balanced.read(spec.balance)
+            kept = set(balance.keys[balance.keep])
             row = np.asarray([i for i, k in enumerate(keys) if k in kept], dtype=np.int64)
             keys, captions = [keys[i] for i in row], [captions[i] for i in row]
     if spec.fraction < 1:
@@ -122,12 +121,12 @@ def load_side(spec: TrainingSet, shard: tuple[int, list[shards.Sample]] | None =
 
 def _teacher_arrays(spec: TrainingSet, keys: list[str]) -> dict[str, torch.Tensor]:
     """Cluster label and the teacher's embeddings of each key's picture and caption."""
-    clusters = cluster.read(spec.clusters)
+    clusters = clustered.read(spec.clusters)
     label_of = pd.Series(clusters.labels, index=clusters.keys)
     if missing := [k for k in keys if k not in label_of.index]:
         raise ValueError(f"{spec.clusters}: no cluster label for {len(missing)} pairs, the first is {missing[0]}; "
                          "run `dvc repro cluster`")
-    table = embed.load(Path(spec.embeddings) / spec.teacher)
+    table = embedded.load(Path(spec.embeddings) / spec.teacher)
     position = pd.Series(np.arange(len(table.keys)), index=table.keys)
     rows = position.loc[keys].to_numpy()
     return {
