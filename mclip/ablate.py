@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from filelock import FileLock
 
-from . import compare, derive, distill, evaluate, models
+from . import closure, compare, derive, distill, evaluate, models
 from . import scores as tables
 from .files import digest, write_whole
 from .params import Balance, Cluster, EvalSet, Learning, Recipe, Study, Train, varied
@@ -32,9 +32,6 @@ from .runs import Run
 
 CACHE = Path("data/cache/ablations")
 METRICS = Path("reports/metrics/ablations")
-CODE = ("cluster.py", "data/augment.py", "data/captions.py", "data/reinforced.py", "data/shards.py", "data/training.py",
-        "kernels", "losses", "models", "runs.py", "train.py")
-SCORE_CODE = ("data/evalsets.py", "data/registry.py", "evaluate.py", "features.py", "metrics.py", "models")
 PACKAGES = ("torch", "open_clip_torch", "timm")
 ON_ALL = " on all pairs"  # after a recipe's name: its finished student, beside a curve on a fraction of them
 UNSEEN = {"parallel_runs", "checkpoint_every"}  # of distill.train: never seen in what a run gives
@@ -142,7 +139,7 @@ def identity(run: Run) -> str:
         "seed": run.seed,
         "set": spec,
         "data": {name: derive.fingerprint(folder) for name, folder in reads.items()},
-        "code": derive.code(CODE),
+        "code": closure.code("mclip.train"),
         "versions": [version(name) for name in PACKAGES],
     })
 
@@ -173,7 +170,7 @@ def scores(runs: Iterable[Run], sets: Mapping[str, EvalSet], *, batch_size: int,
     """
     sets = {name: spec.model_copy(update={"probe": False}) for name, spec in sets.items()}
     asked = [batch_size, [(name, spec.model_dump(), _test_files(spec.path)) for name, spec in sets.items()],
-             derive.code(SCORE_CODE), [version(name) for name in (*PACKAGES, "torchvision", "pillow")]]
+             closure.code("mclip.evaluate"), [version(name) for name in (*PACKAGES, "torchvision", "pillow")]]
     files = {}
     for out in dict.fromkeys(run.out for run in runs):
         weights = models.weights_sha256(f"local-dir:{out}"), (Path(out) / "open_clip_config.json").read_text()

@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import balance, cluster, prune
+from . import balance, closure, cluster, prune
 from .data import embedded, reinforced, shards
 from .files import digest, whole_folder
 from .params import Balance, Cluster, KeptPairs, Recipe, Selection, Variant
 from .runs import in_part
 
-CODE = ("balance.py", "cells.py", "cluster.py", "components.py", "derive.py", "links.py", "prepared.py", "prune.py",
-        "rows.py", "runs.py", "unionfind.py", "data/reinforced.py", "data/shards.py")
 FOLDERS = {name: f"data/{name}" for name in ("pairs", "balance", "clusters", "embeddings", "reinforced")}
 
 
@@ -152,13 +150,5 @@ def fingerprint(folder: str | Path) -> str:
     return digest([(str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files])
 
 
-def code(names: tuple[str, ...]) -> str:
-    """Digest of modules and packages of mclip: what they made is made anew when they change."""
-    root = Path(__file__).parent
-    files = sorted(path for name in names for path in [root / name, *(root / name).rglob("*")]
-                   if path.suffix in (".py", ".json"))
-    return digest([(str(path.relative_to(root)), path.read_text()) for path in files])
-
-
 def _named(cache: Path, kind: str, made_of: list) -> Path:
-    return cache / "data" / f"{kind}-{digest([made_of, code(CODE)])}"
+    return cache / "data" / f"{kind}-{digest([made_of, closure.code(__name__)])}"

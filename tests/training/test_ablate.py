@@ -1,16 +1,12 @@
 """mclip.ablate, mclip.derive: a run is known by what its bytes depend on, and shared; derived data are what they say."""
 
-import ast
 import json
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import mclip
-from mclip import ablate, balance, cluster, derive, distill, embed
+from mclip import ablate, balance, closure, cluster, derive, distill, embed
 from mclip.data import reinforced, training
 from mclip.params import Balance, Cluster, EvalSet, Learning, Study, Variant, varied
 from mclip.runs import in_part
@@ -79,7 +75,8 @@ def test_seed_settings_data_and_code_are_part_of_a_run(shared, world, tmp_path, 
     assert plan(moved, a={})["a"][0].out != base[0].out
     clip = plan(shared, "clip", a={})["a"][0].out
     assert plan(moved, "clip", a={})["a"][0].out == clip  # which reads no embeddings
-    monkeypatch.setattr(ablate, "CODE", (*ablate.CODE, "balance.py"))
+    code = closure.code
+    monkeypatch.setattr(closure, "code", lambda module: code(module) + "edited" * (module == "mclip.train"))
     assert plan(shared, a={})["a"][0].out != base[0].out
 
 
@@ -271,36 +268,3 @@ def test_more_than_is_stored_is_refused(shared, tmp_path):
         reinforced.select(shared.data["reinforced"], tmp_path / "x", n_aug=4)
     with pytest.raises(ValueError, match="no teacher 'huge', there are base, large"):
         reinforced.select(shared.data["reinforced"], tmp_path / "x", ensemble=["huge"])
-
-
-def imported(file: Path) -> Iterator[Path]:
-    """The files of mclip that one imports from."""
-    root = Path(mclip.__file__).parent
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            parts = (node.module or "").split(".")
-            if node.level:
-                base = file.parents[node.level - 1].joinpath(*filter(None, parts))
-            elif parts[0] == "mclip":
-                base = root.joinpath(*parts[1:])
-            else:
-                continue
-            for alias in node.names:
-                found = [f for f in (base / f"{alias.name}.py", base.with_suffix(".py")) if f.is_file()]
-                yield from found[:1]
-
-
-@pytest.mark.parametrize("code, rest", [
-    (derive.CODE, {"embed.py", "data/augment.py", "data/tars.py"}),  # these read and check what CODE works on
-    (ablate.SCORE_CODE, {"compare.py", "probe.py", "scores.py"}),  # studies fit no probe, and write after scoring
-], ids=["data", "scores"])
-def test_what_is_kept_is_named_by_all_the_code_that_makes_it(code, rest):
-    root = Path(mclip.__file__).parent
-    seen, todo = set(), [f for c in code for f in ([root / c] if c.endswith(".py") else (root / c).rglob("*.py"))]
-    listed = set(todo)
-    while todo:
-        if (file := todo.pop()) not in seen:
-            seen.add(file)
-            todo += imported(file)
-    names = {file.relative_to(root).as_posix() for file in seen - listed}
-    assert {n for n in names if not n.startswith("params/")} - {"data/registry.py", "engine.py", "files.py", "progress.py"} <= rest
