@@ -26,6 +26,7 @@ import ast
 import difflib
 import hashlib
 import json
+import os
 import re
 import signal
 import sys
@@ -37,7 +38,7 @@ from typing import Any
 
 import nbformat
 
-from mclip import params, strip
+from mclip import closure, params, strip
 from mclip.files import write_whole
 from mclip.params import ParamsError
 
@@ -117,11 +118,12 @@ def sources(stage: Stage) -> dict[str, str]:
     """What must not change while the stage runs: sha256 of its source files, and of what it picks.
 
     DVC records its dependencies as they are after a stage, so an edit during it would go down as what
-    produced the outputs. The files are those that dvc.yaml names for the notebook; the whole package for
-    a notebook that isn't a stage.
+    produced the outputs. The files are the notebook, what it stands on (mclip.closure), and what dvc.yaml
+    names of mclip beside that.
     """
     deps = [stage.notebook, *_dependencies(stage)]
     paths = {p for d in deps for p in (d.rglob("*") if d.is_dir() else [d]) if p.suffix in SOURCE_SUFFIXES}
+    paths |= set(closure.Package().notebook(stage.notebook))
     files = {str(p): hashlib.sha256(p.read_bytes()).hexdigest() if p.exists() else "" for p in sorted(paths)}
     try:
         return files | {"params.yaml": json.dumps(picked(stage.keys))}
@@ -141,7 +143,16 @@ def _dependencies(stage: Stage) -> list[Path]:
         if ("mclip.run", stage.name) in pairwise(words):
             deps = [Path(next(iter(d)) if isinstance(d, dict) else d) for d in entry.get("deps", [])]
             return [d for d in deps if d.parts[0] in ("mclip", "notebooks") and d.exists()]
-    return [Path("mclip")]
+    return []
+
+
+def edited_before(stage: Stage) -> list[str]:
+    """Under DVC, what changed since its stage `code` ran: it would take the outputs for those of the code before."""
+    if "DVC_STAGE" not in os.environ or not Path(closure.FOLDER, stage.name).is_file():
+        return []
+    package, before = closure.Package(), closure.recorded(stage.name)
+    now = package.checksums(package.notebook(stage.notebook))
+    return sorted(p for p in before | now if before.get(p) != now.get(p))
 
 
 # --- after ------------------------------------------------------------------------------------------------
@@ -225,6 +236,8 @@ def _own_frames(traceback: str, last: int = 2) -> list[str]:
 
 def run(stage: Stage) -> Path:
     """Execute the stage's notebook and write its report; StageError says why there is none."""
+    if edited := edited_before(stage):
+        raise StageError(f"{stage.title}: {edited[0]} was edited after DVC's stage `code`: run `dvc repro` again")
     before = sources(stage)
     nb, injected = prepare(stage)
     from mclip.kernel import Terminal, execute  # here: importing papermill takes seconds, in which files change

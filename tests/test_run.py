@@ -13,7 +13,7 @@ import psutil
 import pytest
 from nbformat import v4
 
-from mclip import kernel, run, strip
+from mclip import closure, kernel, run, strip
 
 ROOT = Path(__file__).parents[1]
 PARAMETERS = "sections = None\nrecipe = 'none'"
@@ -230,20 +230,40 @@ def test_a_wrong_call_is_one_line(repo, monkeypatch, capsys, args, said):
     assert capsys.readouterr().err == said + "\n"
 
 
-def test_guarded_are_the_sources_that_dvc_records(tmp_path, monkeypatch):
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A repository with a stage of one notebook, x, that imports mclip.a and through it mclip.models."""
     monkeypatch.chdir(tmp_path)
-    for name in ("notebooks/x.ipynb", "mclip/a.py", "mclip/models/b.py", "mclip/models/c.json", "mclip/other.py",
-                 "data/d.json"):
+    files = {"notebooks/x.ipynb": nbformat.writes(v4.new_notebook(cells=[v4.new_code_cell("from mclip import a")])),
+             "mclip/a.py": "from . import models", "mclip/models/__init__.py": "from . import b"}
+    for name in ("mclip/models/b.py", "mclip/models/c.json", "mclip/other.py", "mclip/shown.py", "data/d.json"):
+        files[name] = ""
+    files["params.yaml"] = (ROOT / "params.yaml").read_text()
+    files["dvc.yaml"] = ("stages:\n  y: {foreach: [1], do: {cmd: python -m mclip.run x -s k=1,"
+                         " deps: [notebooks/x.ipynb, data/code/x, mclip/shown.py, data]}}\n"
+                         "  z: {cmd: python -m mclip.run z -p x, deps: [mclip]}\n")
+    for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
-    (tmp_path / "dvc.yaml").write_text(
-        "stages:\n  y: {foreach: [1], do: {cmd: python -m mclip.run x -s k=1,"
-        " deps: [notebooks/x.ipynb, mclip/a.py, mclip/models, data]}}\n"
-        "  z: {cmd: python -m mclip.run z -p x, deps: [mclip]}\n")
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_guarded_are_the_sources_that_dvc_records(package):
     assert set(run.sources(run.Stage("x"))) == {
-        "params.yaml", "notebooks/x.ipynb", "mclip/a.py", "mclip/models/b.py", "mclip/models/c.json"}
-    assert "mclip/other.py" in run.sources(run.Stage("w"))
+        "params.yaml", "notebooks/x.ipynb", "mclip/a.py", "mclip/models/__init__.py", "mclip/models/b.py",
+        "mclip/models/c.json", "mclip/shown.py"}
+    assert "mclip/other.py" in run.sources(run.Stage("w"))  # no notebook that can be read
+
+
+def test_an_edit_between_dvcs_stage_code_and_the_notebooks_own_stops_it(package, monkeypatch):
+    closure.write()
+    (package / "mclip/models/b.py").write_text("changed = True")
+    assert run.edited_before(run.Stage("x")) == []  # by hand, where nothing is recorded
+    monkeypatch.setenv("DVC_STAGE", "y@1")
+    with pytest.raises(run.StageError, match=r"^x: mclip/models/b.py was edited after DVC's stage `code`: run `dvc repro`"):
+        run.run(run.Stage("x"))
+    closure.write()
+    assert run.edited_before(run.Stage("x")) == []
 
 
 def test_injected_values_are_python_one_key_a_line():
