@@ -13,9 +13,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mclip import params
+from mclip import closure, params
 
 READ = ("data/", "models/", "reports/metrics")
+CODE = f"{closure.FOLDER}/"  # says what a notebook stands on; no notebook reads it
 
 
 class MissingInput(FileNotFoundError):
@@ -65,7 +66,7 @@ def stages(root: str | Path = ".") -> dict[str, dict[str, Any]]:
 def reads(entry: dict[str, Any]) -> list[str]:
     """What a stage depends on beside code, notebooks and parameters."""
     paths = [path for dep in entry.get("deps", []) for path in ([dep] if isinstance(dep, str) else dep)]
-    return [path for path in paths if path.startswith(READ)]
+    return [path for path in paths if path.startswith(READ) and not path.startswith(CODE)]
 
 
 def outs(entry: dict[str, Any]) -> list[str]:

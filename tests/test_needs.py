@@ -22,7 +22,7 @@ stages:
   train:
     foreach: ${recipes}
     do:
-      deps: [mclip/x.py, data/pairs, {models/base: {}}]
+      deps: [mclip/x.py, data/code/train, data/pairs, {models/base: {}}]
       cmd: train ${key} ${item.lr}
       outs: ["models/${key}"]
       metrics: ["reports/metrics/${key}.json": {cache: false}]

@@ -65,7 +65,7 @@ def first(clone):
 
 def test_every_stage_runs_and_the_report_is_there(clone, first):
     recipes = params.load(clone / "params.yaml").distill.recipes
-    expected = {"data", "teachers", "embed", "balance", "cluster", "reinforce", "report"}
+    expected = {"code", "data", "teachers", "embed", "balance", "cluster", "reinforce", "report"}
     expected |= {f"{stage}@{recipe}" for stage in ("distill", "evaluate") for recipe in recipes}
     assert expected <= ran(first)
     assert (clone / "reports/site/index.html").stat().st_size > 1000
@@ -124,6 +124,21 @@ def test_one_changed_parameter_reruns_only_what_depends_on_it(clone, first):
         assert f"Stage '{name}' didn't change, skipping" in output
     waiting = call(clone, "dvc", "status", check=False)
     assert "reinforce" in waiting and "distill@" in waiting
+
+
+def test_an_edit_reruns_what_stands_on_it(clone, first):
+    """How figures look: only the checksums are written again, as they were. How links are found: not the trainings."""
+    def edited(name: str) -> str:
+        with open(clone / name, "a") as file:
+            file.write("\n# edited\n")
+        return call(clone, "dvc", "repro", "code")
+
+    assert ran(edited("mclip/plots/charts.py")) == {"code"}
+    waiting = call(clone, "dvc", "status", check=False)
+    assert "data/code" not in waiting
+    assert ran(edited("mclip/links.py")) == {"code"}
+    waiting = call(clone, "dvc", "status", check=False)
+    assert "data/code/balance" in waiting and not re.search(r"data/code/(distill|cluster|reinforce|evaluate)\b", waiting)
 
 
 def test_an_unknown_parameter_stops_at_once(clone, first):
