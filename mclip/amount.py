@@ -20,13 +20,13 @@ from typing import Any
 
 import pandas as pd
 
-from . import ablate, balance, claims, derive, models, reinforce
+from . import ablate, claims, closure, derive, models, reinforce
+from .data import balanced
 from .files import digest
 from .params import Amount, Recipe, Reinforce, Selection, merge, varied
 from .runs import Run, in_part
 
 ALL, AUG, SYN = "all", "aug", "syn"
-CODE = (*derive.CODE, "captioner.py", "data/augment.py", "models", "reinforce.py")
 KINDS = {AUG: "augmentations", SYN: "captions"}  # as published.ENOUGH calls them
 
 
@@ -55,11 +55,11 @@ def reinforced_part(study: Amount, settings: Reinforce, teachers: dict[str, str]
     if wanted.n_syn:
         weights.append(models.weights_sha256(captioner))
     made_of = [wanted.model_dump(), weights, study.fraction, derive.fingerprint(own["pairs"]),
-               derive.fingerprint(own["balance"])]
-    folder = Path(cache) / "data" / f"reinforced-{digest([made_of, derive.code(CODE)])}"
+               derive.fingerprint(own["balance"]), closure.code("mclip.reinforce")]
+    folder = Path(cache) / "data" / f"reinforced-{digest(made_of)}"
     if not folder.exists():
-        balanced = balance.read(own["balance"])
-        kept = {key for key in balanced.keys[balanced.keep].tolist() if in_part(key, study.fraction)}
+        found = balanced.read(own["balance"])
+        kept = {key for key in found.keys[found.keep].tolist() if in_part(key, study.fraction)}
         draft = folder.with_name(f"{folder.name}.part")  # not whole_folder's: its shards are kept over a killed run
         reinforce.run(wanted, teachers, captioner, kept, pairs=own["pairs"], out=draft)
         draft.rename(folder)
