@@ -69,8 +69,9 @@ class Package:
         file = self._file(name)
         if file is None or file.name != "__init__.py":
             return [] if file is None else [file]
-        beside = [path.relative_to(self.root) for path in (self.root / file.parent).rglob("[!.]*") if path.is_file()]
-        return [file, *(path for path in beside if path.suffix not in (".py", ".pyc"))]
+        beside = [path.relative_to(self.root) for path in (self.root / file.parent).rglob("*") if path.is_file()]
+        return [file, *(path for path in beside if path.suffix not in (".py", ".pyc")
+                        and not any(part.startswith(".") for part in path.parts))]
 
     def _imports(self, name: str) -> set[str]:
         if name not in self._named:

@@ -46,7 +46,7 @@ def notebook(path: Path, *cells: str) -> None:
 @pytest.fixture
 def root(tmp_path):
     files = {f"mclip/{name}.py": text for name, text in MODULES.items()}
-    files |= {"mclip/pack/configs/x.json": "{}", "mclip/pack/configs/.x.json.swp": "", "mclip/pack/x.pyc": ""}
+    files |= {"mclip/pack/configs/x.json": "{}", "mclip/pack/configs/.x.json.swp": "", "mclip/pack/.ipynb_checkpoints/x.json": "", "mclip/pack/x.pyc": ""}
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
