@@ -67,7 +67,7 @@ def plan(study: Study, recipe: Recipe, shared: Shared, *, samples: int, seeds: S
         changed = varied(recipe, variant.recipe)
         data, teacher = derive.folders(variant, changed, shared.balance, shared.cluster, cache=shared.cache,
                                        data=shared.data)
-        runs[name] = _runs(name, changed, shared, study.samples or samples, study.seeds or seeds, teacher, data)
+        runs[name] = runs_of(name, changed, shared, study.samples or samples, study.seeds or seeds, teacher, data)
     return runs
 
 
@@ -87,7 +87,7 @@ def plan_learning(curve: Learning, recipes: Mapping[str, Recipe], shared: Shared
         if whole:
             lengths.pop(full, None)
         data = derive.part(curve.fraction, recipes[recipe], shared.cluster, cache=shared.cache, data=shared.data)
-        own = {(samples, recipe): _runs(recipe, recipes[recipe], shared, samples, which, shared.cluster.teacher, data)
+        own = {(samples, recipe): runs_of(recipe, recipes[recipe], shared, samples, which, shared.cluster.teacher, data)
                for samples, which in lengths.items()}
         own[full, recipe if whole else recipe + ON_ALL] = _students(recipe, recipes[recipe], shared, finished_seeds,
                                                                     students)
@@ -114,8 +114,9 @@ def planned(name: str, recipe: Recipe, student: str, train: Train, seeds: Sequen
     return found
 
 
-def _runs(name: str, recipe: Recipe, shared: Shared, samples: int, seeds: Sequence[int], teacher: str | None,
-          data: dict[str, Any]) -> list[Run]:
+def runs_of(name: str, recipe: Recipe, shared: Shared, samples: int, seeds: Sequence[int], teacher: str | None,
+            data: dict[str, Any]) -> list[Run]:
+    """`planned`, of the student and with the trainer that all variants share, for so many samples."""
     train = shared.train.model_copy(update={"samples": samples})
     return planned(name, recipe, shared.student, train, seeds, teacher=teacher, data=data, cache=shared.cache)
 

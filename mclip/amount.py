@@ -23,7 +23,7 @@ import pandas as pd
 from . import ablate, claims, closure, derive, models, reinforce
 from .data import balanced
 from .files import digest
-from .params import Amount, Recipe, Reinforce, Selection, merge, varied
+from .params import Amount, Recipe, Reinforce, Selection, varied
 from .runs import Run, in_part
 
 ALL, AUG, SYN = "all", "aug", "syn"
@@ -32,7 +32,7 @@ KINDS = {AUG: "augmentations", SYN: "captions"}  # as published.ENOUGH calls the
 
 def stored(study: Amount, settings: Reinforce) -> Reinforce:
     """The reinforce section with what the study stores laid over it."""
-    return Reinforce.model_validate(merge(settings.model_dump(), study.stored))
+    return varied(settings, study.stored)
 
 
 def variants(study: Amount) -> dict[str, Selection]:
@@ -69,16 +69,12 @@ def reinforced_part(study: Amount, settings: Reinforce, teachers: dict[str, str]
 def plan(study: Amount, recipe_name: str, recipe: Recipe, shared: ablate.Shared, source: str | Path, *,
          seeds: Sequence[int]) -> dict[str, list[Run]]:
     """Each variant's runs, a run a seed, for `ablate.train` and `ablate.score`; source: of `reinforced_part`."""
-    settings = shared.train.model_copy(update={"samples": study.samples})
     runs = {}
     for name, chosen in variants(study).items():
-        own = Path(source)
-        if chosen != Selection():
-            own = derive.selected(chosen, {"reinforced": str(source)}, Path(shared.cache))
+        own = derive.selected(chosen, {"reinforced": str(source)}, Path(shared.cache))
         changed = varied(recipe, {"synthetic": False}) if name == f"{SYN} 0" else recipe
         data: dict[str, Any] = shared.data | {"reinforced": str(own), "fraction": study.fraction}
-        runs[name] = ablate.planned(recipe_name, changed, shared.student, settings, seeds,
-                                    teacher=shared.cluster.teacher, data=data, cache=shared.cache)
+        runs[name] = ablate.runs_of(recipe_name, changed, shared, study.samples, seeds, shared.cluster.teacher, data)
     return runs
 
 
@@ -88,7 +84,7 @@ def titles(study: Amount, most: Mapping[str, int]) -> dict[str, str]:
     for name in variants(study):
         if name != ALL:
             kind, n = name.split()
-            found[name] = f"{n} {KINDS[kind].removesuffix('s') if n == '1' else KINDS[kind]}"
+            found[name] = _counted(int(n), KINDS[kind])
     return found
 
 
@@ -133,6 +129,11 @@ def _enough(what: str, points: pd.DataFrame) -> str:
     if not len(below):
         return f"no smaller number of {what} can be told from {most}"
     worst, after = points.loc[below[-1]], points.loc[points["number"] > points["number"][below[-1]], "number"].iloc[0]
-    verb = f"{what.removesuffix('s')} is" if worst["number"] == 1 else f"{what} are"
-    gap = f"{worst['number']} {verb} {-worst['mean']:.1f} ± {worst['mean'] - worst['low']:.1f} points below {most}"
+    verb = "is" if worst["number"] == 1 else "are"
+    gap = (f"{_counted(worst['number'], what)} {verb} {-worst['mean']:.1f} ± {worst['mean'] - worst['low']:.1f} points "
+           f"below {most}")
     return gap + (f" and {after} can't be told from them" if after < most else "")
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what.removesuffix('s') if n == 1 else what}"

@@ -101,7 +101,10 @@ def _clusters(settings: Cluster, data: dict[str, str], cache: Path, fraction: fl
 
 
 def selected(wanted: Selection, data: dict[str, str], cache: Path) -> Path:
-    """A part of the reinforced set of `data`; without augmentations, with the embeddings of the plain pictures."""
+    """A part of the reinforced set of `data`; without augmentations, with the embeddings of the plain pictures. The set
+    itself where all of it is wanted."""
+    if wanted == Selection():
+        return Path(data["reinforced"])
     made_of = [wanted.model_dump(), fingerprint(data["reinforced"])]
     if wanted.n_aug == 0:
         names = wanted.ensemble or [t["name"] for t in reinforced.read_meta(data["reinforced"])["teachers"]]

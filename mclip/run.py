@@ -114,16 +114,16 @@ def _parameter_names(nb: nbformat.NotebookNode, path: Path) -> list[str]:
     raise StageError(f"{path}: no cell is tagged 'parameters'", 2)
 
 
-def sources(stage: Stage) -> dict[str, str]:
+def sources(stage: Stage, package: closure.Package | None = None) -> dict[str, str]:
     """What must not change while the stage runs: sha256 of its source files, and of what it picks.
 
     DVC records its dependencies as they are after a stage, so an edit during it would go down as what
     produced the outputs. The files are the notebook, what it stands on (mclip.closure), and what dvc.yaml
-    names of mclip beside that.
+    names of mclip beside that. package: one whose modules have been read just now.
     """
     deps = [stage.notebook, *_dependencies(stage)]
     paths = {p for d in deps for p in (d.rglob("*") if d.is_dir() else [d]) if p.suffix in SOURCE_SUFFIXES}
-    paths |= set(closure.Package().notebook(stage.notebook))
+    paths |= set((package or closure.Package()).notebook(stage.notebook))
     files = {str(p): hashlib.sha256(p.read_bytes()).hexdigest() if p.exists() else "" for p in sorted(paths)}
     try:
         return files | {"params.yaml": json.dumps(picked(stage.keys))}
@@ -146,11 +146,11 @@ def _dependencies(stage: Stage) -> list[Path]:
     return []
 
 
-def edited_before(stage: Stage) -> list[str]:
+def edited_before(stage: Stage, package: closure.Package | None = None) -> list[str]:
     """Under DVC, what changed since its stage `code` ran: it would take the outputs for those of the code before."""
     if "DVC_STAGE" not in os.environ or not Path(closure.FOLDER, stage.name).is_file():
         return []
-    package, before = closure.Package(), closure.recorded(stage.name)
+    package, before = package or closure.Package(), closure.recorded(stage.name)
     now = package.checksums(package.notebook(stage.notebook))
     return sorted(p for p in before | now if before.get(p) != now.get(p))
 
@@ -236,9 +236,10 @@ def _own_frames(traceback: str, last: int = 2) -> list[str]:
 
 def run(stage: Stage) -> Path:
     """Execute the stage's notebook and write its report; StageError says why there is none."""
-    if edited := edited_before(stage):
+    package = closure.Package()
+    if edited := edited_before(stage, package):
         raise StageError(f"{stage.title}: {edited[0]} was edited after DVC's stage `code`: run `dvc repro` again")
-    before = sources(stage)
+    before = sources(stage, package)
     nb, injected = prepare(stage)
     from mclip.kernel import Terminal, execute  # here: importing papermill takes seconds, in which files change
 

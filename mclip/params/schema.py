@@ -2,7 +2,7 @@
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
 from ruamel.yaml import YAML
@@ -11,6 +11,8 @@ from mclip.files import write_whole
 from mclip.params.ablations import Ablations, Amount, Variant
 from mclip.params.sections import Balance, Cluster, Data, Distill, Embed, Evaluate, Recipe, Reinforce, Teachers
 from mclip.params.tree import ParamsError, Section, explain, merge, read_yaml
+
+S = TypeVar("S", bound=Section)
 
 
 class Params(Section):
@@ -77,7 +79,7 @@ class Params(Section):
         if recipe in self.distill.recipes and not self.distill.recipes[recipe].synthetic:
             raise ValueError(f"{key}: the recipe needs synthetic: true")
         try:
-            stored = Reinforce.model_validate(merge(self.reinforce.model_dump(), study.stored))
+            stored = varied(self.reinforce, study.stored)
         except pydantic.ValidationError as err:
             raise ValueError("; ".join(f"{key}.stored.{explain(e, Reinforce)}" for e in err.errors())) from None
         if unknown := sorted(set(stored.ensemble) - set(self.teachers.models)):
@@ -114,9 +116,9 @@ class Params(Section):
             raise ValueError(f"{key}.reinforced.captions: synthetic needs reinforce.n_syn and synthetic: false")
 
 
-def varied(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
-    """A recipe with some keys laid over it, such as {"weight": {"cluster": 0.0}}."""
-    return Recipe.model_validate(merge(recipe.model_dump(by_alias=True), changes))
+def varied(section: S, changes: dict[str, Any]) -> S:
+    """A section, such as a recipe, with some keys laid over it: {"weight": {"cluster": 0.0}}."""
+    return type(section).model_validate(merge(section.model_dump(by_alias=True), changes))
 
 
 def check(data: dict[str, Any], source: str = "params.yaml") -> Params:
