@@ -54,7 +54,7 @@ def open_clip_rate(args) -> dict[str, float]:
 
 def mclip_rate(args, cached: bool) -> dict[str, float]:
     from mclip import params, train
-    from mclip.data import training
+    from mclip.data import pixels
     from mclip.runs import Run, TrainingSet
 
     settings = params.load().distill.train.model_copy(update={
@@ -64,7 +64,7 @@ def mclip_rate(args, cached: bool) -> dict[str, float]:
     recipe = params.Recipe(title="CLIP", pairs="all", weight={"clip": 1.0})
     spent = 0.0
     if cached:
-        build = training._build_cache
+        build = pixels._build_cache
 
         def timed(*arguments) -> None:
             nonlocal spent
@@ -72,7 +72,7 @@ def mclip_rate(args, cached: bool) -> dict[str, float]:
             build(*arguments)
             spent = time.perf_counter() - start
 
-        training._build_cache = timed
+        pixels._build_cache = timed
     with tempfile.TemporaryDirectory() as scratch:
         data = TrainingSet("all", pairs=args.pairs, cache=args.cache, light_views=settings.light_views,
                            light_scale_min=settings.light_scale_min)

@@ -64,7 +64,7 @@ def _kept(wanted: KeptPairs, settings: Balance, clusters: Cluster, data: dict[st
     folder = _named(cache, "balance", made_of)
     if folder.exists():
         return folder
-    table = embedded.load(embeddings)
+    table = embedded.index(embeddings)
     if wanted.threshold is not None:
         found = balance.balance(table.image, table.keys, threshold=wanted.threshold, metric=settings.metric)
     else:
@@ -74,7 +74,7 @@ def _kept(wanted: KeptPairs, settings: Balance, clusters: Cluster, data: dict[st
                 "density": lambda: prune.density(table.image, count, **k_means),
                 "random": lambda: prune.random(n, count, seed=clusters.seed)}[wanted.prune]()
         # no sets, nor a threshold of ours: every pair is one of its own
-        found = balance.Balance(np.arange(n), keep, np.zeros(n), np.asarray(table.keys), 0.0, wanted.prune)
+        found = balance.Balance(np.arange(n), keep, np.zeros(n), table.keys, 0.0, wanted.prune)
     with whole_folder(folder) as draft:
         balance.write(draft, found)
     return folder
@@ -83,18 +83,17 @@ def _kept(wanted: KeptPairs, settings: Balance, clusters: Cluster, data: dict[st
 def _clusters(settings: Cluster, data: dict[str, str], cache: Path, fraction: float = 1.0) -> Path:
     """A clusters folder of the kept pairs, or of a fraction of them, by the settings' teacher and number."""
     embeddings = Path(data["embeddings"]) / settings.teacher
-    made_of = [settings.clusters, settings.iterations, settings.seed, fingerprint(embeddings),
+    made_of = [settings.clusters, settings.iterations, settings.points_per_centre, settings.seed, fingerprint(embeddings),
                fingerprint(data["balance"]), fraction]
     folder = _named(cache, "clusters", made_of)
     if folder.exists():
         return folder
-    table, balanced = embedded.load(embeddings), balance.read(data["balance"])
-    keys = np.asarray(table.keys)
-    kept = np.isin(keys, balanced.keys[balanced.keep].astype(str))
+    table, balanced = embedded.index(embeddings), balance.read(data["balance"])
+    kept = np.isin(table.keys, balanced.keys[balanced.keep].astype(str))
     if fraction < 1:
-        kept &= [in_part(key, fraction) for key in keys]
-    found = cluster.cluster(table.image[kept], settings.clusters, iterations=settings.iterations, seed=settings.seed,
-                            keys=keys[kept])
+        kept &= [in_part(key, fraction) for key in table.keys]
+    found = cluster.cluster(table.image, settings.clusters, iterations=settings.iterations, seed=settings.seed,
+                            keys=table.keys, chosen=kept, points=settings.points_per_centre)
     with whole_folder(folder) as draft:
         cluster.write(draft, found)
     return folder

@@ -18,7 +18,7 @@ import pandas as pd
 
 from mclip import progress
 from mclip.data import shards
-from mclip.data.embedded import PARTS, Embeddings, EmbeddingsError, load, read_meta
+from mclip.data.embedded import PARTS, Embeddings, EmbeddingsError, load, part_file, read_meta
 from mclip.files import write_json, write_whole
 
 
@@ -80,8 +80,8 @@ class _Teacher:
         meta = {**identity, "teacher": name, "logit_scale": round(scale, 6), "image_size": models.image_size(model),
                 "shards": wanted}
         todo = {i for i, shard in enumerate(wanted)
-                if done[i:i + 1] != [shard] or not all(_file(folder, part, i).is_file() for part in PARTS)}
-        keep = {_file(folder, part, i) for part in PARTS for i in range(len(wanted)) if i not in todo}
+                if done[i:i + 1] != [shard] or not all(part_file(folder, part, i).is_file() for part in PARTS)}
+        keep = {part_file(folder, part, i) for part in PARTS for i in range(len(wanted)) if i not in todo}
         for part, suffix in PARTS.items():  # what another run left
             for file in set((folder / part).glob(f"*{suffix}")) - keep:
                 file.unlink()
@@ -106,19 +106,15 @@ def _embed_shard(i: int, teachers: list[_Teacher], pairs: Path, bar, *, batch_si
         loader = DataLoader(shards.Pictures(samples, teacher.preprocess), batch_size=batch_size,
                             num_workers=models.decoders(device, workers), pin_memory=device.startswith("cuda"))
         image = models.encode_images(teacher.model, _counted(loader, bar), precision=precision)
-        write_whole(_file(teacher.folder, "img_emb", i), _npy(image.numpy().astype(np.float16)))
-        write_whole(_file(teacher.folder, "text_emb", i), _npy(text.numpy().astype(np.float16)))
-        write_whole(_file(teacher.folder, "metadata", i), table)
+        write_whole(part_file(teacher.folder, "img_emb", i), _npy(image.numpy().astype(np.float16)))
+        write_whole(part_file(teacher.folder, "text_emb", i), _npy(text.numpy().astype(np.float16)))
+        write_whole(part_file(teacher.folder, "metadata", i), table)
 
 
 def _counted(loader: Iterable, bar) -> Iterator:
     for batch in loader:
         yield batch
         bar.update(len(batch))
-
-
-def _file(folder: Path, part: str, i: int) -> Path:
-    return folder / part / f"{part}_{i:04d}{PARTS[part]}"
 
 
 def _npy(array: np.ndarray) -> bytes:

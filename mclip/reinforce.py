@@ -97,7 +97,7 @@ def run(
     with bar(desc="reinforce", unit="pair", total=len(kept)) as progress:
         for index in range(len(manifest["shards"])):
             if reinforced.paths(out, index)[0].exists():
-                n = len(reinforced.read_shard(out, index).keys)
+                n = reinforced.count(out, index)
             else:
                 samples = [s for s in shards.iter_samples(pairs, shards=[index]) if s.key in kept]
                 shard = reinforce_samples(samples, settings, ensemble, writer, workers=workers, done=progress.update)

@@ -4,6 +4,7 @@ Nothing is read before it is asked for, so sets larger than memory can be worked
 """
 
 import re
+import resource
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pyarrow.parquet as pq
 import torch
 
 from mclip.data.balanced import as_keys
+
+SPARE = 256  # descriptors for everything else
 
 
 class RowsError(ValueError):
@@ -29,6 +32,7 @@ class Rows:
             embeddings = [embeddings]
         self.in_files = isinstance(embeddings, list | tuple) and all(isinstance(x, str | Path) for x in embeddings)
         if self.in_files:
+            _allow_open(len(embeddings))
             named = [(str(path), open_npy(path)) for path in embeddings]
         else:
             named = [("embeddings", np.asanyarray(embeddings))]
@@ -71,9 +75,11 @@ class Rows:
 
     def block(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows start..stop as they are, (m, d) float64, and their norms (m,); an error as in `unit`."""
-        parts = [tensor[max(0, start - first):max(0, stop - first)].double()
-                 for tensor, first in zip(self.tensors, self.starts, strict=False)]
-        block = torch.cat(parts) if len(parts) > 1 else parts[0]
+        first = int(np.searchsorted(self.starts, start, side="right")) - 1
+        last = max(first + 1, int(np.searchsorted(self.starts, stop)))
+        parts = [self.tensors[k][max(0, start - int(self.starts[k])):max(0, stop - int(self.starts[k]))].double()
+                 for k in range(first, min(last, len(self.tensors)))]
+        block = torch.cat(parts) if len(parts) != 1 else parts[0]
         return block, self._norms(block, np.arange(start, stop))
 
     def _norms(self, rows: torch.Tensor, index: np.ndarray) -> torch.Tensor:
@@ -100,6 +106,18 @@ class Rows:
             out = torch.empty(len(index), self.width) if out is None else out
             out[torch.from_numpy(here)] = part
         return torch.empty(0, self.width) if out is None else out
+
+
+def _allow_open(files: int) -> None:
+    """A mapped file keeps a descriptor, and many systems begin with 1,024: as many as are needed, where allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = files + SPARE
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise RowsError(f"embeddings: {files:,} files, but this process may open {hard:,}: raise `ulimit -n`, "
+                        "or write larger files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def open_npy(path: str | Path) -> np.ndarray:

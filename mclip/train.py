@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import models
-from .data import clustered, reinforced, training
+from .data import clustered, loaders, reinforced, training
 from .data.augment import to_input
+from .data.pixels import pixel_cache
 from .files import whole, write_whole
 from .losses import sharding
 from .losses.objective import Objective, chosen
@@ -245,7 +246,7 @@ def _averaged_over_ranks(together: _Together) -> nn.Module:
 def _objective(run: Run, student: nn.Module, ensemble: list[dict], kernel: str = "plain") -> Objective:
     w, centres = run.recipe.weight, None
     if w.cluster or w.instance:
-        centres = torch.from_numpy(clustered.read(run.data.clusters).centres)
+        centres = torch.from_numpy(clustered.read_centres(run.data.clusters))
     width = student.mclip["config"]["embed_dim"]
     return Objective(run.recipe, width, ensemble=ensemble, centres=centres, seed=run.seed, kernel=kernel)
 
@@ -268,10 +269,10 @@ def _loader(run: Run, tokenizer, ensemble: list[dict], side: training.Side | Non
     its_slice = next((t["slice"] for t in ensemble if t["name"] == run.data.teacher), None)
     common = {"seed": run.seed, "rank": rank, "world": world, "teacher_slice": its_slice}
     if side is None:
-        return training.StreamedLoader(run.data, tokenizer, run.train.batch_size, start=start,
-                                       workers=run.train.workers, **common)
-    pixels = training.pixel_cache(run.data, workers=run.train.workers)
-    return training.CachedLoader(side, pixels, run.train.batch_size, **common)
+        return loaders.StreamedLoader(run.data, tokenizer, run.train.batch_size, start=start,
+                                      workers=run.train.workers, **common)
+    pixels = pixel_cache(run.data, workers=run.train.workers)
+    return loaders.CachedLoader(side, pixels, run.train.batch_size, **common)
 
 
 def _join() -> tuple[int, int]:

@@ -1,15 +1,17 @@
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from mclip import balance as module
 from mclip import components, engine, links
 from mclip.balance import BalanceError, balance, convert, read, removed_curve, write
-from mclip.rows import RowsError
+from mclip.rows import Rows, RowsError
 
 DISTANCE = {
     "l2": lambda x, y: np.sqrt(((x - y) ** 2).sum()),
@@ -379,3 +381,32 @@ def test_wrong_workers(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(engine.EngineError, match="ray is not installed"):
         balance(clumps(), threshold=0.1, metric="sql2", workers=2, backend="ray")
+
+
+def test_more_files_than_a_process_begins_with(tmp_path):
+    rows = clumps()
+    for k, row in enumerate(rows):
+        np.save(tmp_path / f"{k:03d}.npy", row[None])
+    code = ("import resource, sys\nfrom pathlib import Path\nfrom mclip.balance import balance\n"
+            "resource.setrlimit(resource.RLIMIT_NOFILE, (60, int(sys.argv[2])))\n"
+            "try:\n    print(balance(sorted(Path(sys.argv[1]).glob('*.npy')), threshold=0.1, metric='sql2').set_id.tolist())\n"
+            "except ValueError as err:\n    print(err)")
+
+    def said(most: int) -> str:
+        return subprocess.run([sys.executable, "-c", code, str(tmp_path), str(most)], check=True, capture_output=True,
+                              text=True, cwd=Path(__file__).parents[1]).stdout.strip()
+
+    assert said(1000) == str(balance(rows, threshold=0.1, metric="sql2").set_id.tolist())
+    assert said(100) == f"embeddings: {len(rows)} files, but this process may open 100: raise `ulimit -n`, or write larger files"
+
+
+def test_blocks_over_any_files(tmp_path):
+    rows, files = clumps(), []
+    for k, (start, stop) in enumerate([(0, 3), (3, 3), (3, 4), (4, 40), (40, 70)]):
+        files.append(tmp_path / f"{k}.npy")
+        np.save(files[-1], rows[start:stop])
+    whole, parts = Rows(rows), Rows(files)
+    for start in range(70):
+        for stop in range(start, 71):
+            a, b = whole.block(start, stop), parts.block(start, stop)
+            assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])

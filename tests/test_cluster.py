@@ -115,3 +115,31 @@ def test_bad_rows():
         cluster(rows, 2, iterations=2, seed=0)
     with pytest.raises(ClusterError, match=r"cluster\.iterations"):
         cluster(blobs(n=6)[0], 2, iterations=0, seed=0)
+
+
+def test_chosen_rows_as_if_the_others_were_not_there(tmp_path):
+    rows = np.random.default_rng(0).standard_normal((60, 5)).astype(np.float16)
+    chosen = np.arange(60) % 3 > 0
+    keys = np.array([f"k{i}" for i in range(60)])
+    parts = [tmp_path / "0.npy", tmp_path / "1.npy"]
+    np.save(parts[0], rows[:25]), np.save(parts[1], rows[25:])
+    alone = cluster(rows[chosen], 4, iterations=5, seed=1, keys=keys[chosen])
+    among = cluster(parts, 4, iterations=5, seed=1, keys=keys, chosen=chosen)
+    assert np.array_equal(alone.centres, among.centres) and np.array_equal(alone.labels, among.labels)
+    assert among.keys.tolist() == keys[chosen].tolist() and np.array_equal(alone.similarity, among.similarity)
+    with pytest.raises(ClusterError, match="41 clusters of 40 images"):
+        cluster(rows, 41, iterations=1, seed=0, chosen=chosen)
+
+
+def test_few_points_move_the_centres_and_every_row_has_a_label():
+    rng = np.random.default_rng(0)
+    rows = np.eye(6)[rng.integers(0, 3, 900)] + 0.05 * rng.standard_normal((900, 6))
+    all_of_them, few = (cluster(rows, 3, iterations=10, seed=0, points=points) for points in (None, 20))
+    assert len(few.labels) == 900 and few.sizes.sum() == 900
+    nearest = (all_of_them.centres @ few.centres.T).max(1)
+    assert (nearest > 0.99).all() and not np.array_equal(few.centres, all_of_them.centres)
+    again = cluster(rows, 3, iterations=10, seed=0, points=20)
+    assert np.array_equal(few.centres, again.centres)
+    enough = cluster(rows, 3, iterations=10, seed=0, points=300)
+    assert np.array_equal(enough.centres, all_of_them.centres)
+    assert few.objective.max() <= 1 + 1e-6

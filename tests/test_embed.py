@@ -1,6 +1,10 @@
 """mclip.embed: clip-retrieval's layout, resuming, foreign folders, broken rows."""
 
 import io
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,7 +14,7 @@ from PIL import Image
 from test_models import CONFIG, tiny
 
 from mclip import embed, models
-from mclip.data import shards
+from mclip.data import embedded, shards
 
 torch.set_num_threads(1)
 
@@ -114,3 +118,40 @@ def test_missing_and_truncated(tmp_path):
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(embed.EmbeddingsError, match=r"img_emb_0.npy: not a whole"):
         embed.load(tmp_path)
+
+
+def test_an_index_has_the_keys_and_no_row(world):
+    run(world)
+    index = embedded.index(world / "emb/t")
+    assert index.keys.tolist() == [f"k{i}" for i in range(7)] and index.shard.tolist() == [0, 0, 0, 1, 1, 1, 2]
+    assert np.array_equal(np.concatenate([np.load(path) for path in index.image]), embed.load(world / "emb/t").image)
+    shutil.rmtree(world / "emb/t/metadata")
+    assert embedded.index(world / "emb/t").keys.tolist() == [f"{i:09d}" for i in range(7)]
+
+
+def test_a_shard_and_a_few_of_them(world):
+    run(world)
+    whole = embed.load(world / "emb/t")
+    keys, image, text = embedded.load_shard(world / "emb/t", 1)
+    assert keys == ["k3", "k4", "k5"] and np.array_equal(image, whole.image[3:6]) and np.array_equal(text, whole.text[3:6])
+    some = embed.load(world / "emb/t", limit=6)
+    assert some.keys == ["k0", "k1", "k2", "k6"] and some.shard.tolist() == [0, 0, 0, 2]
+    assert some.captions == ["picture 0", "picture 1", "picture 2", "picture 0"]
+    assert np.array_equal(some.image, whole.image[[0, 1, 2, 6]]) and np.array_equal(some.text, whole.text[[0, 1, 2, 6]])
+    assert embed.load(world / "emb/t", limit=7).keys == whole.keys and len(embed.load(world / "emb/t", limit=1).keys) == 3
+    (world / "emb/t/text_emb/text_emb_0001.npy").unlink()
+    with pytest.raises(embed.EmbeddingsError, match=r"text_emb_0001.npy is missing: run `dvc repro embed` first"):
+        embedded.load_shard(world / "emb/t", 1)
+
+
+def test_no_file_of_a_folder_stays_open(tmp_path):
+    """A web set's embeddings are tens of thousands of files, more than a process may have open."""
+    (tmp_path / "img_emb").mkdir()
+    rows = np.eye(4, dtype=np.float16)
+    for i in range(400):
+        np.save(tmp_path / f"img_emb/img_emb_{i}.npy", rows[[i % 4]])
+    code = ("import resource, sys, numpy; resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))\n"
+            "from mclip.data import embedded\n"
+            "assert embedded.load(sys.argv[1]).image.argmax(1).tolist() == [i % 4 for i in range(400)]\n"
+            "assert len(embedded.index(sys.argv[1]).image) == 400")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=Path(__file__).parents[1])

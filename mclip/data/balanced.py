@@ -5,6 +5,7 @@ Apart from how it is found, so that who only reads it is not made anew when that
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ..files import whole
 
 METRICS = ("l2", "sql2", "cosine")
 ABOUT = b"mclip.balance"  # of the table's metadata
+PIECE = 1 << 18  # rows read at once
 
 
 class BalanceError(ValueError):
@@ -78,11 +80,11 @@ def convert(threshold: float, metric: str) -> dict[str, float]:
 def write(folder: str | Path, result: Balance) -> None:
     """FOLDER/balance.parquet: key, set_id, keep, centroid_distance. Where all keys are DataComp uids (32 hex
     digits) also the kept ones as FOLDER/kept_uids.npy, sorted `u8,u8`: what DataComp's resharder reads."""
-    table = pa.table({"key": result.keys, "set_id": result.set_id, "keep": result.keep,
-                      "centroid_distance": result.centroid_distance})
+    content = pa.table({"key": result.keys, "set_id": result.set_id, "keep": result.keep,
+                        "centroid_distance": result.centroid_distance})
     about = {"threshold": result.threshold, "metric": result.metric}
     with whole(Path(folder) / "balance.parquet") as part:
-        pq.write_table(table.replace_schema_metadata({ABOUT: json.dumps(about)}), part)
+        pq.write_table(content.replace_schema_metadata({ABOUT: json.dumps(about)}), part)
     uids = Path(folder) / "kept_uids.npy"
     if result.keys.dtype.kind == "U" and all(re.fullmatch("[0-9a-f]{32}", key) for key in result.keys):
         kept = [(int(key[:16], 16), int(key[16:], 16)) for key in result.keys[result.keep]]
@@ -94,16 +96,41 @@ def write(folder: str | Path, result: Balance) -> None:
 
 def read(folder: str | Path) -> Balance:
     """What `write` wrote; BalanceError in one line where it is missing or something else."""
+    path = table(folder)
+    try:
+        found = pq.read_table(path)
+        about = json.loads((found.schema.metadata or {})[ABOUT])
+        columns = [found[name].to_numpy() for name in ("set_id", "keep", "centroid_distance", "key")]
+    except (pa.ArrowException, KeyError, ValueError) as err:
+        raise _other(path, err) from None
+    return Balance(*columns[:3], as_keys(columns[3]), **about)
+
+
+def kept(folder: str | Path) -> Iterator[np.ndarray]:
+    """The keys of the kept images, piece by piece: nothing of what has hundreds of millions of rows is held."""
+    path = table(folder)
+    try:
+        for piece in pq.ParquetFile(path).iter_batches(PIECE, columns=["key", "keep"]):
+            yield as_keys(piece.filter(piece["keep"])["key"].to_numpy(zero_copy_only=False))
+    except (pa.ArrowException, KeyError, ValueError) as err:
+        raise _other(path, err) from None
+
+
+def count_kept(folder: str | Path) -> int:
+    """How many images are kept."""
+    return sum(len(keys) for keys in kept(folder))
+
+
+def table(folder: str | Path) -> Path:
+    """The file that `write` writes; BalanceError where it is missing."""
     path = Path(folder) / "balance.parquet"
     if not path.is_file():
         raise BalanceError(f"{path} is missing: run `dvc repro balance` first")
-    try:
-        table = pq.read_table(path)
-        about = json.loads((table.schema.metadata or {})[ABOUT])
-        columns = [table[name].to_numpy() for name in ("set_id", "keep", "centroid_distance", "key")]
-    except (pa.ArrowException, KeyError, ValueError) as err:
-        raise BalanceError(f"{path} is no file of mclip.balance: run `dvc repro -f balance` ({err})") from None
-    return Balance(*columns[:3], as_keys(columns[3]), **about)
+    return path
+
+
+def _other(path: Path, err: Exception) -> BalanceError:
+    return BalanceError(f"{path} is no file of mclip.balance: run `dvc repro -f balance` ({err})")
 
 
 def as_keys(keys) -> np.ndarray:

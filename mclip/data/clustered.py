@@ -5,6 +5,7 @@ Apart from how it is found, so that who only reads it is not made anew when that
 
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ..files import whole
 from .balanced import as_keys
 
 ABOUT = b"mclip.cluster"  # of the table's metadata
+PIECE = 1 << 18  # rows read at once
 
 
 class ClusterError(ValueError):
@@ -43,30 +45,65 @@ class Clusters:
 
 def write(folder: str | Path, result: Clusters) -> None:
     """FOLDER/centres.npy and FOLDER/labels.parquet: key, label, similarity (the objective in its metadata)."""
-    table = pa.table({"key": result.keys, "label": result.labels, "similarity": result.similarity})
+    content = pa.table({"key": result.keys, "label": result.labels, "similarity": result.similarity})
     about = {"objective": [float(x) for x in result.objective], "warning": result.warning}
     buffer = io.BytesIO()
     np.save(buffer, result.centres, allow_pickle=False)
     with whole(Path(folder) / "centres.npy") as part:
         part.write_bytes(buffer.getvalue())
     with whole(Path(folder) / "labels.parquet") as part:
-        pq.write_table(table.replace_schema_metadata({ABOUT: json.dumps(about)}), part)
+        pq.write_table(content.replace_schema_metadata({ABOUT: json.dumps(about)}), part)
 
 
 def read(folder: str | Path) -> Clusters:
     """What `write` wrote; ClusterError in one line where it is missing or something else."""
-    centres, labels = Path(folder) / "centres.npy", Path(folder) / "labels.parquet"
-    for path in (centres, labels):
-        if not path.is_file():
-            raise ClusterError(f"{path} is missing: run `dvc repro cluster` first")
+    centres, labels = read_centres(folder), table(folder)
     try:
-        array = np.load(centres, allow_pickle=False)
-        table = pq.read_table(labels)
-        about = json.loads((table.schema.metadata or {})[ABOUT])
-        key, label, similarity = (table[name].to_numpy() for name in ("key", "label", "similarity"))
-    except (pa.ArrowException, KeyError, ValueError, EOFError) as err:
-        raise ClusterError(f"{folder} holds no files of mclip.cluster: run `dvc repro -f cluster` ({err})") from None
-    if len(label) and label.max() >= len(array):
-        raise ClusterError(f"{labels}: label {label.max()}, but {centres} has {len(array)} centres: "
-                           "run `dvc repro -f cluster`")
-    return Clusters(array, label, similarity, np.array(about["objective"]), as_keys(key), about["warning"])
+        found = pq.read_table(labels)
+        about = json.loads((found.schema.metadata or {})[ABOUT])
+        key, label, similarity = (found[name].to_numpy() for name in ("key", "label", "similarity"))
+    except (pa.ArrowException, KeyError, ValueError) as err:
+        raise _other(folder, err) from None
+    _check(labels, label, len(centres))
+    return Clusters(centres, label, similarity, np.array(about["objective"]), as_keys(key), about["warning"])
+
+
+def read_centres(folder: str | Path) -> np.ndarray:
+    """(k, d) float32, the centres alone; ClusterError as in `read`."""
+    path = _there(Path(folder) / "centres.npy")
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as err:
+        raise _other(folder, err) from None
+
+
+def labels(folder: str | Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(keys, labels), piece by piece: nothing of what has hundreds of millions of rows is held."""
+    path, count = table(folder), len(read_centres(folder))
+    try:
+        for piece in pq.ParquetFile(path).iter_batches(PIECE, columns=["key", "label"]):
+            label = piece["label"].to_numpy()
+            _check(path, label, count)
+            yield as_keys(piece["key"].to_numpy(zero_copy_only=False)), label
+    except (pa.ArrowException, KeyError) as err:
+        raise _other(folder, err) from None
+
+
+def table(folder: str | Path) -> Path:
+    """The file of keys and labels that `write` writes; ClusterError where it is missing."""
+    return _there(Path(folder) / "labels.parquet")
+
+
+def _there(path: Path) -> Path:
+    if not path.is_file():
+        raise ClusterError(f"{path} is missing: run `dvc repro cluster` first")
+    return path
+
+
+def _check(path: Path, label: np.ndarray, centres: int) -> None:
+    if len(label) and label.max() >= centres:
+        raise ClusterError(f"{path}: label {label.max()}, but there are {centres} centres: run `dvc repro -f cluster`")
+
+
+def _other(folder: str | Path, err: Exception) -> ClusterError:
+    return ClusterError(f"{folder} holds no files of mclip.cluster: run `dvc repro -f cluster` ({err})")

@@ -1,9 +1,10 @@
 """A checked folder of pairs as a table, and single pictures of it: what the data notebook looks at.
 
 Web sets are too large to hold: `table` reads whole shards, evenly spread over the set, up to a limit, and keeps
-no image; `pictures` reads the shards again for the few that are shown.
+no image; `pictures` and `described` read the shards again for the few that are shown.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +27,25 @@ def table(folder: str | Path, limit: int = 50_000) -> pd.DataFrame:
     chosen = [full[i] for i in np.linspace(0, len(full) - 1, count).round().astype(int)]
     rows = []
     for number in chosen:
-        for s in shards.iter_samples(folder, shards=[number]):
-            rows.append({
-                "key": s.key, "shard": number, "caption": s.caption, "words": len(s.caption.split()),
-                "part": str(s.meta.get("style") or "all pairs"),
-                "concept": str(s.meta.get("concept") or s.caption),
-                "variant": str(s.meta.get("variant") or ""),
-            })  # fmt: skip
+        rows += [_row(s, number) for s in shards.iter_samples(folder, shards=[number])]
     return pd.DataFrame(rows)
+
+
+def described(folder: str | Path, keys: Iterable[str], numbers: Iterable[int]) -> pd.DataFrame:
+    """The rows of `table` of these pairs, in their order; of each key its shard's number is asked for."""
+    wanted = pd.DataFrame({"key": keys, "shard": numbers})
+    rows = {}
+    for number, part in wanted.groupby("shard"):
+        own = set(part["key"])
+        rows |= {s.key: _row(s, number) for s in shards.iter_samples(folder, shards=[number]) if s.key in own}
+    return pd.DataFrame([rows[key] for key in wanted["key"]])
+
+
+def _row(s: shards.Sample, number: int) -> dict:
+    return {"key": s.key, "shard": number, "caption": s.caption, "words": len(s.caption.split()),
+            "part": str(s.meta.get("style") or "all pairs"),
+            "concept": str(s.meta.get("concept") or s.caption),
+            "variant": str(s.meta.get("variant") or "")}
 
 
 def pictures(folder: str | Path, rows: pd.DataFrame) -> list[Image.Image]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -59,12 +60,26 @@ def write_shard(folder: str | Path, index: int, shard: Shard) -> None:
         save_file(content, draft)
 
 
-def read_shard(folder: str | Path, index: int) -> Shard:
-    """Read a shard. Raises FileNotFoundError naming the missing file and the stage that writes it."""
-    tensors, table = paths(folder, index)
-    for path in (tensors, table):
+def read_keys(folder: str | Path, index: int) -> list[str]:
+    """A shard's keys alone. Raises as `read_shard`."""
+    return pq.read_table(_there(folder, index)[1], columns=["key"])["key"].to_pylist()
+
+
+def count(folder: str | Path, index: int) -> int:
+    """A shard's samples, from the table's footer. Raises as `read_shard`."""
+    return pq.read_metadata(_there(folder, index)[1]).num_rows
+
+
+def _there(folder: str | Path, index: int) -> tuple[Path, Path]:
+    for path in paths(folder, index):
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: run `dvc repro reinforce` first")
+    return paths(folder, index)
+
+
+def read_shard(folder: str | Path, index: int) -> Shard:
+    """Read a shard. Raises FileNotFoundError naming the missing file and the stage that writes it."""
+    tensors, table = _there(folder, index)
     frame, data = pd.read_parquet(table), load_file(tensors)
     if len(frame) != len(data["augment"]):
         raise ValueError(f"{table}: {len(frame)} rows, but {tensors.name} has {len(data['augment'])}")

@@ -101,6 +101,7 @@ class Cluster(Section):
     teacher: str
     clusters: PositiveInt
     iterations: PositiveInt
+    points_per_centre: PositiveInt | None = None
     seed: NonNegativeInt
 
 

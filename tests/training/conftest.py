@@ -8,13 +8,14 @@ import io
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
 
 from mclip import balance, cluster
-from mclip.data import augment, reinforced, shards
+from mclip.data import augment, embedded, reinforced, shards
 from mclip.data.training import TrainingSet
 from mclip.params import Recipe, Train
 
@@ -44,11 +45,12 @@ def world(tmp_path_factory):
     emb = root / "embeddings" / "large"
     for part, seed in (("img_emb", 1), ("text_emb", 2)):
         (emb / part).mkdir(parents=True)
-        np.save(emb / part / f"{part}_0000.npy", unit(N, WIDTHS[1], seed=seed).half().numpy())
+        for i, rows in enumerate(unit(N, WIDTHS[1], seed=seed).half().split(SHARD)):
+            np.save(embedded.part_file(emb, part, i), rows.numpy())
     (emb / "metadata").mkdir()
-    import pandas as pd
-
-    pd.DataFrame({"key": keys, "caption": captions}).to_parquet(emb / "metadata" / "metadata_0000.parquet")
+    table = pd.DataFrame({"key": keys, "caption": captions})
+    for i in range(N // SHARD):
+        table[i * SHARD:(i + 1) * SHARD].to_parquet(embedded.part_file(emb, "metadata", i))
     rows = unit(N, WIDTHS[1], seed=1).half().numpy()
     rows[5] = rows[4]  # one duplicate: k005 goes
     result = balance.balance(rows, keys, threshold=1e-3, metric="sql2")

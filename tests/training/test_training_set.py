@@ -1,13 +1,16 @@
 """mclip.data.training: both loaders serve the same content; rows of all the parts belong together."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import open_clip
 import pytest
 import torch
 
-from mclip.data import reinforced, shards, training
+from mclip.data import balanced, clustered, embedded, loaders, reinforced, shards, training
+from mclip.data.captions import caption_id
+from mclip.data.pixels import pixel_cache
 from mclip.runs import in_part
 
 from .conftest import PX, N
@@ -18,7 +21,7 @@ TOKENIZER = open_clip.get_tokenizer("ViT-B-32", context_length=8)
 def loaded(spec):
     side = training.load_side(spec)
     training.add_tokens(side, TOKENIZER, synthetic=spec.synthetic)
-    return side, training.pixel_cache(spec, workers=0)
+    return side, pixel_cache(spec, workers=0)
 
 
 def test_kinds_of_pairs(training_set):
@@ -48,7 +51,7 @@ def test_kept_rows_point_into_the_cache_of_all(training_set):
 def test_a_batch_holds_one_sample_a_row(training_set):
     spec = training_set("reinforced", teacher="large", synthetic=True)
     side, pixels = loaded(spec)
-    loader = training.CachedLoader(side, pixels, 8, seed=0, teacher_slice=[6, 11])
+    loader = loaders.CachedLoader(side, pixels, 8, seed=0, teacher_slice=[6, 11])
     batch = loader.batch(1)
     assert batch["image"].shape == (8, 3, PX, PX) and batch["tokens"].shape == (8, 8)
     assert torch.equal(batch["teacher_image"], batch["ensemble_image"][:, 6:11])
@@ -57,27 +60,27 @@ def test_a_batch_holds_one_sample_a_row(training_set):
                                                         batch["ensemble_text"][i])]
         assert len(at) == 1
         j = at[0]
-        assert int(batch["ids"][i]) == training.caption_id(side.captions[j])
+        assert int(batch["ids"][i]) == caption_id(side.captions[j])
         assert torch.equal(batch["tokens"][i], TOKENIZER([side.captions[j]])[0])
         view = next(v for v in range(3) if np.array_equal(pixels[j, v], batch["image"][i].numpy()))
         assert torch.equal(batch["ensemble_image"][i], side.arrays["ensemble_image"][j, view].float())
         syn = [int(v) for v in batch["syn_ids"]][i]
-        assert syn in [training.caption_id(t) for t in side.syn_text[j]]
+        assert syn in [caption_id(t) for t in side.syn_text[j]]
 
 
 def test_batches_are_a_function_of_seed_and_step_and_cover_an_epoch(training_set):
     side, pixels = loaded(training_set("all"))
-    a, b = (training.CachedLoader(side, pixels, 8, seed=3) for _ in range(2))
+    a, b = (loaders.CachedLoader(side, pixels, 8, seed=3) for _ in range(2))
     a.batch(0)
     assert all(torch.equal(v, b.batch(2)[k]) for k, v in a.batch(2).items())
-    images = torch.cat([training.CachedLoader(side, pixels[:, :1], 8, seed=3).batch(i)["image"] for i in range(3)])
+    images = torch.cat([loaders.CachedLoader(side, pixels[:, :1], 8, seed=3).batch(i)["image"] for i in range(3)])
     assert len({bytes(x.numpy()) for x in images}) == N
 
 
 def test_ranks_share_a_global_batch(training_set):
     side, pixels = loaded(training_set("all"))
-    whole = training.CachedLoader(side, pixels, 8, seed=0).batch(0)
-    parts = [training.CachedLoader(side, pixels, 8, seed=0, rank=r, world=2).batch(0) for r in range(2)]
+    whole = loaders.CachedLoader(side, pixels, 8, seed=0).batch(0)
+    parts = [loaders.CachedLoader(side, pixels, 8, seed=0, rank=r, world=2).batch(0) for r in range(2)]
     together = torch.stack([parts[0]["image"], parts[1]["image"]], 1).flatten(0, 1)
     assert torch.equal(together, whole["image"])
 
@@ -108,7 +111,7 @@ def test_a_fraction_without_pairs_is_told(training_set):
 def test_streamed_content_equals_cached(training_set, kind, fraction):
     spec = training_set(kind, teacher=None if kind == "all" else "large", synthetic=kind == "reinforced", fraction=fraction)
     side, pixels = loaded(spec)
-    stream = training.StreamedLoader(spec, TOKENIZER, 8, seed=0, workers=0, teacher_slice=[6, 11])
+    stream = loaders.StreamedLoader(spec, TOKENIZER, 8, seed=0, workers=0, teacher_slice=[6, 11])
     seen = set()
     for step in range(6):
         batch = stream.batch(step)
@@ -116,7 +119,7 @@ def test_streamed_content_equals_cached(training_set, kind, fraction):
             where = np.argwhere((pixels[side.row] == batch["image"][i].numpy()).all(axis=(2, 3, 4)))
             j, view = where[0]
             seen.add(side.keys[j])
-            assert int(batch["ids"][i]) == training.caption_id(side.captions[j])
+            assert int(batch["ids"][i]) == caption_id(side.captions[j])
             if kind == "kept":
                 assert torch.equal(batch["teacher_image"][i], side.arrays["teacher_image"][j].float())
                 assert batch["label"][i] == side.arrays["label"][j]
@@ -128,7 +131,7 @@ def test_streamed_content_equals_cached(training_set, kind, fraction):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_is_a_function_of_its_seed(training_set, workers):
     spec = training_set("reinforced", teacher="large", synthetic=True)
-    a, b, other = (training.StreamedLoader(spec, TOKENIZER, 8, seed=seed, workers=workers) for seed in (3, 3, 4))
+    a, b, other = (loaders.StreamedLoader(spec, TOKENIZER, 8, seed=seed, workers=workers) for seed in (3, 3, 4))
     differs = False
     for step in range(5):
         one, two, three = a.batch(step), b.batch(step), other.batch(step)
@@ -142,10 +145,46 @@ def test_streaming_reads_each_shard_once_and_decodes_what_it_gives(training_set,
     iter_samples, decode = shards.iter_samples, shards.decode
     monkeypatch.setattr(shards, "iter_samples", lambda *a, **k: read.append(k) or iter_samples(*a, **k))
     monkeypatch.setattr(shards, "decode", lambda sample: decoded.append(sample.key) or decode(sample))
-    stream = training.StreamedLoader(training_set("all"), TOKENIZER, 12, seed=0, workers=0)
+    stream = loaders.StreamedLoader(training_set("all"), TOKENIZER, 12, seed=0, workers=0)
     for step in range(2):
         stream.batch(step)
     assert len(read) == 3 and sorted(decoded) == sorted(set(decoded)) and len(decoded) == N
+
+
+@pytest.mark.parametrize("kind", ["all", "kept", "reinforced"])
+def test_a_stream_opens_a_shard_and_what_belongs_to_it_only(training_set, world, tmp_path, monkeypatch, kind):
+    root = shutil.copytree(world, tmp_path / "world")
+    folders = {k: str(root / k) for k in ("pairs", "balance", "clusters", "embeddings", "reinforced", "cache")}
+    spec = training_set(kind, teacher="large", **folders)
+    whole = training.load_side(spec)
+    sides = training.ShardSides(spec)
+    for path in [*root.glob("embeddings/large/*/*_000[02].*"), *root.glob("reinforced/*_000[02].*")]:
+        path.unlink()
+    for module, name in ((balanced, "read"), (balanced, "kept"), (clustered, "read"), (clustered, "labels"), (embedded, "load")):
+        monkeypatch.setattr(module, name, None)  # the tables are not read again either
+    training.ShardSides(spec)
+    side, stored = sides(1, list(shards.iter_samples(root / "pairs", shards=[1])))
+    place = [i for i, key in enumerate(whole.keys) if key in {f"k{i:03d}" for i in range(8, 16)}]
+    assert side.keys == [whole.keys[i] for i in place] and side.captions == [whole.captions[i] for i in place]
+    assert side.arrays.keys() == whole.arrays.keys() and (stored is None) == (kind != "reinforced")
+    for name, values in side.arrays.items():
+        assert torch.equal(values, whole.arrays[name][place])
+    with pytest.raises(ValueError, match="_0002"):
+        sides(2, list(shards.iter_samples(root / "pairs", shards=[2])))
+
+
+def test_a_pair_without_a_label_or_an_embedding_is_named(training_set, world, tmp_path):
+    few = clustered.read(world / "clusters")
+    clustered.write(tmp_path / "clusters", dataclasses.replace(few, labels=few.labels[:-2], keys=few.keys[:-2],
+                                                               similarity=few.similarity[:-2]))
+    spec = training_set("all", teacher="large", clusters=str(tmp_path / "clusters"), cache=str(tmp_path))
+    samples = list(shards.iter_samples(spec.pairs, shards=[2]))
+    for call in (lambda: training.load_side(spec), lambda: training.ShardSides(spec)(2, samples)):
+        with pytest.raises(ValueError, match="no cluster label for 2 pairs, the first is k022; run `dvc repro cluster`"):
+            call()
+    strange = [samples[0]._replace(key="k001")]
+    with pytest.raises(ValueError, match="no embedding of 1 pairs, the first is k001; run `dvc repro embed`"):
+        training.ShardSides(training_set("all", teacher="large", cache=str(tmp_path)))(2, strange)
 
 
 def test_missing_parts_are_named(training_set, tmp_path):
@@ -153,13 +192,13 @@ def test_missing_parts_are_named(training_set, tmp_path):
         training.load_side(training_set("reinforced", reinforced=str(tmp_path)))
     side, pixels = loaded(training_set("all"))
     with pytest.raises(ValueError, match="distill.train.batch_size 99 is more than the 24 pairs"):
-        training.CachedLoader(side, pixels, 99, seed=0)
+        loaders.CachedLoader(side, pixels, 99, seed=0)
     with pytest.raises(ValueError, match="synthetic captions wanted"):
         training.add_tokens(side, TOKENIZER, synthetic=True)
 
 
 def test_the_cache_is_rebuilt_when_what_it_was_made_of_changes(training_set):
     spec = training_set("all")
-    first = training.pixel_cache(spec, workers=0)
-    other = training.pixel_cache(dataclasses.replace(spec, light_views=1), workers=0)
+    first = pixel_cache(spec, workers=0)
+    other = pixel_cache(dataclasses.replace(spec, light_views=1), workers=0)
     assert other.shape[1] == 1 and first.shape[1] == 4 and first.filename != other.filename
