@@ -4,7 +4,7 @@
     python benchmarks/balance.py --rows 200000 --peers links products semdedup --exponent 0.5
     python benchmarks/balance.py --data sphere --threshold 1.2    # the adversary: nothing can be ruled out
     python benchmarks/balance.py --data data/embeddings/large --threshold 0.15
-    python benchmarks/balance.py --rows 200000 --peers links range_search --share 0.1   # a tenth of range_search's queries
+    python benchmarks/balance.py --rows 200000 --peers links range_search --share 0.1   # of a tenth of the queries
 
 Peers: `links` is mclip.balance. `products` multiplies blocks of all rows in float32 and joins what is near enough: the
 arithmetic that CLIP-CID describes. `range_search` is faiss's flat index. `semdedup` is SemDeDup's rule (k-means with
@@ -80,7 +80,8 @@ LEFT_OUT = {"seconds": 0.0, "cpu": 0.0}  # by `--share`: what the queries that a
 
 
 def range_search(x: np.ndarray, limit: float, block: int = 4096, share: float = 1.0) -> np.ndarray:
-    """share : of the blocks of queries that are asked, spread over the rows, each of all rows; the others count as long."""
+    """share : of the blocks of queries that are asked, spread over the rows, each of all rows; the others count
+    as long."""
     import faiss
 
     from mclip.unionfind import Sets
@@ -168,7 +169,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", default=PEERS, choices=PEERS)
     parser.add_argument("--repeats", type=int, default=1, help="processes a case, by turns; the median counts")
     parser.add_argument("--share", type=float, default=1.0,
-                        help="of range_search's queries that are asked; its time is counted up, its removals are too few")
+                        help="of range_search's queries asked; its time is counted up, its removals are too few")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:

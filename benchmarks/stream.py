@@ -2,11 +2,11 @@
 
     python benchmarks/stream.py --pairs 100000 1000000 10000000
 
-A set of so many pairs in shards of 10,000: what `balance` and `cluster` wrote of all of them, embeddings (1,280 wide, fp16)
-of a few shards, as only those are opened. Each case in a process of its own: `tables` makes the lookups of kept pairs and labels
-(once a set), `shard` opens shards one after the other; the median counts. Memory is the peak of the process beyond what it
-had after its imports, less the pages of mapped files. `whole` is what held sets do, the tables and embeddings read in full: where all shards'
-embeddings are there (--whole).
+A set of so many pairs in shards of 10,000: what `balance` and `cluster` wrote of all of them, and the embeddings
+(1,280 wide, fp16) of a few shards, as only those are opened. Each case in a process of its own: `tables` makes the
+lookups of kept pairs and labels (once a set), `shard` opens shards one after the other; the median counts. `whole` is
+what held sets do, tables and embeddings read in full, where all shards' embeddings are there (--whole). Memory is the
+peak of the process beyond what it had after its imports, without the pages of mapped files.
 """
 
 import argparse
@@ -38,15 +38,18 @@ def write(root: Path, n: int, shards: int) -> None:
     balanced.write(root / "balance", balanced.Balance(np.arange(n), keep, np.zeros(n), names, 0.07, "sql2"))
     centres = rng.standard_normal((CENTRES, WIDTH)).astype(np.float32)
     labels = rng.integers(0, CENTRES, int(keep.sum()))
-    clustered.write(root / "clusters", clustered.Clusters(centres, labels, np.zeros(len(labels), np.float32), np.zeros(1), names[keep]))
+    similarity = np.zeros(len(labels), np.float32)
+    clustered.write(root / "clusters", clustered.Clusters(centres, labels, similarity, np.zeros(1), names[keep]))
     folder = root / "embeddings" / "t"
     for part in embedded.PARTS:
         (folder / part).mkdir(parents=True)
     for i in range(shards):
         for part in ("img_emb", "text_emb"):
             rows = rng.standard_normal((SHARD, WIDTH)).astype(np.float32)
-            np.save(embedded.part_file(folder, part, i), (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16))
-        pd.DataFrame({"key": names[i * SHARD:(i + 1) * SHARD], "caption": "c"}).to_parquet(embedded.part_file(folder, "metadata", i))
+            rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+            np.save(embedded.part_file(folder, part, i), rows.astype(np.float16))
+        table = pd.DataFrame({"key": names[i * SHARD:(i + 1) * SHARD], "caption": "c"})
+        table.to_parquet(embedded.part_file(folder, "metadata", i))
 
 
 def anonymous() -> int:
@@ -74,16 +77,18 @@ def case(root: Path, what: str) -> dict:
     from mclip.data import shards, training
     from mclip.runs import TrainingSet
 
-    spec = TrainingSet("kept", teacher="t", **{name: str(root / name) for name in ("balance", "clusters", "embeddings", "cache")})
+    folders = {name: str(root / name) for name in ("balance", "clusters", "embeddings", "cache")}
+    spec = TrainingSet("kept", teacher="t", **folders)
     times = []
     with Peak() as peak:
         if what == "whole":
             from mclip.data import balanced, clustered, embedded
 
             start = time.perf_counter()
-            held = balanced.read(spec.balance), clustered.read(spec.clusters), embedded.load(Path(spec.embeddings) / "t")
+            embeddings = embedded.load(Path(spec.embeddings) / "t")
+            held = balanced.read(spec.balance), clustered.read(spec.clusters), embeddings
             times.append(time.perf_counter() - start)
-            del held
+            del held, embeddings
         else:
             start = time.perf_counter()
             sides = training.ShardSides(spec)
@@ -91,7 +96,8 @@ def case(root: Path, what: str) -> dict:
                 times.append(time.perf_counter() - start)
             else:
                 for i in range(OPENED):
-                    samples = [shards.Sample(key, b"", "jpg", "c", {}) for key in keys(i * SHARD, (i + 1) * SHARD).tolist()]
+                    of = keys(i * SHARD, (i + 1) * SHARD).tolist()
+                    samples = [shards.Sample(key, b"", "jpg", "c", {}) for key in of]
                     start = time.perf_counter()
                     side, _ = sides(i, samples)
                     times.append(time.perf_counter() - start)
@@ -113,7 +119,8 @@ def main() -> None:
             whole = n <= args.whole
             write(Path(root), n, n // SHARD if whole else OPENED)
             for what in ("tables", "shard", *(["whole"] if whole else [])):
-                done = subprocess.run([sys.executable, __file__, "--one", root, what], check=True, capture_output=True, text=True)
+                command = [sys.executable, __file__, "--one", root, what]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
                 found = json.loads(done.stdout.splitlines()[-1])
                 print(f"{n:>12,}  {what:<8}{found['s']:>10.3f}{found['MB']:>10.1f}", flush=True)
 

@@ -58,8 +58,9 @@ def cluster(embeddings, k: int, *, iterations: int, seed: int, keys=None, chosen
     centres = kmeans.centroids / np.linalg.norm(kmeans.centroids, axis=1, keepdims=True)
     labels, similarity = assign(rows, centres, index)
     few = len(index) / k
-    warning = (f"cluster.clusters: {k:,} clusters of {len(index):,} images are {few:.1f} each: a centre says little "
-               f"that is common to several; take fewer clusters, say {max(1, len(index) // FEW):,}") if few < FEW else ""
+    warning = "" if few >= FEW else (
+        f"cluster.clusters: {k:,} clusters of {len(index):,} images are {few:.1f} each: a centre says little that is "
+        f"common to several; take fewer clusters, say {max(1, len(index) // FEW):,}")
     return Clusters(centres, labels, similarity, np.asarray(kmeans.obj, np.float64) / len(unit), keys[index], warning)
 
 

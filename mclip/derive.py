@@ -83,8 +83,8 @@ def _kept(wanted: KeptPairs, settings: Balance, clusters: Cluster, data: dict[st
 def _clusters(settings: Cluster, data: dict[str, str], cache: Path, fraction: float = 1.0) -> Path:
     """A clusters folder of the kept pairs, or of a fraction of them, by the settings' teacher and number."""
     embeddings = Path(data["embeddings"]) / settings.teacher
-    made_of = [settings.clusters, settings.iterations, settings.points_per_centre, settings.seed, fingerprint(embeddings),
-               fingerprint(data["balance"]), fraction]
+    made_of = [settings.clusters, settings.iterations, settings.points_per_centre, settings.seed,
+               fingerprint(embeddings), fingerprint(data["balance"]), fraction]
     folder = _named(cache, "clusters", made_of)
     if folder.exists():
         return folder

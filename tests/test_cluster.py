@@ -78,7 +78,7 @@ def test_reading_another_run_s_centres_fails(tmp_path):
     rows, _ = blobs()
     write(tmp_path, cluster(rows, 5, iterations=3, seed=0))
     np.save(tmp_path / "centres.npy", np.ones((2, 8), np.float32))
-    with pytest.raises(ClusterError, match="has 2 centres"):
+    with pytest.raises(ClusterError, match="label 4, but there are 2 centres: run `dvc repro -f cluster`"):
         read(tmp_path)
 
 

@@ -70,7 +70,9 @@ def load(folder: str | Path, limit: int | None = None) -> Embeddings:
         places = np.unique(np.linspace(0, len(rows) - 1, few).round().astype(int))
         files, rows = dict(np.array(list(files.items()), object)[places].tolist()), [rows[i] for i in places]
     image = _stack(list(files.values()))
-    text_files = {number: path for number, path in _numbered(folder, "text_emb").items() if limit is None or number in files}
+    text_files = _numbered(folder, "text_emb")
+    if limit is not None:
+        text_files = {number: path for number, path in text_files.items() if number in files}
     text = _stack(list(text_files.values())) if text_files else None
     if text is not None and len(text) != len(image):
         raise EmbeddingsError(f"{folder}: {len(image)} image rows but {len(text)} text rows")

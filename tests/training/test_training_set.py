@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import torch
 
-from mclip.data import balanced, clustered, embedded, loaders, reinforced, shards, training
+from mclip.data import augment, clustered, loaders, reinforced, shards, training
 from mclip.data.captions import caption_id
 from mclip.data.pixels import pixel_cache
 from mclip.runs import in_part
@@ -37,7 +37,7 @@ def test_pixels_are_the_replayed_augmentations(training_set, world):
     assert pixels.shape == (N - 1, 3, 3, PX, PX) and pixels.dtype == np.uint8
     stored = reinforced.read_shard(world / "reinforced", 1)
     sample = next(s for s in shards.iter_samples(world / "pairs", shards=[1]) if s.key == stored.keys[2])
-    expected = training.augment.replay_all(shards.decode(sample), stored.augment[2], PX)
+    expected = augment.replay_all(shards.decode(sample), stored.augment[2], PX)
     assert np.array_equal(pixels[side.row[side.keys.index(stored.keys[2])]], expected)
 
 
@@ -160,8 +160,8 @@ def test_a_stream_opens_a_shard_and_what_belongs_to_it_only(training_set, world,
     sides = training.ShardSides(spec)
     for path in [*root.glob("embeddings/large/*/*_000[02].*"), *root.glob("reinforced/*_000[02].*")]:
         path.unlink()
-    for module, name in ((balanced, "read"), (balanced, "kept"), (clustered, "read"), (clustered, "labels"), (embedded, "load")):
-        monkeypatch.setattr(module, name, None)  # the tables are not read again either
+    for of in ("balanced.read", "balanced.kept", "clustered.read", "clustered.labels", "embedded.load"):
+        monkeypatch.setattr(f"mclip.data.{of}", None)  # the tables are not read again either
     training.ShardSides(spec)
     side, stored = sides(1, list(shards.iter_samples(root / "pairs", shards=[1])))
     place = [i for i, key in enumerate(whole.keys) if key in {f"k{i:03d}" for i in range(8, 16)}]
@@ -169,7 +169,7 @@ def test_a_stream_opens_a_shard_and_what_belongs_to_it_only(training_set, world,
     assert side.arrays.keys() == whole.arrays.keys() and (stored is None) == (kind != "reinforced")
     for name, values in side.arrays.items():
         assert torch.equal(values, whole.arrays[name][place])
-    with pytest.raises(ValueError, match="_0002"):
+    with pytest.raises((ValueError, FileNotFoundError), match="_0002"):
         sides(2, list(shards.iter_samples(root / "pairs", shards=[2])))
 
 
