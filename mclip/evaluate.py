@@ -221,7 +221,12 @@ def named_sets(names: Sequence[str], root: str | Path = registry.ROOT, *, probe:
                 raise ValueError(f"{file}: {task!r} is none of {', '.join(ANSWER)}")
             values = {"path": name, "task": task}
         else:
-            known, values = name, {"path": str(Path(root) / name)} if (Path(root) / name).is_dir() else {}
+            places = [Path(root) / name]
+            if entry := registry.get(name):
+                places.append(Path(entry.place(root)))
+            if name in registry.SUITES["demo"]:  # a part of it, where there is no copy
+                places.append(Path(registry.MADE) / name)
+            known, values = name, next(({"path": str(place)} for place in places if place.is_dir()), {})
         values = registry.filled(known, values, root)
         found[known] = EvalSet(**values | {"probe": probe and values.get("task") != "retrieval"})
     return found
@@ -232,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", help="any open_clip model string: ViT-B-32/laion2b_s34b_b79k, local-dir:FOLDER, ...")
     parser.add_argument("--sets", nargs="+", required=True, metavar="NAME_OR_FOLDER",
                         help=f"of the registry, a folder, or a suite: {', '.join(registry.SUITES)}")
-    parser.add_argument("--root", default=registry.ROOT, help="where the registry's sets lie (%(default)s)")
+    parser.add_argument("--root", default=registry.ROOT, help="where copies of the hub's sets lie (%(default)s)")
     parser.add_argument("--out", metavar="FILE", help="every metric, as JSON")
     parser.add_argument("--probe", action="store_true", help="linear probes too, where there is a train split")
     parser.add_argument("--batch-size", type=int, default=256)

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from PIL import Image
 
 from mclip import params
 from mclip.data import demo, emoji, fetch, shards
+
+ROOT = Path(__file__).parents[1]
 
 SKIN = {"1F3FB": {"unified": "1F44B-1F3FB"}, "1F3FC-1F3FF": {"unified": "1F44B-1F3FC-200D-1F3FF"}}
 EMOJI = [
@@ -124,6 +127,19 @@ def test_eval_layout(tmp_path):
         assert tar.getnames() == ["a.cls", "a.png", "b.cls", "b.png"]
         assert tar.extractfile("a.cls").read() == b"1"
     assert demo.read_eval(tmp_path / "s", count=9) == [(PNG, "y"), (PNG, "x")]
+
+
+def test_sets_of_others_in_the_stage_s_folder_stop_it(tmp_path):
+    demo.no_eval(tmp_path)
+    demo.no_eval(tmp_path)  # its own note is no hindrance, nor are sets that a run before has written
+    demo.write_eval(tmp_path / "eval/s", splits={"test": [demo.Item("a", PNG, "b")]}, classes=None, templates=None, info={})
+    demo.no_eval(tmp_path)
+    assert [p.name for p in (tmp_path / "eval").iterdir()] == ["none.txt"]
+    (tmp_path / "eval/wds_imagenet1k/test").mkdir(parents=True)
+    for run in (demo.no_eval, lambda out: demo.build(params.load(ROOT / "params.yaml").data, out)):
+        with pytest.raises(ValueError, match=r"eval/wds_imagenet1k was not made here.* move it to data/sets$"):
+            run(tmp_path)
+    assert (tmp_path / "eval/wds_imagenet1k/test").is_dir()
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from mclip import params
-from mclip.data import emoji, fetch, shards, tars
+from mclip.data import emoji, fetch, registry, shards, tars
 from mclip.files import whole_folder, write_json
 from mclip.progress import bar
 
@@ -34,6 +34,7 @@ EMOJI_STYLES = {
     "openmoji-black": ("openmoji", "package/black/svg/"),
 }
 UNSEEN_STYLES = ("openmoji-color", "openmoji-black")
+NONE = "none.txt"  # what lies in the evaluation folder where the pairs are not the demo's
 CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 CIFAR_TEMPLATES = [  # CLIP's own for CIFAR-10
     f"a {look}photo of {article} {size}{{c}}."
@@ -66,8 +67,13 @@ def build(data: params.Data, out: str | Path = "data") -> dict[str, Any]:
     Returns
     -------
     {"pairs": manifest of the pairs, "eval": {set: manifest}}
+
+    Raises
+    ------
+    ValueError : `out`/eval holds what was not made here.
     """
     demo, out = data.demo, Path(out)
+    _only_ours(out / "eval")
     styles = list(dict.fromkeys(demo.styles))
     packages = fetch.fetch(packages_of(styles))
     found = emoji.concepts(*_tables(packages), limit=demo.max_concepts)
@@ -93,6 +99,20 @@ def build(data: params.Data, out: str | Path = "data") -> dict[str, Any]:
         for name, arguments in _eval_sets(trained, unseen, shifted, styles, images, photos).items():
             sets[name] = write_eval(scratch / name, **arguments)
     return {"pairs": pairs, "eval": sets}
+
+
+def no_eval(out: str | Path = "data") -> None:
+    """`out`/eval without a set, where `data.source` is not the demo; ValueError as in `build`."""
+    _only_ours(folder := Path(out) / "eval")
+    with whole_folder(folder) as scratch:  # not empty: DVC restores no empty folder
+        (scratch / NONE).write_text(f"data.source is webdataset; copies of the hub's sets lie in {registry.ROOT}\n")
+
+
+def _only_ours(folder: Path) -> None:
+    for path in sorted(folder.glob("*")):
+        if path.name != NONE and not (path / "manifest.json").is_file():
+            raise ValueError(f"{path} was not made here, and the stage data makes all of {folder} anew: "
+                             f"move it to {registry.ROOT}")
 
 
 def packages_of(styles: list[str]) -> list[str]:

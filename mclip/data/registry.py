@@ -32,7 +32,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = "data/eval"  # where sets lie unless params.yaml says otherwise
+ROOT = "data/sets"  # where copies of the hub lie unless params.yaml says otherwise: a folder or a link to one
+MADE = "data/eval"  # the demo's, an output of the stage `data`
 
 
 class Entry(NamedTuple):
@@ -58,6 +59,11 @@ class Entry(NamedTuple):
     def folder(self) -> str:
         """Its folder below the root."""
         return self.source.rpartition("/")[2]
+
+    def place(self, root: str | Path = ROOT) -> str:
+        """Its path; `root` is where the hub's copies lie."""
+        made = "/" not in self.source and not self.lacks
+        return str(Path(MADE if made else root) / self.folder)
 
     @property
     def where(self) -> str:
@@ -155,7 +161,7 @@ def filled(name: str, values: Mapping[str, Any] | str | None, root: str | Path =
     ----------
     name : of the registry, or any where `values` has a path.
     values : of params.EvalSet, or a path, or None.
-    root : where the registry's sets lie.
+    root : where the hub's copies lie; the demo's are in `MADE`.
 
     Raises
     ------
@@ -169,7 +175,7 @@ def filled(name: str, values: Mapping[str, Any] | str | None, root: str | Path =
             hint = f"; did you mean {near[0]!r}" if near else ""
             raise ValueError(f"{name}: not in the registry (mclip/data/registry.py){hint}; any other set needs a path")
         return values
-    known = {"path": str(Path(root) / entry.folder), "task": entry.task, "metric": entry.metric, "kind": entry.kind,
+    known = {"path": entry.place(root), "task": entry.task, "metric": entry.metric, "kind": entry.kind,
              "groups": entry.groups, "captions": entry.captions}
     if entry.metric == "jaccard":  # no metric of ours: evaluate lists the set as not evaluated
         del known["metric"]
@@ -178,7 +184,7 @@ def filled(name: str, values: Mapping[str, Any] | str | None, root: str | Path =
 
 def main(root: str = ROOT) -> None:
     for name, e in SETS.items():
-        here = "here" if (Path(root) / e.folder).is_dir() else e.where
+        here = "here" if Path(e.place(root)).is_dir() else e.where
         print(f"{name:30} {e.metric:16} {e.classes or '-':>5} classes {e.size or '-':>7} pictures "
               f"{','.join(e.suites):20} {here}")
 

@@ -41,7 +41,7 @@ def test_params_take_a_name_a_path_or_both():
     tree["ablations"] |= {"pca": {}, "search": {}}  # which name the default's sets
     tree["evaluate"]["sets"] = {"pets": None, "flowers": {"probe": True}, "mine": "some/folder", "fmow": {"kind": "far"}}
     sets = params.check(tree).evaluate.sets
-    assert sets["pets"].path == "data/eval/wds_vtab-pets" and sets["pets"].main == "mean_per_class"
+    assert sets["pets"].path == "data/sets/wds_vtab-pets" and sets["pets"].main == "mean_per_class"
     assert sets["flowers"].probe and sets["mine"].path == "some/folder" and sets["mine"].main == "top1"
     assert (sets["fmow"].main, sets["fmow"].groups, sets["fmow"].kind) == ("worst_group_top1", 0, "far")
     picked = params.stage(params.pick(tree, ["evaluate.sets"]))  # what the report's stage sees
@@ -101,6 +101,16 @@ def test_the_command_line(model, tmp_path, capsys):
         assert evaluate.main(wrong) == 2
         said = capsys.readouterr()
         assert message in said.err and said.err.strip().splitlines()[-1].startswith("error: ") and not said.out
+
+
+def test_the_demo_s_part_of_a_set_counts_where_there_is_no_copy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cifar10", "openmoji-color"):
+        (tmp_path / "data/eval" / name).mkdir(parents=True)
+    sets = evaluate.named_sets(["cifar10", "openmoji-color", "pets"])
+    assert [s.path for s in sets.values()] == ["data/eval/cifar10", "data/eval/openmoji-color", "data/sets/wds_vtab-pets"]
+    (tmp_path / "data/sets/wds_vtab-cifar10").mkdir(parents=True)
+    assert evaluate.named_sets(["cifar10"])["cifar10"].path == "data/sets/wds_vtab-cifar10"
 
 
 def test_imagenets_names_where_a_copy_has_none(tmp_path):
