@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from mclip import models, params, progress, teachers
 from mclip.data import fetch, shards
-from mclip.files import write_whole
+from mclip.files import whole_folder, write_json, write_whole
 from mclip.models.factory import preprocessing
 
 PAD, START, END = "<pad>", "<start>", "<end>"  # ids 0, 1, 2
@@ -59,6 +59,12 @@ def train(p: params.CaptionerTrain, folder: str | Path, pairs: str | Path = "dat
         models.export(model, folder, config=config, preprocess=teachers.PREPROCESS, tokenizer=wrapped)
     write_whole(Path(folder) / "history.csv", history.to_csv(index=False, float_format="%.5f"))
     return history
+
+
+def pin(model_name: str, folder: str | Path) -> None:
+    """FOLDER/captioner.json alone: the name and the weights' sha256 of a captioner that is used as it is."""
+    with whole_folder(folder) as scratch:
+        write_json(scratch / "captioner.json", {"model": model_name, "weights_sha256": models.weights_sha256(model_name)})
 
 
 def fit(model: nn.Module, features: Tensor, tokens: Tensor, p: params.CaptionerTrain) -> pd.DataFrame:

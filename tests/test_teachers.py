@@ -126,6 +126,9 @@ def test_hub_teachers_are_pinned_not_assembled(tmp_path):
     entry = teachers.assemble(p, pairs="nowhere", out=tmp_path)["big"]
     assert entry["model"] == f"local-dir:{tmp_path}/hub" and len(entry["weights_sha256"]) == 64
     assert json.loads((tmp_path / "teachers/teachers.json").read_text())["big"] == entry
+    captioner.pin(entry["model"], tmp_path / "captioner")
+    pinned = json.loads((tmp_path / "captioner/captioner.json").read_text())
+    assert pinned == {key: entry[key] for key in ("model", "weights_sha256")}
 
 
 def test_alignment_learns_and_folds_the_whitening(world, wheels, tmp_path):
