@@ -63,8 +63,9 @@ def train(p: params.CaptionerTrain, folder: str | Path, pairs: str | Path = "dat
 
 def pin(model_name: str, folder: str | Path) -> None:
     """FOLDER/captioner.json alone: the name and the weights' sha256 of a captioner that is used as it is."""
+    pinned = {"model": model_name, "weights_sha256": models.weights_sha256(model_name)}
     with whole_folder(folder) as scratch:
-        write_json(scratch / "captioner.json", {"model": model_name, "weights_sha256": models.weights_sha256(model_name)})
+        write_json(scratch / "captioner.json", pinned)
 
 
 def fit(model: nn.Module, features: Tensor, tokens: Tensor, p: params.CaptionerTrain) -> pd.DataFrame:
