@@ -105,7 +105,7 @@ def fit(model: nn.Module, features: Tensor, tokens: Tensor, p: params.CaptionerT
     return pd.DataFrame(rows, columns=["step", "caption_loss", "clip_loss"])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(model: nn.Module, images: Tensor, *, n: int, top_p: float, seed: int, tokenizer=None,
              batch_size: int = 256) -> list[list[str]]:
     """Captions by nucleus sampling (the smallest set of tokens with probability `top_p`).
@@ -187,7 +187,7 @@ def _build(config: dict) -> nn.Module:
     return model
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _features(model: nn.Module, samples: list, size: int, workers: int | None) -> Tensor:
     fast = models.for_inference(model).visual.trunk
     loader = torch.utils.data.DataLoader(

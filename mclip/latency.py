@@ -64,7 +64,7 @@ def measure(names: Sequence[str], runtimes: Sequence[str], *, batches: Sequence[
         for name in names:
             for key, call in _calls(name, runtimes, towers, batches, Path(scratch), device, left_out, gmac):
                 cases[key] = call
-        with torch.inference_mode():
+        with torch.no_grad():
             times = interleaved(cases, rounds, warmup, clock=time.process_time if busy else time.perf_counter,
                                 wait=torch.cuda.synchronize if device != "cpu" else lambda: None)
     middle = min if busy else statistics.median
@@ -92,7 +92,7 @@ def multiply_adds(module: torch.nn.Module, x: torch.Tensor) -> int:
     counter, fused = FlopCounterMode(display=False), torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # an operation of its own, which the counter doesn't know
     try:
-        with torch.inference_mode(), counter:
+        with torch.no_grad(), counter:
             module(x)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -114,7 +114,7 @@ def _calls(name: str, runtimes: Sequence[str], towers: Iterable[str], batches: I
             try:
                 call = _runtime(runtime, plain, folded, file, device)
                 for batch, x in inputs:
-                    with torch.inference_mode():
+                    with torch.no_grad():
                         call(x)
                     yield (name, kind, runtime, batch), lambda call=call, x=x: call(x)
             except (RuntimeError, ImportError, NotImplementedError) as err:

@@ -68,7 +68,7 @@ def costs(runs: Mapping[str, Run], *, steps: int = 8, rounds: int = 60) -> pd.Da
             image = sum(p.numel() for p in model.visual.parameters())
             table[name] = {"image_params": image, "text_params": sum(p.numel() for p in model.parameters()) - image}
             towers |= {(name, f"{kind}_ms"): call for kind, call in _towers(model, tokenizer).items()}
-        with torch.inference_mode():
+        with torch.no_grad():
             for (name, column), seconds in interleaved(towers, rounds, warm=3).items():
                 table[name][column] = 1e3 * statistics.median(seconds)
         for name, seconds in _step_seconds(runs, steps).items():

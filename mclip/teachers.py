@@ -110,7 +110,7 @@ def build(parts: params.TeacherParts, p: params.Align, image_wheel: Path, encode
     return model.requires_grad_(False).eval(), config, tokenizer
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def text_features(model: nn.Module, tokenizer, captions: list[str], *, batch_size: int = 256) -> Tensor:
     """Pooled features before the head, (len(captions), width) float32; `captions` distinct."""
     head, model.text.proj = model.text.proj, nn.Identity()
@@ -128,7 +128,7 @@ def text_features(model: nn.Module, tokenizer, captions: list[str], *, batch_siz
         model.text.proj = head
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def image_features(model: nn.Module, samples: list[shards.Sample], size: int, *, name: str = "",
                    batch_size: int = 64, workers: int | None = None) -> Tensor:
     """Pooled features of the frozen trunk before the head, (n, width) float32."""

@@ -219,6 +219,7 @@ def test_encode_images_unit_norm_with_an_uneven_last_batch(folder):
     x = torch.randn(5, 3, 32, 32)
     out = models.encode_images(model.eval(), x.split(2), precision="fp32")
     assert out.shape == (5, 16) and np.allclose(out.norm(dim=1), 1, atol=1e-5)
+    assert not out.is_inference() and not out.requires_grad  # inference mode: bf16 attention many times slower
 
 
 def test_precision():
