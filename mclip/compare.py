@@ -72,9 +72,9 @@ def main_metric(frame: pd.DataFrame) -> pd.DataFrame:
 def representative(sets: Mapping[str, EvalSet]) -> dict[str, str]:
     """The two sets that stand for all, and what to call them: the first in domain, the first of unseen retrieval.
 
-    Where there is none of a kind, the first set of any.
+    Where there is none of a kind, the first set of any. Of sets that are here; of all where none is.
     """
-    names = list(sets)
+    names = [name for name in sets if Path(sets[name].path).is_dir()] or list(sets)
     seen = next((n for n in names if sets[n].kind == IN_DOMAIN), names[0])
     held_out = [n for n in names if sets[n].kind != IN_DOMAIN and n != seen]
     unseen = next((n for n in held_out if sets[n].task == "retrieval"), (held_out or [seen])[0])

@@ -92,6 +92,8 @@ def test_headlines_have_a_file_each_with_the_same_keys(folder, tmp_path):
     }
 
 
-def test_two_sets_stand_for_all():
+def test_two_sets_stand_for_all(tmp_path):
     assert compare.representative(SETS) == {"home": "home (in domain)", "pairs": "pairs (unseen)"}
     assert compare.representative({"only": EvalSet(path="-")}) == {"only": "only"}
+    here = {name: spec.model_copy(update={"path": str(tmp_path)}) for name, spec in SETS.items() if name != "pairs"}
+    assert "pairs" not in compare.representative(SETS | here)  # a set that is not here stands for nothing
