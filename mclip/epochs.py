@@ -43,8 +43,10 @@ def per_sample(plain: Run, reinforced: Run, settings: Reinforce, teachers: Mappi
     ValueError : runs that are too short.
     """
     batch = reinforced.train.batch_size
-    if min(run.train.samples // run.train.batch_size for run in (plain, reinforced)) <= warm + rounds:
-        raise ValueError(f"runs of more than {warm + rounds} steps are needed")
+    length = min(run.train.samples // run.train.batch_size for run in (plain, reinforced))
+    if length <= warm + rounds:
+        raise ValueError(f"distill.train: samples / batch_size are {length} steps, timing {rounds} rounds takes more "
+                         f"than {warm + rounds}: raise samples or lower ablations.epoch's rounds")
     # where the training steps and reinforce.run put their models, too
     device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = torch.get_num_threads()

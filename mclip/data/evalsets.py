@@ -9,7 +9,7 @@
 import io
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,6 +95,32 @@ def read_split(folder: str | Path, task: str, split: str = "test", groups: int |
                 else:
                     captions.append([line.strip() for line in sample["answer"].splitlines() if line.strip()])
     return Split(keys, places, labels, captions, classes, templates, problems, group)
+
+
+def at_hand(name: str, sets: Mapping[str, Any], task: str | None = None) -> str:
+    """The set `name`, or if it is not here the first one that is, one of the same task before others.
+
+    A notebook that shows one set of many should show something where that one has not been fetched; which one it
+    became is printed.
+
+    Parameters
+    ----------
+    sets : name -> params.EvalSet.
+    task : what takes its place must be of this task; None: any.
+
+    Raises
+    ------
+    EvalError : no such set is here.
+    """
+    fits = [n for n in sets if task in (None, sets[n].task) and (Path(sets[n].path) / "test" / "nshards.txt").exists()]
+    if name in fits:
+        return name
+    if not fits:
+        raise EvalError(f"{name} is not here ({sets[name].path}), nor is any other{f' {task}' if task else ''} set of "
+                        "evaluate.sets: `python -m mclip.data.registry` tells where to get them")
+    other = next((n for n in fits if sets[n].task == sets[name].task), fits[0])
+    print(f"{name} is not here ({sets[name].path}), {other} takes its place")
+    return other
 
 
 def read_image(place: tuple[str, int, int]) -> Image.Image:

@@ -285,6 +285,21 @@ def test_unusable_sets_say_what_to_mend(tmp_path):
         evaluate.evaluate(ColourModel(), PREPROCESS, tokenize, {"x": spec})
 
 
+def test_what_is_shown_of_sets_that_are_not_here(tmp_path, capsys):
+    write_set(tmp_path / "b")
+    write_set(tmp_path / "c")
+    sets = {name: EvalSet(path=str(tmp_path / name), task=task)
+            for name, task in (("a", "retrieval"), ("b", "classification"), ("c", "retrieval"), ("d", "classification"))}
+    assert evalsets.at_hand("c", sets) == "c" and not capsys.readouterr().out
+    assert evalsets.at_hand("a", sets) == "c"
+    assert capsys.readouterr().out == f"a is not here ({tmp_path / 'a'}), c takes its place\n"
+    assert evalsets.at_hand("a", sets, "classification") == "b"
+    del sets["c"]
+    assert evalsets.at_hand("a", sets) == "b"  # of another task, where no other set is here
+    with pytest.raises(evalsets.EvalError, match=r"a is not here .*, nor is any other retrieval set.*mclip.data.registry"):
+        evalsets.at_hand("a", sets, "retrieval")
+
+
 def test_transparent_pictures_lie_on_white_in_the_order_of_the_tar(tmp_path):
     buffer = io.BytesIO()
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(buffer, "PNG")

@@ -49,7 +49,7 @@ def test_what_is_online_is_added_to_the_reinforced_step(runs, student, monkeypat
 
 
 def test_runs_that_are_too_short_are_told(runs, student):
-    with pytest.raises(ValueError, match="runs of more than 5 steps are needed"):
+    with pytest.raises(ValueError, match="are 3 steps, timing 3 rounds takes more than 5: raise samples"):
         epochs.per_sample(*runs(24), SETTINGS, {"base": student}, student, rounds=3)
 
 
