@@ -1,8 +1,11 @@
+import dataclasses
+
 import faiss
 import numpy as np
 import pytest
 
 from mclip.cluster import ClusterError, assign, cluster, read, write
+from mclip.data import clustered
 from mclip.rows import RowsError
 
 
@@ -78,8 +81,17 @@ def test_reading_another_run_s_centres_fails(tmp_path):
     rows, _ = blobs()
     write(tmp_path, cluster(rows, 5, iterations=3, seed=0))
     np.save(tmp_path / "centres.npy", np.ones((2, 8), np.float32))
-    with pytest.raises(ClusterError, match="label 4, but there are 2 centres: run `dvc repro -f cluster`"):
+    with pytest.raises(ClusterError, match="label [234], but there are 2 centres: run `dvc repro -f cluster`"):
         read(tmp_path)
+
+
+def test_a_negative_label_fails(tmp_path):
+    rows, _ = blobs()
+    result = cluster(rows, 5, iterations=3, seed=0)
+    write(tmp_path, dataclasses.replace(result, labels=np.where(np.arange(400) == 7, -1, result.labels)))
+    for reader in (read, lambda folder: list(clustered.labels(folder))):
+        with pytest.raises(ClusterError, match="label -1, but there are 5 centres"):
+            reader(tmp_path)
 
 
 def test_assign_other_rows():

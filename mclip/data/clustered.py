@@ -101,8 +101,9 @@ def _there(path: Path) -> Path:
 
 
 def _check(path: Path, label: np.ndarray, centres: int) -> None:
-    if len(label) and label.max() >= centres:
-        raise ClusterError(f"{path}: label {label.max()}, but there are {centres} centres: run `dvc repro -f cluster`")
+    outside = label[(label < 0) | (label >= centres)]
+    if len(outside):
+        raise ClusterError(f"{path}: label {outside[0]}, but there are {centres} centres: run `dvc repro -f cluster`")
 
 
 def _other(folder: str | Path, err: Exception) -> ClusterError:
