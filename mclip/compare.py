@@ -81,6 +81,22 @@ def representative(sets: Mapping[str, EvalSet]) -> dict[str, str]:
     return {name: f"{name} ({sets[name].kind})" if sets[name].kind else name for name in (seen, unseen)}
 
 
+def spreads(main: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame:
+    """A row a recipe, a column a set: "mean ± standard deviation" over the seeds, %; "–" where it was not run."""
+    found = main.assign(value=100 * main["value"]).groupby(["recipe", "set"])["value"].agg(["mean", "std"])
+    kinds = main.drop_duplicates("set").set_index("set")["kind"].fillna("").to_dict()
+
+    def show(recipe: str, name: str) -> str:
+        if (recipe, name) not in found.index:
+            return "–"
+        mean, std = found.loc[(recipe, name)]
+        return f"{mean:.1f}" if math.isnan(std) else f"{mean:.1f} ± {std:.1f}"
+
+    return pd.DataFrame([[show(recipe, name) for name in kinds] for recipe in titles],
+                        index=pd.Index(titles.values(), name="recipe"),
+                        columns=[f"{name} ({kind})" if kind else name for name, kind in kinds.items()])
+
+
 def verdicts(main: pd.DataFrame, baseline: str, level: float = 0.95) -> pd.DataFrame:
     """Each recipe's difference to the baseline on each set, its Welch interval, and what that allows to say.
 

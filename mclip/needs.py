@@ -30,7 +30,7 @@ def check(stage: str, root: str | Path = ".") -> None:
     """MissingInput names what is missing of a stage's inputs and the stages that make it; None where all is there."""
     known = stages(root)
     if stage not in known:
-        raise MissingInput(f"dvc.yaml has no stage {stage!r}; there are {', '.join(known)}")
+        raise MissingInput(f"with this params.yaml there is no stage {stage!r}; there are {', '.join(known)}")
     gone = [path for path in reads(known[stage]) if not _is_there(Path(root) / path)]
     if not gone:
         return

@@ -24,7 +24,7 @@ import json
 import re
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,6 +44,7 @@ GROUPS = {  # in the order of the index: how a group of pages is headed
     "recipes": "Recipe by recipe",
     "ablations": "Ablations: one question each",
     "pictures": "Pictures: what the students see and find",
+    "others": "From other runs: with other parameters, kept beside this one",
 }
 TEMPLATES = Path(__file__).parent / "site"
 ASKED = (
@@ -81,8 +82,12 @@ def answer(text: str) -> None:
 # ---------------------------------------------------------------- notebooks
 
 
-def read_pages(reports: Path, titles: dict[str, str]) -> list[Page]:
-    """The executed notebooks by GROUPS, each in the order of the pipeline; titles: recipe -> its title."""
+def read_pages(reports: Path, titles: dict[str, str], asked: Collection[str]) -> list[Page]:
+    """The executed notebooks by GROUPS, each in the order of the pipeline.
+
+    titles : recipe -> its title.
+    asked : the ablations that params.yaml asks for; what else lies there is of another run.
+    """
     paths = [path for path in reports.rglob("*.ipynb") if not path.name.endswith(".failed.ipynb")]
     recipes = list(titles)
 
@@ -94,18 +99,20 @@ def read_pages(reports: Path, titles: dict[str, str]) -> list[Page]:
         stage, *rest = path.relative_to(reports).with_suffix("").parts
         known = STAGES.index(stage) if stage in STAGES else len(STAGES)
         of = [(recipes.index(r) if r in recipes else PICTURES.index(r) if r in PICTURES else 99, r) for r in rest]
-        return list(GROUPS).index(_group(path.relative_to(reports).with_suffix("").parts)), known, stage, of
+        return list(GROUPS).index(_group([stage, *rest], asked)), known, stage, of
 
-    return [_page(path, reports, titles) for path in sorted(filter(wanted, paths), key=order)]
+    return [_page(path, reports, titles, asked) for path in sorted(filter(wanted, paths), key=order)]
 
 
-def _group(parts: Sequence[str]) -> str:
+def _group(parts: Sequence[str], asked: Collection[str]) -> str:
     if parts[0] == ABLATIONS:
+        if parts[1:2] and parts[1] not in asked:
+            return "others"
         return "pictures" if parts[1:2] and parts[1] in PICTURES else "ablations"
     return "recipes" if parts[0] in OF_RECIPES else "pipeline"
 
 
-def _page(path: Path, reports: Path, titles: dict[str, str]) -> Page:
+def _page(path: Path, reports: Path, titles: dict[str, str], asked: Collection[str]) -> Page:
     import nbformat  # here: every notebook imports this module, for `answer`, and nbformat takes 3 s
 
     try:
@@ -123,7 +130,7 @@ def _page(path: Path, reports: Path, titles: dict[str, str]) -> Page:
     return Page(
         slug="-".join(parts),
         label=" · ".join(named[1:] if parts[0] == ABLATIONS and len(parts) > 1 else named),
-        group=_group(parts),
+        group=_group(parts, asked),
         title=title,
         intro=" ".join(intro.split()),
         answer=_answer(notebook),
@@ -236,15 +243,19 @@ def summary_table(rows: list[Row], recipes: dict[str, str], teachers: Sequence[s
     return {"columns": columns, "groups": groups}
 
 
-def read_times(folder: Path, recipes: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """reports/times/**/*.json in the order of the pipeline: stage, what of it (the recipe), seconds, memory."""
+def read_times(folder: Path, recipes: Sequence[str], asked: Collection[str]) -> list[dict[str, Any]]:
+    """reports/times/**/*.json in the order of the pipeline: stage, what of it (the recipe), seconds, memory.
+
+    Of this run alone: its recipes and the ablations that are asked for.
+    """
     out = []
     for path in folder.rglob("*.json"):
         entry = json.loads(path.read_text())
         if entry["stage"] == "report":  # its own time would make the site differ from run to run
             continue
         values = [str(v) for k, v in entry.items() if k not in ("stage", "seconds", "peak_rss_mb")]
-        if entry["stage"] in OF_RECIPES and recipes and values[0] not in recipes:
+        stage, _, name = entry["stage"].partition("/")
+        if (stage in OF_RECIPES and values[0] not in recipes) or (stage == ABLATIONS and name not in asked):
             continue
         out.append({"peak_rss_mb": None, "of": ", ".join(values), **entry})
 
@@ -277,7 +288,7 @@ def build(
     reports, out = Path(reports), Path(out)
     p = params.load(settings)
     recipes = {name: recipe.title for name, recipe in p.distill.recipes.items()}
-    pages = read_pages(reports, recipes)
+    pages = read_pages(reports, recipes, p.ablations.notebooks)
     if not pages:
         raise SystemExit(f"{reports}: no executed notebook to report on: run `dvc repro` first")
     metrics = read_metrics(reports / "metrics")
@@ -309,7 +320,7 @@ def build(
         table=summary_table(rows, recipes, list(p.teachers.models)),
         cells=Markup,
         missing=missing,
-        times=read_times(reports / "times", list(recipes)),
+        times=read_times(reports / "times", list(recipes), p.ablations.notebooks),
         recipes=recipes,
         p=p,
         yaml=Path(settings).read_text(),

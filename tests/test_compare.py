@@ -51,6 +51,17 @@ def test_main_metric_and_held_out_mean(folder):
     assert head.loc["more", "value"] == pytest.approx(0.25)
 
 
+def test_spreads(folder):
+    main = compare.main_metric(compare.read_seeds(["clip", "more"], folder)[0])
+    one = main[(main["recipe"] == "clip") | (main["seed"] == 1)]
+    one = one[(one["recipe"] == "clip") | (one["set"] != "away")]
+    said = compare.spreads(one, {"clip": "CLIP", "more": "better", "none": "not run"})
+    assert list(said.index) == ["CLIP", "better", "not run"]
+    assert said["home (in domain)"].tolist() == ["50.0 ± 1.0", "50.0", "–"]
+    assert said["away (unseen)"].tolist() == ["20.0 ± 1.0", "–", "–"]
+    assert said[compare.HELD_OUT].tolist() == ["15.0 ± 1.0", "25.0", "–"]
+
+
 def test_verdicts_are_welch_intervals(folder):
     main = compare.main_metric(compare.read_seeds(["clip", "more"], folder)[0])
     said = compare.verdicts(main, "clip").set_index("set")

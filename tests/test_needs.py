@@ -75,7 +75,7 @@ def test_the_stage_to_run_is_named_once_and_last(root):
     fill(root, "models/b")
     needs.check("grid@b-1", root)
     needs.check("data", root)
-    assert said("train@c").startswith("dvc.yaml has no stage 'train@c'; there are data, train@a, ")
+    assert said("train@c").startswith("with this params.yaml there is no stage 'train@c'; there are data, train@a, ")
 
 
 def test_a_key_that_params_has_not(root):

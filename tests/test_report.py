@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from mclip import report
+from mclip import params, report
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
@@ -57,7 +57,7 @@ def reports(tmp_path):
     for name, title in (
         ("balance", "What is <too> alike?"),
         ("evaluate/clip", "How good?"),
-        ("ablations/k", "Which k?"),
+        ("ablations/clusters", "Which k?"),
         ("ablations/pca", "What is seen?"),
     ):
         nbformat.write(executed(title, f"{name}: 40 % & more."), folder / f"{name}.ipynb")
@@ -76,7 +76,7 @@ def build(reports: Path) -> Path:
 def test_index_has_titles_answers_numbers_and_says_what_is_missing(reports):
     site = build(reports)
     assert sorted(p.name for p in site.iterdir()) == [
-        "ablations-k.html",
+        "ablations-clusters.html",
         "ablations-pca.html",
         "balance.html",
         "evaluate-clip.html",
@@ -97,7 +97,7 @@ def test_index_has_titles_answers_numbers_and_says_what_is_missing(reports):
         "a &lt;red&gt; box",
     ):
         assert part in index, part
-    order = [index.index(f'class="card" href="{name}.html"') for name in ("balance", "evaluate-clip", "ablations-k",
+    order = [index.index(f'class="card" href="{name}.html"') for name in ("balance", "evaluate-clip", "ablations-clusters",
                                                                              "ablations-pca")]
     assert order == sorted(order)
     headings = re.findall(r'<h2 id="(\w+)"', index)
@@ -109,8 +109,11 @@ def test_a_group_without_pages_has_no_heading_and_many_ablations_are_all_there(r
     (reports / "ablations/pca.ipynb").unlink()
     for i in range(12):
         nbformat.write(executed(f"Question {i}?", f"answer {i}"), reports / "ablations" / f"study-{i:02d}.ipynb")
-    site = build(reports)
-    index = (site / "index.html").read_text()
+    settings = params.read_yaml(ROOT / "params.yaml")
+    settings["ablations"]["studies"] |= {f"study-{i:02d}": settings["ablations"]["studies"]["terms"] for i in range(12)}
+    (reports / "params.yaml").write_text(json.dumps(settings))  # YAML, too
+    index = report.build(reports, reports / "site", reports / "params.yaml").read_text()
+    assert 'id="others"' not in index
     assert 'id="pictures"' not in index and "#pictures" not in index
     assert all(f"Question {i}?" in index and f"answer {i}" in index for i in range(12))
 
@@ -126,7 +129,7 @@ def test_every_page_is_linked_from_every_page(reports):
 def test_page_folds_code_and_has_neighbours(reports):
     site = build(reports)
     page = (site / "evaluate-clip.html").read_text()
-    assert 'href="balance.html"' in page and 'href="ablations-k.html"' in page
+    assert 'href="balance.html"' in page and 'href="ablations-clusters.html"' in page
     assert page.count("<h1>") == 1 and "How good?" in page
     assert "<summary>Parameters of this run</summary>" in page and "None" not in page
     assert page.count("evaluate/clip: 40 % &amp; more.") == 1  # at the head, not again at the end
@@ -159,6 +162,18 @@ def test_what_is_left_of_a_recipe_that_is_gone_is_not_shown(reports):
     site = build(reports)
     assert not (site / "evaluate-old.html").exists()
     assert not re.search(r"\bold\b|12\.5 s", (site / "index.html").read_text().partition("<pre")[0])
+
+
+def test_an_ablation_of_another_run_is_shown_as_such(reports):
+    nbformat.write(executed("Ten seeds?", "another answer"), reports / "ablations" / "seeds.ipynb")
+    (reports / "times" / "ablations").mkdir(parents=True)
+    for name, seconds in (("seeds", 12.5), ("clusters", 3.5)):
+        times = {"stage": f"ablations/{name}", "seconds": seconds, "peak_rss_mb": 1}
+        (reports / "times" / "ablations" / f"{name}.json").write_text(json.dumps(times))
+    index = (build(reports) / "index.html").read_text()
+    _, _, others = index.partition('<h2 id="others"')
+    assert "From other runs" in others and "another answer" in others.partition("<h2")[0]
+    assert index.count("another answer") == 1 and "12.5 s" not in index and "3.5 s" in index
 
 
 def test_nothing_to_report_on(tmp_path):
