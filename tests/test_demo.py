@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mclip import params
-from mclip.data import demo, emoji, fetch, shards
+from mclip.data import demo, emoji, fetch, packages, shards
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,7 +27,7 @@ NAMES = {
     "#\ufe0f\u20e3": {"tts": ["keycap: #"]},
     "🇹🇩": {"tts": ["flag: Chad"]},
 }
-PNG = demo._png(Image.new("RGB", (8, 8), "red"))
+PNG = packages._png(Image.new("RGB", (8, 8), "red"))
 
 
 def test_concepts():
@@ -77,12 +77,12 @@ def test_cifar_templates_are_clip_s():
 
 def test_rasterise_and_resize_are_on_white():
     svg = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 10 10"><path d="M5 0h5v10H5z"/></svg>'
-    image = Image.open(io.BytesIO(demo.rasterise(svg, 16)))
+    image = Image.open(io.BytesIO(packages.rasterise(svg, 16)))
     assert image.size == (16, 16) and image.mode == "RGB"
     assert image.getpixel((2, 8)) == (255, 255, 255) and image.getpixel((13, 8)) == (0, 0, 0)
     clear = io.BytesIO()
     Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save(clear, "WEBP")
-    image = Image.open(io.BytesIO(demo.resize(clear.getvalue(), 8)))
+    image = Image.open(io.BytesIO(packages.resize(clear.getvalue(), 8)))
     assert image.size == (8, 8) and image.getpixel((4, 4)) == (255, 255, 255)
 
 
@@ -93,7 +93,7 @@ def test_emoji_package(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(PNG)
             tar.addfile(info, io.BytesIO(PNG))
-    assert set(demo._emoji(path, "package/img/", {"1f44b", "0023-20e3"}, 8)) == {"1f44b", "0023-20e3"}
+    assert set(packages.read_emoji(path, "package/img/", {"1f44b", "0023-20e3"}, 8)) == {"1f44b", "0023-20e3"}
 
 
 def test_cifar_package(tmp_path):
@@ -111,13 +111,13 @@ def test_cifar_package(tmp_path):
             info = tarfile.TarInfo(f"package/{name}")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    (item,) = demo._cifar(tmp_path / "c.tgz", {"pairs": np.array([10_007])})["pairs"]
+    (item,) = packages.read_cifar(tmp_path / "c.tgz", {"pairs": np.array([10_007])})["pairs"]
     assert (item.key, item.target) == ("cifar10-train-10007", 7)
     assert (np.asarray(shards.decode(item.image)) == pixels[7]).all()
 
 
 def test_eval_layout(tmp_path):
-    items = {"test": [demo.Item("a", PNG, 1), demo.Item("b", PNG, 0)], "train": [demo.Item("c", PNG, 1)]}
+    items = {"test": [packages.Item("a", PNG, 1), packages.Item("b", PNG, 0)], "train": [packages.Item("c", PNG, 1)]}
     demo.write_eval(tmp_path / "s", splits=items, classes=["x", "y"], templates=["{c}"], info={})
     names = sorted(str(p.relative_to(tmp_path / "s")) for p in (tmp_path / "s").rglob("*") if p.is_file())
     assert names == ["classnames.txt", "dataset_type.txt", "manifest.json", "test/0.tar", "test/nshards.txt",
@@ -132,7 +132,7 @@ def test_eval_layout(tmp_path):
 def test_sets_of_others_in_the_stage_s_folder_stop_it(tmp_path):
     demo.no_eval(tmp_path)
     demo.no_eval(tmp_path)  # its own note is no hindrance, nor are sets that a run before has written
-    demo.write_eval(tmp_path / "eval/s", splits={"test": [demo.Item("a", PNG, "b")]}, classes=None, templates=None, info={})
+    demo.write_eval(tmp_path / "eval/s", splits={"test": [packages.Item("a", PNG, "b")]}, classes=None, templates=None, info={})
     demo.no_eval(tmp_path)
     assert [p.name for p in (tmp_path / "eval").iterdir()] == ["none.txt"]
     (tmp_path / "eval/wds_imagenet1k/test").mkdir(parents=True)
@@ -146,7 +146,7 @@ def test_sets_of_others_in_the_stage_s_folder_stop_it(tmp_path):
 def built(tmp_path_factory):
     """A small build from the cached packages, twice."""
     styles = ["noto"]
-    if missing := [name for name in demo.packages_of(styles) if fetch.cached(name) is None]:
+    if missing := [name for name in packages.packages_of(styles) if fetch.cached(name) is None]:
         pytest.skip(f"not cached: {', '.join(missing)} (python -m mclip.data.fetch)")
     data = params.Data(source="demo", shards=[], shard_size=150, demo=params.DemoData(
         styles=styles, cifar_train=40, cifar_probe=20, cifar_test=20, holdout_every=7, openmoji_every=1, max_concepts=60,

