@@ -6,7 +6,7 @@
 Runtimes: all of them on the folded model (`mclip.models.for_inference`) but "unfolded".
 
     unfolded            torch, the model as it is trained
-    eager, eager-bf16   torch; under bf16 autocast
+    eager, eager-bf16   torch; weights and activations bf16 (autocast would convert every weight at every call)
     compile, compile-bf16    torch.compile with frozen weights: laid out anew for oneDNN, fused with what follows them
                         (a C++ compiler on the CPU; a minute or more for each tower and batch size, the first time)
     onnxruntime         fp32 (CPU only)
@@ -20,6 +20,7 @@ What a runtime can gain is bounded by the arithmetic, `frame.attrs["gmac"]`: Mob
 multiply-adds than ViT-B/16, both towers, and where both run near the rate of a matrix product it is so much faster.
 """
 
+import copy
 import shutil
 import statistics
 import tempfile
@@ -130,18 +131,15 @@ def _runtime(runtime: str, plain: export.Tower, folded: export.Tower, file: Path
             export.to_onnx(folded, file)
         return export.session(_quantised(file) if precision == "int8" else file)
     call = plain if kind == "unfolded" else folded
+    if precision == "bf16":
+        call = copy.deepcopy(folded).to(torch.bfloat16)
     if kind == "compile":
         if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
             raise NotImplementedError("torch.compile needs a C++ compiler on the CPU (g++, clang++)")
-        call = torch.compile(folded, dynamic=False, options={"freezing": True})
+        call = torch.compile(call, dynamic=False, options={"freezing": True})
     if precision != "bf16":
         return call
-
-    def autocast(x):
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
-            return call(x)
-
-    return autocast
+    return lambda x: call(x.to(torch.bfloat16) if x.is_floating_point() else x)
 
 
 def _quantised(file: Path) -> Path:
