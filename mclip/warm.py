@@ -111,7 +111,8 @@ def attach(notes: str, argv: list[str]) -> int:
         pid = int(connection.recv(64) or 0)
     except OSError:
         pid = 0
-    if not pid:  # the warm process is gone: as without it
+    if not pid:  # the warm process is gone: as without it, also for what this one starts
+        del os.environ[SOCKET]  # the module would hand over to it again, and so for ever
         if notes:
             _note(notes, "pid", os.getpid())
         os.execv(sys.executable, [sys.executable, "-m", *argv])

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -104,6 +105,19 @@ def test_a_warm_process_that_is_gone_is_done_without(folder):
     env = os.environ | {warm.SOCKET: str(folder / "socket")}
     done = subprocess.run([sys.executable, "outer.py", "says", "one"], cwd=folder, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout[:8]) == (3, '[["one"]')
+
+
+def test_a_module_that_hands_over_goes_on_by_itself_where_the_warm_process_was_killed(folder):
+    """Its socket and its note lie there still, so `is_on` says that it is."""
+    (folder / "hands.py").write_text("from mclip import warm\nwarm.hand_over('hands')\nimport says\n")
+    killed = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    killed.bind(str(folder / "socket"))
+    killed.close()
+    (folder / "of").write_text(f"{sys.executable}\n{folder}")
+    env = os.environ | {"PYTHONPATH": str(ROOT), warm.SOCKET: str(folder / "socket"), "GIVEN": "x"}
+    done = subprocess.run([sys.executable, "-m", "hands", "one"], cwd=folder, env=env, text=True, capture_output=True,
+                          timeout=30, check=False)
+    assert done.returncode == 3 and json.loads(done.stdout)[:2] == [["one"], "x"]
 
 
 def test_another_repository_s_warm_process_is_not_ours(folder, monkeypatch):
