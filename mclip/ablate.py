@@ -64,10 +64,14 @@ def plan(study: Study, recipe: Recipe, shared: Shared, *, samples: int, seeds: S
     """
     runs = {}
     for name, variant in study.variants.items():
-        changed = varied(recipe, variant.recipe)
-        data, teacher = derive.folders(variant, changed, shared.balance, shared.cluster, cache=shared.cache,
-                                       data=shared.data)
-        runs[name] = runs_of(name, changed, shared, study.samples or samples, study.seeds or seeds, teacher, data)
+        changed, teacher = varied(recipe, variant.recipe), shared.cluster.teacher
+        if variant.fraction < 1:
+            data = derive.part(variant.fraction, changed, shared.cluster, cache=shared.cache, data=shared.data)
+        else:
+            data, teacher = derive.folders(variant, changed, shared.balance, shared.cluster, cache=shared.cache,
+                                           data=shared.data)
+        length = variant.samples or study.samples or samples
+        runs[name] = runs_of(name, changed, shared, length, study.seeds or seeds, teacher, data)
     return runs
 
 
@@ -242,7 +246,8 @@ def outcome(name: str, p: Any) -> Outcome:
     train(runs)
     frame = score(name, runs, p.evaluate.sets, batch_size=p.evaluate.batch_size)
     first = next(iter(runs.values()))
-    print(f"{len(runs)} variants of {study.recipe}, {len(first)} seed(s), {first[0].train.samples:,} samples a run")
+    lengths = " or ".join(f"{n:,}" for n in dict.fromkeys(own[0].train.samples for own in runs.values()))
+    print(f"{len(runs)} variants of {study.recipe}, {len(first)} seed(s), {lengths} samples a run")
     titles = {name: variant.title or name for name, variant in study.variants.items()}
     return Outcome(study, runs, compare.main_metric(frame), titles)
 

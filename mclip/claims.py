@@ -39,8 +39,12 @@ class Fit(NamedTuple):
 
     def difference(self, a: str, b: str, level: float = 0.95) -> tuple[float, float]:
         """Variant a less variant b, and half the width of its interval (infinite where df is 0)."""
-        c = np.array([(v == a) - float(v == b) for v in self.variants])
-        if a == b:
+        return self.contrast({a: 1.0, b: -1.0} if a != b else {a: 0.0}, level)
+
+    def contrast(self, weights: Mapping[str, float], level: float = 0.95) -> tuple[float, float]:
+        """The weighted sum of variants (weights that sum to 0, so that the seeds cancel), and half its interval."""
+        c = np.array([float(weights.get(v, 0.0)) for v in self.variants])
+        if not c.any():
             return 0.0, 0.0
         if not self.df:
             return float(c @ self.effect), math.inf
@@ -81,6 +85,19 @@ def differences(main: pd.DataFrame, claims: Sequence[Claim], level: float = 0.95
                 said = HOLDS if gap > half else REVERSED if gap < -half else OPEN
                 rows.append((claim.text, name, gap, half, own.df, said))
     return pd.DataFrame(rows, columns=["claim", "set", "difference", "half", "df", "verdict"])
+
+
+def interactions(main: pd.DataFrame, both: str, one: str, other: str, neither: str,
+                 level: float = 0.95) -> pd.DataFrame:
+    """Do two changes add up? A row a set, in points: what each does alone, their sum, what both do together, and the
+    difference of the last two with half its interval; nothing where one of the four variants was not run."""
+    rows = []
+    for name, own in fits(main).items():
+        if {both, one, other, neither} <= set(own.variants):
+            alone = [100 * own.difference(each, neither)[0] for each in (one, other)]
+            more, half = own.contrast({both: 1.0, one: -1.0, other: -1.0, neither: 1.0}, level)
+            rows.append((name, *alone, sum(alone), 100 * own.difference(both, neither)[0], 100 * more, 100 * half))
+    return pd.DataFrame(rows, columns=["set", one, other, "their sum", both, "more than the sum", "±"]).set_index("set")
 
 
 def percent(found: pd.DataFrame) -> pd.DataFrame:

@@ -51,6 +51,7 @@ def test_the_default_is_valid(tree):
     ("ablations.studies.teacher.variants.small", {"teacher": "huge"}, "variants.small.teacher: 'huge' is not embedded; "),
     ("ablations.studies.threshold.variants.lower", {"keep": {}}, "variants.lower.keep: either threshold or prune"),
     ("ablations.studies.reinforcement.variants.one", {"keep": {"prune": "random"}}, "keep needs a recipe with pairs: kept"),
+    ("ablations.studies.clusters.variants.few", {"fraction": 0.5, "clusters": 3}, "fraction is of the default's pairs: not with clusters"),
     ("ablations.studies.reinforcement.variants.one", {"clusters": 3}, "clusters and teacher need a recipe with "),
     ("ablations.studies.terms.variants.full", {"reinforced": {"n_aug": 1}}, "reinforced needs a recipe with pairs: reinf"),
     ("ablations.studies.reinforcement.variants.one", {"reinforced": {"n_aug": 9}}, "n_aug: 2 are stored (reinforce.n_aug)"),

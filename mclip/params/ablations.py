@@ -49,6 +49,15 @@ class Variant(Section):
     clusters: PositiveInt | None = None
     teacher: str | None = None
     reinforced: Selection | None = None
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the pairs, the same ones for every recipe
+    samples: PositiveInt | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _a_part_is_of_the_default(self):
+        other = [key for key in ("keep", "clusters", "teacher", "reinforced") if getattr(self, key)]
+        if self.fraction < 1 and other:
+            raise ValueError(f"fraction is of the default's pairs: not with {other[0]}")
+        return self
 
 
 class Study(Section):

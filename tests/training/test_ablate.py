@@ -179,6 +179,8 @@ def test_a_curve_on_a_part_of_the_pairs_stands_beside_the_students_of_all(shared
         "clip-cid on all pairs 24": 1}
     assert runs["clip on all pairs 24"][0].data.fraction == 1 and runs["clip 24"][0].data.fraction == 0.6
     assert runs["clip 24"][0].out != plan(shared, "clip", x={})["x"][0].out
+    for recipe in curve.recipes:  # a study's variant with as many pairs is the same run
+        assert runs[f"{recipe} 8"][0].out == plan(shared, recipe, x={"fraction": 0.6, "samples": 8})["x"][0].out
     parts = {run.data.clusters for run in runs["clip-cid 8"]}
     found = cluster.read(parts.pop())
     assert not parts and len(found.centres) == 2  # 0.6 of 4

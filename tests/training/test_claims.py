@@ -45,6 +45,21 @@ def test_a_variant_that_lacks_a_seed_is_compared_within_the_others():
     assert noisy.difference("c", "a")[1] > noisy.difference("b", "a")[1] > 0
 
 
+def test_two_changes_that_add_up_or_not():
+    rng = np.random.default_rng(3)
+    values = rng.normal(size=(4, 6)) / 100 + rng.normal(size=6) / 10 + np.array([[0.5], [0.3], [0.25], [0.2]])
+    main = frame(dict(zip(("both", "one", "other", "neither"), values, strict=True)))
+    found = claims.interactions(main, "both", "one", "other", "neither").loc[HELD_OUT]
+    means = 100 * values.mean(1)
+    rest = 100 * (values - values.mean(0) - values.mean(1, keepdims=True) + values.mean())
+    std = np.sqrt((rest**2).sum() / 15)
+    assert found["their sum"] == pytest.approx(means[1] + means[2] - 2 * means[3])
+    assert found["both"] == pytest.approx(means[0] - means[3])
+    assert found["more than the sum"] == pytest.approx(means[0] - means[1] - means[2] + means[3])
+    assert found["±"] == pytest.approx(stats.t.ppf(0.975, 15) * std * np.sqrt(4 / 6))
+    assert not len(claims.interactions(main[main["recipe"] != "one"], "both", "one", "other", "neither"))
+
+
 def test_differences_to_the_first_variant_seed_by_seed():
     main = pd.concat([frame({"a": [0.1, 0.2], "b": [0.5, 0.4]}), frame({"a": [0.0, 0.0], "b": [0.0, 0.0]}, "other")])
     rows, seeds = claims.against(main, HELD_OUT, "a")
