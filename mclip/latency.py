@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mclip import export, models
 from mclip.models.factory import quiet
+from mclip.progress import bar
 from mclip.timing import interleaved
 
 RUNTIMES = ("unfolded", "eager", "eager-bf16", "compile", "compile-bf16", "onnxruntime", "onnxruntime-int8")
@@ -58,18 +59,31 @@ def measure(names: Sequence[str], runtimes: Sequence[str], *, batches: Sequence[
     """
     if unknown := sorted(set(runtimes) - set(RUNTIMES)):
         raise ValueError(f"runtime {unknown[0]!r} is none of {', '.join(RUNTIMES)}")
-    cases: dict[tuple, Callable[[], object]] = {}
     left_out: dict[str, str] = {}
     gmac = dict.fromkeys(names, 0.0)
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in names:
-            for key, call in _calls(name, runtimes, towers, batches, Path(scratch), device, left_out, gmac):
-                cases[key] = call
-        with torch.no_grad():
-            times = interleaved(cases, rounds, warmup, clock=time.process_time if busy else time.perf_counter,
-                                wait=torch.cuda.synchronize if device != "cpu" else lambda: None)
+    times: dict[tuple, list[float]] = {}
+    progress = bar(desc="latency", unit="case", total=len(names) * len(runtimes) * len(towers) * len(batches))
+    # one tower and batch size at a time: what is compared takes turns; all at once is more than a machine holds
+    for kind in towers:
+        with tempfile.TemporaryDirectory() as scratch:
+            pairs = {name: _towers(name, kind, device) for name in names}
+            for name, (_, folded) in pairs.items():
+                gmac[name] += multiply_adds(folded, folded.example(1).to(device)) / 1e9
+            for batch in batches:
+                cases: dict[tuple, Callable[[], object]] = {}
+                for name, (plain, folded) in pairs.items():
+                    for runtime, call in _calls(name, plain, folded, runtimes, batch, Path(scratch), device, left_out):
+                        progress.update(1)
+                        if call is not None:
+                            cases[name, kind, runtime, batch] = call
+                with torch.no_grad():
+                    times |= interleaved(cases, rounds, warmup, clock=time.process_time if busy else time.perf_counter,
+                                         wait=torch.cuda.synchronize if device != "cpu" else lambda: None)
+                del cases
+                torch.compiler.reset()  # lets go of what was compiled
+    progress.close()
     middle = min if busy else statistics.median
-    frame = pd.DataFrame([(*key, 1000 * middle(times[key])) for key in cases], columns=COLUMNS)
+    frame = pd.DataFrame([(*key, 1000 * middle(times[key])) for key in times], columns=COLUMNS)
     frame.attrs |= {"left_out": left_out, "gmac": gmac}
     return frame
 
@@ -100,26 +114,32 @@ def multiply_adds(module: torch.nn.Module, x: torch.Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def _calls(name: str, runtimes: Sequence[str], towers: Iterable[str], batches: Iterable[int], scratch: Path,
-           device: str, left_out: dict[str, str], gmac: dict[str, float]) -> Iterable[tuple[tuple, Callable]]:
+def _towers(name: str, kind: str, device: str) -> tuple[export.Tower, export.Tower]:
+    """A model's tower as it is trained, and folded; without its other tower."""
     model, *_ = models.create(name, device=device)
-    fast = models.for_inference(model)
-    for kind in towers:
-        plain, folded = (export.Tower(m, kind).eval() for m in (model, fast))
-        gmac[name] += multiply_adds(folded, folded.example(1).to(device)) / 1e9
-        inputs = [(batch, folded.example(batch).to(device)) for batch in batches]
-        if kind == "image" and device != "cpu":
-            inputs = [(batch, x.to(memory_format=torch.channels_last)) for batch, x in inputs]
-        for runtime in runtimes:
-            file = scratch / f"{name.replace('/', '-')}-{kind}.onnx"
-            try:
-                call = _runtime(runtime, plain, folded, file, device)
-                for batch, x in inputs:
-                    with torch.no_grad():
-                        call(x)
-                    yield (name, kind, runtime, batch), lambda call=call, x=x: call(x)
-            except (RuntimeError, ImportError, NotImplementedError) as err:
-                left_out[runtime] = f"{name}, {kind}: {(str(err).splitlines() or [type(err).__name__])[0]}"
+    out = []
+    for whole in (model, models.for_inference(model)):
+        for child in [n for n, _ in whole.named_children() if (n == "visual") != (kind == "image")]:
+            delattr(whole, child)
+        out.append(export.Tower(whole, kind).eval())
+    return out[0], out[1]
+
+
+def _calls(name: str, plain: export.Tower, folded: export.Tower, runtimes: Sequence[str], batch: int, scratch: Path,
+           device: str, left_out: dict[str, str]) -> Iterable[tuple[str, Callable | None]]:
+    """Each runtime's call, which ran once; None for one that this machine has not got."""
+    x = folded.example(batch).to(device)
+    if folded.kind == "image" and device != "cpu":
+        x = x.to(memory_format=torch.channels_last)
+    for runtime in runtimes:
+        try:
+            run = _runtime(runtime, plain, folded, scratch / f"{name.replace('/', '-')}-{folded.kind}.onnx", device)
+            with torch.no_grad():
+                run(x)
+            yield runtime, lambda run=run: run(x)
+        except (RuntimeError, ImportError, NotImplementedError) as err:
+            left_out[runtime] = f"{name}, {folded.kind}: {(str(err).splitlines() or [type(err).__name__])[0]}"
+            yield runtime, None
 
 
 def _runtime(runtime: str, plain: export.Tower, folded: export.Tower, file: Path, device: str) -> Callable:
@@ -136,7 +156,8 @@ def _runtime(runtime: str, plain: export.Tower, folded: export.Tower, file: Path
     if kind == "compile":
         if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
             raise NotImplementedError("torch.compile needs a C++ compiler on the CPU (g++, clang++)")
-        call = torch.compile(call, dynamic=False, options={"freezing": True})
+        # all towers share one `forward`: not isolated, the ninth would quietly run uncompiled (torch's recompile limit)
+        call = torch.compile(call, dynamic=False, fullgraph=True, isolate_recompiles=True, options={"freezing": True})
     if precision != "bf16":
         return call
     return lambda x: call(x.to(torch.bfloat16) if x.is_floating_point() else x)
