@@ -14,6 +14,7 @@ The trunk's features are computed once and the decoder trains on them, with CoCa
 """
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -107,16 +108,19 @@ def fit(model: nn.Module, features: Tensor, tokens: Tensor, p: params.CaptionerT
 
 @torch.no_grad()
 def generate(model: nn.Module, images: Tensor, *, n: int, top_p: float, seed: int, tokenizer=None,
-             batch_size: int = 256) -> list[list[str]]:
+             batch_size: int = 256, prepare: Callable[[Tensor], Tensor] = lambda images: images,
+             done: Callable[[int], object] = lambda n: None) -> list[list[str]]:
     """Captions by nucleus sampling (the smallest set of tokens with probability `top_p`).
 
     Parameters
     ----------
     model : a CoCa of `models.create`, ours or a hub's.
-    images : (b, 3, h, w) preprocessed with the model's own preprocessing.
+    images : (b, 3, h, w) preprocessed with the model's own preprocessing, or what `prepare` makes that of.
     n : captions an image.
     seed : of the sampling; same seed, images and batch_size, same captions.
     tokenizer : None: the one that `models.create` made.
+    prepare : applied to the images of a batch, so that many can be given as uint8.
+    done : called with the number of images of each batch.
 
     Returns
     -------
@@ -136,7 +140,7 @@ def generate(model: nn.Module, images: Tensor, *, n: int, top_p: float, seed: in
         torch.manual_seed(seed)
         try:
             for chunk in images.split(max(1, batch_size // n)):
-                latent, tokens = encode(chunk.to(device))
+                latent, tokens = encode(prepare(chunk.to(device)))
                 # the picture is encoded once, not once a caption
                 once = latent.repeat_interleave(n, 0), tokens.repeat_interleave(n, 0)
                 model._encode_image = lambda images, normalize=True, once=once: once
@@ -145,6 +149,7 @@ def generate(model: nn.Module, images: Tensor, *, n: int, top_p: float, seed: in
                                      eos_token_id=end)
                 texts = [_decode(row, tokenizer, end) for row in ids.tolist()]
                 out += [texts[i:i + n] for i in range(0, len(texts), n)]
+                done(len(chunk))
         finally:
             del model._encode_image
             model.train(training)

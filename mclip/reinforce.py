@@ -93,8 +93,8 @@ def run(
         "versions": {p: version(p) for p in ("torch", "torchvision", "pillow", "open_clip_torch")},
     }
     _forget_others(out, identity)
-    total = 0
-    with bar(desc="reinforce", unit="pair", total=len(kept)) as progress:
+    total, passes = 0, 2 if settings.n_syn else 1
+    with bar(desc="reinforce", unit="pass", total=passes * len(kept)) as progress:
         for index in range(len(manifest["shards"])):
             if reinforced.paths(out, index)[0].exists():
                 n = reinforced.count(out, index)
@@ -104,7 +104,7 @@ def run(
                 reinforced.write_shard(out, index, shard)
                 n = 0
                 total += len(samples)
-            progress.update(n)
+            progress.update(passes * n)
             total += n
     if not total:
         raise ValueError("reinforce: no pair is kept; is balance.threshold too large?")
@@ -119,7 +119,8 @@ def reinforce_samples(samples: Sequence[shards.Sample], settings: Reinforce, ens
     ----------
     ensemble : (model, tokenizer) of each teacher.
     writer : the captioner; None: no synthetic captions, whatever the settings say.
-    done : called with the number of pairs whose pictures have been embedded since the last call.
+    done : called with the number of passes since the last call: of a pair's views through the teachers, of its
+        picture through the captioner.
     """
     device = next(ensemble[0][0].parameters()).device
     # batch_size counts pictures
@@ -149,8 +150,9 @@ def reinforce_samples(samples: Sequence[shards.Sample], settings: Reinforce, ens
         from .captioner import generate
 
         seed = int.from_bytes(hashlib.sha256(f"{settings.seed}\0{samples[0].key}".encode()).digest()[:4], "big")
-        pictures = augment.to_input(torch.cat(plain), models.image_size(writer), *_normalisation(writer))
-        captions = generate(writer, pictures, n=settings.n_syn, top_p=settings.caption_top_p, seed=seed)
+        shape = models.image_size(writer), *_normalisation(writer)
+        captions = generate(writer, torch.cat(plain), n=settings.n_syn, top_p=settings.caption_top_p, seed=seed,
+                            prepare=lambda pictures: augment.to_input(pictures, *shape), done=done)
     texts = [t for sample, syn in zip(samples, captions, strict=True) for t in (sample.caption, *syn)]
     text_emb = models.encode_texts_with_all(ensemble, texts, precision=settings.precision)
     width = sum(t.shape[-1] for t in text_emb) if samples else 0

@@ -183,6 +183,10 @@ def test_captioner(world):
     state = torch.random.get_rng_state()
     assert out == captioner.generate(fast, images, n=2, top_p=0.9, seed=1, batch_size=4)
     assert torch.equal(state, torch.random.get_rng_state()) and "_encode_image" not in vars(fast)
+    seen = []
+    raw = captioner.generate(fast, 2 * images, n=2, top_p=0.9, seed=1, batch_size=4, prepare=lambda x: x / 2,
+                             done=seen.append)
+    assert raw == out and seen == [2, 2, 1]
     assert captioner.generate(fast, images, n=0, top_p=0.9, seed=1) == [[]] * 5
     # a model in training mode writes what it would write in eval mode, and stays in training mode
     plain = captioner.generate(model, images, n=2, top_p=0.9, seed=1, batch_size=4)

@@ -94,14 +94,19 @@ def test_captions_come_from_the_captioner(world, teachers, tmp_path, monkeypatch
     """n_syn captions an image, in its row; the captioner itself is tested in test_teachers."""
     from mclip import captioner
 
-    def generate(model, images, *, n, top_p, seed):
+    def generate(model, images, *, n, top_p, seed, prepare, done):
+        images = prepare(images)
         assert images.shape[1:] == (3, 16, 16)
+        done(len(images))
         return [[f"caption {j} of {np.asarray(im).sum():.4f}" for j in range(n)] for im in images]
 
+    bars, bar = [], reinforce.bar
     monkeypatch.setattr(captioner, "generate", generate)
+    monkeypatch.setattr(reinforce, "bar", lambda **options: bars.append(bar(**options)) or bars[-1])
     kept = {f"k{i:03d}" for i in range(N)}
     reinforce.run(SETTINGS.model_copy(update={"n_syn": 2}), teachers, teachers["a"], kept, pairs=world / "pairs",
                   out=tmp_path / "r", workers=0)
+    assert bars[0].n == bars[0].total == 2 * N
     shard = reinforced.read_shard(tmp_path / "r", 0)
     assert shard.text_emb.shape == (8, 3, 11) and len({s[0] for s in shard.syn_text}) == 8
     assert all(s[1].startswith("caption 1") for s in shard.syn_text)
