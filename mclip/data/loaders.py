@@ -22,7 +22,7 @@ from ..runs import TrainingSet
 from . import reinforced, shards
 from .captions import Tokenizer
 from .pixels import light_rows, views_of
-from .training import ShardSides, Side, add_tokens, select
+from .training import ShardSides, Side, add_tokens, pair_count, select
 
 SHUFFLE_BUFFER = 2000
 
@@ -35,8 +35,7 @@ class CachedLoader:
 
     def __init__(self, side: Side, pixels: np.ndarray, batch_size: int, *, seed: int, rank: int = 0, world: int = 1,
                  teacher_slice: list[int] | None = None):
-        if batch_size > len(side):
-            raise ValueError(f"distill.train.batch_size {batch_size} is more than the {len(side)} pairs there are")
+        _check_size(batch_size, len(side))
         self.side, self.pixels, self.batch_size, self.seed = side, pixels, batch_size, seed
         self.rank, self.world, self.teacher_slice = rank, world, teacher_slice
 
@@ -54,6 +53,11 @@ class CachedLoader:
         batch = select(self.side, rows, view, pick[share], self.teacher_slice)
         batch["image"] = torch.from_numpy(self.pixels[self.side.row[rows], view])
         return batch
+
+
+def _check_size(batch_size: int, pairs: int) -> None:
+    if batch_size > pairs:
+        raise ValueError(f"distill.train.batch_size {batch_size} is more than the {pairs} pairs there are")
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,8 @@ class StreamedLoader:
 
     def __init__(self, spec: TrainingSet, tokenizer: Tokenizer, batch_size: int, *, seed: int, start: int = 0,
                  rank: int = 0, world: int = 1, workers: int = 2, teacher_slice: list[int] | None = None):
+        if spec.fraction == 1:  # of a part only reading everything tells
+            _check_size(batch_size, pair_count(spec))  # a stream of nothing would never come to an end
         stream = _Stream(spec, tokenizer, batch_size // world, seed + 1_000_003 * start, rank, world, teacher_slice)
         self._batches = iter(DataLoader(stream, batch_size=None, num_workers=workers,
                                         pin_memory=torch.cuda.is_available()))

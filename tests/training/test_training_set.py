@@ -128,6 +128,17 @@ def test_streamed_content_equals_cached(training_set, kind, fraction):
     assert len(seen) == len(side)  # two epochs' worth: nothing is left out
 
 
+@pytest.mark.parametrize("kind", ["all", "kept", "reinforced"])
+def test_more_in_a_batch_than_there_are_pairs_is_refused(training_set, kind):
+    spec = training_set(kind)
+    count = len(training.load_side(spec))
+    with pytest.raises(ValueError, match=f"batch_size {count + 1} is more than the {count} pairs there are"):
+        loaders.StreamedLoader(spec, TOKENIZER, count + 1, seed=0, workers=0)
+    side, pixels = loaded(spec)
+    with pytest.raises(ValueError, match=f"batch_size {count + 1} is more than the {count} pairs there are"):
+        loaders.CachedLoader(side, pixels, count + 1, seed=0)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_is_a_function_of_its_seed(training_set, workers):
     spec = training_set("reinforced", teacher="large", synthetic=True)
