@@ -222,7 +222,7 @@ def score(study: str, runs: Mapping[str, Sequence[Run]], sets: Mapping[str, Eval
 class Outcome(NamedTuple):
     """A study that is trained and scored."""
 
-    spec: Study
+    spec: Study | Learning
     runs: dict[str, list[Run]]
     main: pd.DataFrame  # of compare.main_metric; `recipe` holds the variant
     titles: dict[str, str]  # variant -> what to call it
@@ -250,6 +250,15 @@ def outcome(name: str, p: Any) -> Outcome:
     print(f"{len(runs)} variants of {study.recipe}, {len(first)} seed(s), {lengths} samples a run")
     titles = {name: variant.title or name for name, variant in study.variants.items()}
     return Outcome(study, runs, compare.main_metric(frame), titles)
+
+
+def learning(name: str, p: Any) -> Outcome:
+    """Plan, train and score a learning curve of a stage's parameters; the titles are the recipes'."""
+    curve, recipes = p.ablations.learning[name], p.distill.recipes
+    runs = plan_learning(curve, recipes, Shared.of(p), seeds=p.ablations.seeds, finished_seeds=p.distill.seeds)
+    train(runs)
+    frame = score(name, runs, p.evaluate.sets, batch_size=p.evaluate.batch_size)
+    return Outcome(curve, runs, compare.main_metric(frame), {name: recipe.title for name, recipe in recipes.items()})
 
 
 def by_samples(main: pd.DataFrame) -> pd.DataFrame:

@@ -12,9 +12,7 @@ would run before the step on the same core or GPU.
 
 import itertools
 import statistics
-import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -60,9 +58,7 @@ def per_sample(plain: Run, reinforced: Run, settings: Reinforce, teachers: Mappi
         one = settings.model_copy(update={"n_aug": 1, "n_syn": 1, "batch_size": batch})
         samples = list(itertools.islice(shards.iter_samples(reinforced.data.pairs), batch))
         captions = [sample.caption for sample in samples]
-        with tempfile.TemporaryDirectory() as folder:
-            steps = [train.steps(replace(run, out=f"{folder}/out{i}", scratch=f"{folder}/{i}"))
-                     for i, run in enumerate((plain, reinforced))]
+        with train.started((plain, reinforced)) as steps:
             found = interleaved({
                 "plain": lambda: next(steps[0]),
                 "reinforced": lambda: next(steps[1]),
@@ -70,8 +66,6 @@ def per_sample(plain: Run, reinforced: Run, settings: Reinforce, teachers: Mappi
                 "texts": lambda: models.encode_texts_with_all(ensemble, captions, precision=one.precision),
                 "everything": lambda: reinforce.reinforce_samples(samples, one, ensemble, writer),
             }, rounds, warm, wait=torch.cuda.synchronize if device == "cuda" else lambda: None)
-            for each in steps:
-                each.close()
     finally:
         torch.set_num_threads(threads)
     ms = {name: 1e3 * statistics.median(seconds) / batch for name, seconds in found.items()}

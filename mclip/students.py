@@ -12,9 +12,7 @@ pixels, width 128, four layers take 309 ms and reach 29.9 % and 4.9 %; patches o
 """
 
 import statistics
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -90,14 +88,10 @@ def _towers(model: torch.nn.Module, tokenizer) -> dict[str, Callable]:
 
 def _step_seconds(runs: Mapping[str, Run], steps: int) -> dict[str, float]:
     """Median seconds of a training step of each run, taking turns; nothing is trained to the end."""
-    with tempfile.TemporaryDirectory() as folder:
-        going = {name: train.steps(replace(run, out=f"{folder}/out", scratch=f"{folder}/{i}"))
-                 for i, (name, run) in enumerate(runs.items())}
-        most = min(run.train.samples // run.train.batch_size for run in runs.values()) - 1  # the last one would export
-        found = interleaved({name: lambda each=each: next(each) for name, each in going.items()},
+    most = min(run.train.samples // run.train.batch_size for run in runs.values()) - 1  # the last one would export
+    with train.started(runs.values()) as going:
+        found = interleaved({name: lambda each=each: next(each) for name, each in zip(runs, going, strict=True)},
                             max(1, min(steps, most - WARM_STEPS)), min(WARM_STEPS, most - 1))
-        for each in going.values():
-            each.close()
     return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 

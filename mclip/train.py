@@ -12,65 +12,30 @@ import csv
 import json
 import math
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from . import models
+from . import checkpoint, models
 from .data import clustered, loaders, reinforced, training
-from .data.augment import to_input
 from .data.pixels import pixel_cache
 from .files import whole, write_whole
 from .losses import sharding
 from .losses.objective import Objective, chosen
-from .models.lengths import text_encoder
 from .models.pointwise import sidestep
 from .models.vocabulary import Kept, shrink
 from .params import Train
 from .progress import bar
 from .runs import Run
+from .step import Together, averaged_over_ranks, backward
 
 HISTORY_EVERY = 10  # steps a row of history.csv is the mean of
-
-
-class _Together(nn.Module):
-    """Student and objective as one module, so that DDP averages the gradients of both."""
-
-    def __init__(self, student: nn.Module, objective: Objective):
-        super().__init__()
-        self.student, self.objective = student, objective
-        self.encode_text = text_encoder(student)
-
-    def forward(self, batch: dict[str, torch.Tensor], mean: tuple, std: tuple, precision: torch.dtype,
-                given: dict[str, torch.Tensor] | None = None, part: slice | None = None,
-                encode_only: bool = False) -> dict[str, torch.Tensor]:
-        if given is None or part is not None:
-            own = self._encode(batch, mean, std, precision)
-            if encode_only:
-                return own
-        if given is not None:  # accumulation: this part's features in the cached whole
-            own = {k: torch.cat([given[k][: part.start], v, given[k][part.stop :]]) for k, v in own.items()}
-            batch = given["batch"]
-        sides = {k: v for k, v in batch.items() if k not in ("image", "tokens", "syn_tokens")}
-        return self.objective({**sides, **own}, self.student.logit_scale.exp())
-
-    def _encode(self, batch, mean, std, precision) -> dict[str, torch.Tensor]:
-        size = models.image_size(self.student)
-        x = to_input(batch["image"], size, mean, std)
-        with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
-            out = {"image": self.student.encode_image(x)}
-            if "syn_tokens" in batch:  # one pass of the text tower for both captions
-                both = self.encode_text(torch.cat([batch["tokens"], batch["syn_tokens"]]))
-                out["text"], out["syn_text"] = both.chunk(2)
-            else:
-                out["text"] = self.encode_text(batch["tokens"])
-        return {k: F.normalize(v.float(), dim=-1) for k, v in out.items()}
 
 
 def learning_rate(step: int, steps: int, train: Train, peak: float) -> float:
@@ -81,7 +46,7 @@ def learning_rate(step: int, steps: int, train: Train, peak: float) -> float:
     return train.lr_min + (peak - train.lr_min) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def parameter_groups(together: _Together, train: Train) -> list[dict]:
+def parameter_groups(together: Together, train: Train) -> list[dict]:
     """AdamW's groups: weight decay on matrices only; W, the cluster centres, with a learning rate of its own."""
     centres, decayed, plain = [], [], []
     for name, p in together.named_parameters():
@@ -126,13 +91,13 @@ def steps(run: Run) -> Iterator[int]:
     ensemble = reinforced.read_meta(run.data.reinforced)["teachers"] if reinforced_pairs else []
     side, vocabulary = _side(run, student, tokenizer) if t.cache_pixels else (None, None)
     objective = _objective(run, student, ensemble, kernel=chosen(t.loss_kernel, t.batch_size, device))
-    together = _Together(student, objective).to(device)
-    wrapped = _averaged_over_ranks(together) if world > 1 else together
+    together = Together(student, objective).to(device)
+    wrapped = averaged_over_ranks(together) if world > 1 else together
     optimizer = torch.optim.AdamW(parameter_groups(together, t), lr=t.lr, betas=t.betas, fused=True)
     averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(t.ema), use_buffers=True) if t.ema else None
     total = max(1, t.samples // t.batch_size)
     scratch = Path(run.scratch)
-    start, history = _resume(scratch, together, optimizer, averaged)
+    start, history = checkpoint.resume(scratch, together, optimizer, averaged)
     loader = _loader(run, tokenizer, ensemble, side, start=start, rank=rank, world=world)
     mean, std = (tuple(student.visual.preprocess_cfg[k]) for k in ("mean", "std"))
     sums: dict[str, float] = {}
@@ -144,7 +109,7 @@ def steps(run: Run) -> Iterator[int]:
         batch = {k: v.to(device, non_blocking=True) for k, v in following.items()}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, t, group["peak"])
-        found = _step(wrapped, together, batch, mean, std, precision, t.accumulate, t.grad_checkpoint)
+        found = backward(wrapped, together, batch, mean, std, precision, t.accumulate, t.grad_checkpoint)
         if t.grad_clip:
             sharding.clip_gradients(together, t.grad_clip)
         optimizer.step()
@@ -170,7 +135,7 @@ def steps(run: Run) -> Iterator[int]:
                             **{k: v / n for k, v in sums.items()}})
             sums = {}
         if (step + 1) % t.checkpoint_every == 0 and step + 1 < total and not sums:
-            _checkpoint(scratch, step + 1, together, optimizer, averaged, history)
+            checkpoint.save(scratch, step + 1, together, optimizer, averaged, history)
         if progress is not None:
             progress.update(t.batch_size)
         yield step + 1
@@ -184,63 +149,6 @@ def steps(run: Run) -> Iterator[int]:
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-
-
-def _step(wrapped, together, batch, mean, std, precision, accumulate: int,
-          grad_checkpoint: bool = False) -> dict[str, torch.Tensor]:
-    """Forward and backward of one batch; the terms' values.
-
-    With accumulate > 1 the batch goes through the towers in parts: first without gradients to collect all features,
-    then each part again with them, its rows replaced in the whole, so that the contrastive batch is the whole one.
-    """
-    # what goes through the towers a second time, in accumulation or a checkpoint's backward, was counted before
-    again = _statistics_kept if grad_checkpoint else contextlib.nullcontext
-    if accumulate == 1:
-        terms = wrapped(batch, mean, std, precision)
-        with again(together.student):
-            sum(terms.values()).backward()
-        return {k: v.detach() for k, v in terms.items()}
-    parts = [{k: v[i::accumulate] for k, v in batch.items()} for i in range(accumulate)]
-    sides = {k: torch.cat([p[k] for p in parts]) for k in batch if k not in ("image", "tokens", "syn_tokens")}
-    state = None if together.objective.cluster is None else together.objective.cluster.get_extra_state().clone()
-    with torch.no_grad(), _statistics_kept(together.student):
-        cached = [together(p, mean, std, precision, encode_only=True) for p in parts]
-        given: dict = {k: torch.cat([c[k] for c in cached]) for k in cached[0]}
-    given["batch"] = sides
-    at = 0
-    for i, part in enumerate(parts):
-        if state is not None:  # every part sees the same sample of centres
-            together.objective.cluster.set_extra_state(state)
-        stop = at + len(part["image"])
-        last = i == accumulate - 1
-        with contextlib.nullcontext() if last or wrapped is together else wrapped.no_sync():
-            terms = wrapped(part, mean, std, precision, given=given, part=slice(at, stop))
-            with again(together.student):
-                sum(terms.values()).backward()
-        at = stop
-    # W, the projections and the logit scale got the whole batch's gradient once a part
-    shared = [p for n, p in together.named_parameters() if n.startswith("objective.") or n == "student.logit_scale"]
-    for p in shared:
-        if p.grad is not None:
-            p.grad /= accumulate
-    return {k: v.detach() for k, v in terms.items()}
-
-
-@contextlib.contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Batch norm's running statistics come out as they went in."""
-    buffers = [b for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for b in m.buffers(False)]
-    before = [b.clone() for b in buffers]
-    yield
-    with torch.no_grad():
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
-
-
-def _averaged_over_ranks(together: _Together) -> nn.Module:
-    ddp = nn.parallel.DistributedDataParallel
-    ddp._set_params_and_buffers_to_ignore_for_model(together, sharding.sharded_names(together))  # torch's only way
-    return ddp(together)
 
 
 def _objective(run: Run, student: nn.Module, ensemble: list[dict], kernel: str = "plain") -> Objective:
@@ -275,6 +183,18 @@ def _loader(run: Run, tokenizer, ensemble: list[dict], side: training.Side | Non
     return loaders.CachedLoader(side, pixels, run.train.batch_size, **common)
 
 
+@contextlib.contextmanager
+def started(runs: Iterable[Run]) -> Iterator[list[Iterator[int]]]:
+    """`steps` of each run, to be timed: in a scratch folder that goes, nothing is trained to the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        each = [steps(replace(run, out=f"{folder}/out{i}", scratch=f"{folder}/{i}")) for i, run in enumerate(runs)]
+        try:
+            yield each
+        finally:
+            for one in each:
+                one.close()
+
+
 def _join() -> tuple[int, int]:
     """Rank and number of processes; joins torchrun's group when there is one."""
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -282,27 +202,6 @@ def _join() -> tuple[int, int]:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         return dist.get_rank(), world
     return 0, 1
-
-
-def _checkpoint(scratch: Path, step: int, together, optimizer, averaged, history: list[dict]) -> None:
-    states = sharding.whole(together, optimizer)
-    if states is None:  # rank 0 writes
-        return
-    scratch.mkdir(parents=True, exist_ok=True)
-    with whole(scratch / "checkpoint.pt") as draft:
-        torch.save({"step": step, "model": states[0], "optimizer": states[1],
-                    "averaged": averaged.state_dict() if averaged is not None else None, "history": history}, draft)
-
-
-def _resume(scratch: Path, together, optimizer, averaged) -> tuple[int, list[dict]]:
-    file = scratch / "checkpoint.pt"
-    if not file.exists():
-        return 0, []
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    sharding.own(together, optimizer, state["model"], state["optimizer"])
-    if averaged is not None:
-        averaged.load_state_dict(state["averaged"])
-    return state["step"], state["history"]
 
 
 def _finish(run: Run, student: nn.Module, history: list[dict]) -> None:
@@ -316,7 +215,7 @@ def _finish(run: Run, student: nn.Module, history: list[dict]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(history[0]))
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in history)
-    (Path(run.scratch) / "checkpoint.pt").unlink(missing_ok=True)
+    (Path(run.scratch) / checkpoint.FILE).unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> None:

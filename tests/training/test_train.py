@@ -50,7 +50,7 @@ def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(changes, student,
     run = make_run(student, training_set, tmp_path / "a", "combined", samples=240, **changes)
     train.train(run)
     other = dataclasses.replace(run, out=str(tmp_path / "b"), scratch=str(tmp_path / "b-scratch"))
-    step = train._step
+    step = train.backward
     calls = iter(range(100))
 
     def dies(*args):
@@ -58,11 +58,11 @@ def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(changes, student,
             raise KeyboardInterrupt
         return step(*args)
 
-    monkeypatch.setattr(train, "_step", dies)
+    monkeypatch.setattr(train, "backward", dies)
     with pytest.raises(KeyboardInterrupt):
         train.train(other)
     assert not (tmp_path / "b").exists()  # nothing that looks whole
-    monkeypatch.setattr(train, "_step", step)
+    monkeypatch.setattr(train, "backward", step)
     train.train(other)
     assert weights(other) == weights(run)
     assert (Path(other.out) / "history.csv").read_text() == (Path(run.out) / "history.csv").read_text()
@@ -80,7 +80,7 @@ def one_step(run, **options):
     side, _ = train._side(run, model, tokenizer)
     loader = train._loader(run, tokenizer, ensemble, side, start=0, rank=0, world=1)
     objective = train._objective(run, model, ensemble)
-    together = train._Together(model, objective)
+    together = train.Together(model, objective)
     generator = torch.Generator().manual_seed(1)
     for p in objective.parameters():
         if p.shape != objective.cluster.weight.shape:
@@ -88,7 +88,7 @@ def one_step(run, **options):
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(
             lambda t: kept.update({t.data_ptr(): t.numel() * t.element_size()}) or t, lambda t: t):
-        terms = train._step(together, together, loader.batch(0), (0.5,) * 3, (0.5,) * 3, torch.float32,
+        terms = train.backward(together, together, loader.batch(0), (0.5,) * 3, (0.5,) * 3, torch.float32,
                             **({"accumulate": 1} | options))
     return {n: p.grad for n, p in together.named_parameters() if p.grad is not None}, terms, model, sum(kept.values())
 
@@ -165,7 +165,7 @@ def test_the_averaged_weights_are_those_that_are_kept(student, training_set, tmp
 
 def test_pictures_and_weights_are_channels_last_and_the_optimizer_fused(training_set, tmp_path, monkeypatch):
     seen = {}
-    step = train._step
+    step = train.backward
 
     def look(wrapped, together, *rest):
         def conv_sees(module, inputs):
@@ -178,7 +178,7 @@ def test_pictures_and_weights_are_channels_last_and_the_optimizer_fused(training
 
     made = []
     adamw = torch.optim.AdamW
-    monkeypatch.setattr(train, "_step", look)
+    monkeypatch.setattr(train, "backward", look)
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: made.append(adamw(*a, **k)) or made[-1])
     run = make_run("demo-student", training_set, tmp_path, samples=8, precision="bf16")
     train.train(dataclasses.replace(run, data=dataclasses.replace(run.data, image_px=None)))
@@ -214,7 +214,7 @@ def test_streamed_training_runs(student, training_set, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(student, training_set, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "_step", lambda *a: {"clip": float("nan")})
+    monkeypatch.setattr(train, "backward", lambda *a: {"clip": float("nan")})
     with pytest.raises(FloatingPointError, match="clip seed 0: the loss is nan at step 0"):
         train.train(make_run(student, training_set, tmp_path))
 
@@ -249,7 +249,7 @@ def test_groups_name_every_parameter_once(student, training_set, tmp_path):
     run = make_run(student, training_set, tmp_path, "clip-cid")
     model, _, _, _ = train.models.create(student)
     objective = train._objective(run, model, [])
-    together = train._Together(model, objective)
+    together = train.Together(model, objective)
     groups = train.parameter_groups(together, TRAIN.model_copy(update={"lr_centres": 0.5}))
     assert sum(len(g["params"]) for g in groups) == len(list(together.parameters()))
     assert groups[-1]["params"] == [objective.cluster.weight] and groups[-1]["peak"] == 0.5
