@@ -13,7 +13,8 @@ Runtimes: all of them on the folded model (`mclip.models.for_inference`) but "un
     onnxruntime-int8    weights of matrix products int8, activations quantised as they come (CPU only); convolutions
                         stay fp32: onnxruntime's integer ones are slower than fp32 here
 
-The weights are random: time does not depend on them. Every round calls every case once, in turn; a case's time is the
+The weights are random: time does not depend on them. Every round calls every case twice, in turn, and times the second
+call: a model that serves has its weights in the caches and no other runtime's threads beside it. A case's time is the
 median over rounds. A runtime that a machine has not got is left out with a reason, in `frame.attrs["left_out"]`.
 
 What a runtime can gain is bounded by the arithmetic, `frame.attrs["gmac"]`: MobileCLIP-S2 has 1.9 times fewer
@@ -77,7 +78,8 @@ def measure(names: Sequence[str], runtimes: Sequence[str], *, batches: Sequence[
                         if call is not None:
                             cases[name, kind, runtime, batch] = call
                 with torch.no_grad():
-                    times |= interleaved(cases, rounds, warmup, clock=time.process_time if busy else time.perf_counter,
+                    times |= interleaved(cases, rounds, warmup, before=1,
+                                         clock=time.process_time if busy else time.perf_counter,
                                          wait=torch.cuda.synchronize if device != "cpu" else lambda: None)
                 del cases
                 torch.compiler.reset()  # lets go of what was compiled

@@ -15,3 +15,11 @@ def test_calls_take_turns_there_and_back():
 def test_seconds_are_those_of_the_clock():
     ticks = iter([0, 10, 14, 20, 23])  # the start of the warm-up; starts and ends of two rounds
     assert interleaved({"a": lambda: None}, 2, warm=1, clock=lambda: next(ticks)) == {"a": [4, 3]}
+
+
+def test_calls_right_before_a_timed_one_do_not_count():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    ticks = iter([0, 3, 10, 14])
+    assert interleaved(calls, 1, before=2, clock=lambda: next(ticks)) == {"a": [3], "b": [4]}
+    assert "".join(order) == "aaabbb"
