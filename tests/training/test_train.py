@@ -89,7 +89,7 @@ def one_step(run, **options):
     with torch.autograd.graph.saved_tensors_hooks(
             lambda t: kept.update({t.data_ptr(): t.numel() * t.element_size()}) or t, lambda t: t):
         terms = train.backward(together, together, loader.batch(0), (0.5,) * 3, (0.5,) * 3, torch.float32,
-                            **({"accumulate": 1} | options))
+                               **({"accumulate": 1} | options))
     return {n: p.grad for n, p in together.named_parameters() if p.grad is not None}, terms, model, sum(kept.values())
 
 
