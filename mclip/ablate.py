@@ -3,8 +3,7 @@
     study = ablate.outcome("terms", p)      # p: the stage's parameters; plans, trains, scores, in that order:
 
     runs = ablate.plan(study, recipe, ablate.Shared.of(p), samples=7680, seeds=[0, 1])
-    ablate.train(runs)
-    frame = ablate.score("terms", runs, p.evaluate.sets, batch_size=128)  # writes reports/metrics/ablations/terms.*
+    main = ablate.finish("terms", runs, p)  # trains, scores, writes reports/metrics/ablations/terms.*
 
 A study trains whatever no other has trained yet: finished runs lie in `CACHE`, named by all that their bytes depend on
 (the student, the recipe, the trainer's settings and code, the seed, the data), and so do their scores. So a baseline
@@ -219,6 +218,12 @@ def score(study: str, runs: Mapping[str, Sequence[Run]], sets: Mapping[str, Eval
                             folder)
 
 
+def finish(study: str, runs: Mapping[str, Sequence[Run]], p: Any) -> pd.DataFrame:
+    """`train` and `score` of what is planned, on a stage's evaluation sets; the frame of compare.main_metric."""
+    train(runs)
+    return compare.main_metric(score(study, runs, p.evaluate.sets, batch_size=p.evaluate.batch_size))
+
+
 class Outcome(NamedTuple):
     """A study that is trained and scored."""
 
@@ -243,22 +248,19 @@ def outcome(name: str, p: Any) -> Outcome:
     study = p.ablations.studies[name]
     runs = plan(study, p.distill.recipes[study.recipe], Shared.of(p), samples=p.ablations.samples,
                 seeds=p.ablations.seeds)
-    train(runs)
-    frame = score(name, runs, p.evaluate.sets, batch_size=p.evaluate.batch_size)
+    main = finish(name, runs, p)
     first = next(iter(runs.values()))
     lengths = " or ".join(f"{n:,}" for n in dict.fromkeys(own[0].train.samples for own in runs.values()))
     print(f"{len(runs)} variants of {study.recipe}, {len(first)} seed(s), {lengths} samples a run")
     titles = {name: variant.title or name for name, variant in study.variants.items()}
-    return Outcome(study, runs, compare.main_metric(frame), titles)
+    return Outcome(study, runs, main, titles)
 
 
 def learning(name: str, p: Any) -> Outcome:
     """Plan, train and score a learning curve of a stage's parameters; the titles are the recipes'."""
     curve, recipes = p.ablations.learning[name], p.distill.recipes
     runs = plan_learning(curve, recipes, Shared.of(p), seeds=p.ablations.seeds, finished_seeds=p.distill.seeds)
-    train(runs)
-    frame = score(name, runs, p.evaluate.sets, batch_size=p.evaluate.batch_size)
-    return Outcome(curve, runs, compare.main_metric(frame), {name: recipe.title for name, recipe in recipes.items()})
+    return Outcome(curve, runs, finish(name, runs, p), {name: recipe.title for name, recipe in recipes.items()})
 
 
 def by_samples(main: pd.DataFrame) -> pd.DataFrame:

@@ -26,16 +26,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mclip import engine, links
+from mclip import engine, forest
 from mclip.cells import threads
 from mclip.components import StateError, components
 from mclip.data.balanced import METRICS, Balance, BalanceError, convert, read, write
-from mclip.prepared import prepare
 from mclip.rows import Rows, RowsError, check_keys, read_folder
-from mclip.unionfind import Sets, minimum_forest
 
 CHUNK = 512  # rows read at once for the centroids
-LINKS = 2_000_000  # links of a forest collected before they are merged
 
 
 def balance(embeddings, keys: Sequence | np.ndarray | None = None, *, threshold: float, metric: str,
@@ -77,7 +74,7 @@ def balance(embeddings, keys: Sequence | np.ndarray | None = None, *, threshold:
 
 
 def removed_curve(embeddings, thresholds: Sequence[float], *, metric: str, tile: int | None = None,
-                  device: str | None = None) -> np.ndarray:
+                  device: str | None = None, workers: int = 1, backend: str = "processes") -> np.ndarray:
     """Fraction of the images that `balance` removes at each threshold, (len(thresholds),): one pass for all.
 
     A minimum spanning forest of the links up to the largest threshold answers every smaller one: at t there
@@ -86,49 +83,19 @@ def removed_curve(embeddings, thresholds: Sequence[float], *, metric: str, tile:
     if len(thresholds) == 0:
         return np.empty(0)
     limits = [convert(t, metric)["sql2"] for t in thresholds]
-    _, _, square = spanning_forest(embeddings, max(thresholds), metric=metric, tile=tile, device=device)
+    _, _, square = spanning_forest(embeddings, max(thresholds), metric=metric, tile=tile, device=device,
+                                   workers=workers, backend=backend)
     return np.searchsorted(np.sort(square), limits, side="right") / len(Rows(embeddings))
 
 
-def spanning_forest(embeddings, threshold: float, *, metric: str, tile: int | None = None,
-                    device: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def spanning_forest(embeddings, threshold: float, *, metric: str, tile: int | None = None, device: str | None = None,
+                    workers: int = 1, backend: str = "processes") -> forest.Edges:
     """Edges (i < j, squared L2 distance) of the minimum spanning forest of all links up to `threshold`, ascending;
-    of equally long edges those between the lowest rows come first.
-
-    An edge that is not in the forest of the edges seen so far is in no later one either, so at most n - 1
-    edges and one batch of new ones are held.
+    of equally long edges those between the lowest rows come first. The other arguments are those of `balance`.
     """
     limit = convert(threshold, metric)["sql2"]
     _check_tile(tile)
-    rows = Rows(embeddings)
-    n = len(rows)
-    # An edge between rows that shorter edges connect already is in no minimum spanning forest. To drop most of
-    # those at once, the rows' sets at a few thresholds on the way are kept beside the forest.
-    steps = limit * np.arange(1, 16) / 16
-    sets = [Sets(n) for _ in steps]
-    forest, batch, count = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)), [], 0
-
-    def wanted(a: np.ndarray, b: np.ndarray, lower: np.ndarray) -> np.ndarray:
-        level = np.searchsorted(steps, lower, side="left") - 1  # steps[level] < lower, which is at most the length
-        out = np.ones(len(a), bool)
-        for k in range(len(steps)):
-            here = np.flatnonzero(level == k)
-            out[here] = ~sets[k].joined(a[here], b[here])
-        return out
-
-    def found(a: np.ndarray, b: np.ndarray, square: np.ndarray) -> None:
-        nonlocal forest, batch, count
-        for known, step in zip(sets, steps, strict=True):
-            short = square <= step
-            known.join(a[short], b[short])
-        batch.append((np.minimum(a, b), np.maximum(a, b), square))
-        count += len(a)
-        if count > LINKS:
-            forest, batch, count = _forest([forest, *batch], n), [], 0
-
-    prepared = prepare(rows, tile=tile, device=device)
-    links.search(prepared, limit, wanted, found, squares=True, desc="balance: curve")
-    return _forest([forest, *batch], n)
+    return forest.forest(Rows(embeddings), limit, tile=tile, device=device, workers=workers, backend=backend)
 
 
 def representative_distance(embeddings, result: Balance, *, chunk: int = CHUNK) -> np.ndarray:
@@ -150,15 +117,6 @@ def representative_distance(embeddings, result: Balance, *, chunk: int = CHUNK) 
 def _check_tile(tile: int | None) -> None:
     if tile is not None and tile < 1:
         raise BalanceError(f"tile: expected at least 1 row, found {tile}")
-
-
-def _forest(edges: list[tuple[np.ndarray, ...]], n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Minimum spanning forest of lists of edges (i < j, length), no edge twice."""
-    a, b, length = map(np.concatenate, zip(*edges, strict=True))
-    order = np.lexsort((b, a, length))
-    a, b, length = a[order], b[order], length[order]
-    chosen = minimum_forest(a, b, n)
-    return a[chosen], b[chosen], length[chosen]
 
 
 def _centroid_distance(rows: Rows, set_id: np.ndarray, order: np.ndarray, chunk: int = CHUNK) -> np.ndarray:

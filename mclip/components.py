@@ -4,7 +4,9 @@ import hashlib
 import tempfile
 import time
 import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,13 +30,18 @@ def components(rows: Rows, limit: float, *, tile: int | None = None, device: str
 
     The other arguments are those of `mclip.balance.balance`.
     """
-    prepared = prepare(rows, tile=tile, parts=PARTS * max(1, workers), device=device)
+    prepared = prepare(rows, tile=tile, parts=parts_of(workers), device=device)
     sets = Sets(len(rows))
     known = _State(state, prepared, limit, sets)
     if workers == 1 and backend == "processes":
         _search(prepared, limit, sets, tiles=known.todo, done=known.done)
     else:
-        _search_by_many(prepared, limit, sets, known, workers, backend)
+        for lot, roots in spread(_search_lot, prepared, limit, known.todo, workers=workers, backend=backend,
+                                 desc="balance"):
+            moved = np.flatnonzero(roots != np.arange(len(roots)))
+            sets.join(moved, roots[moved])
+            for number in lot:
+                known.done(number)
     known.forget()
     return sets.roots()
 
@@ -44,9 +51,28 @@ def _search(prepared: Prepared, limit: float, sets: Sets, **options) -> None:
                  labels=sets.find, **options)
 
 
-def _search_by_many(prepared: Prepared, limit: float, sets: Sets, known: "_State", workers: int,
-                    backend: str) -> None:
-    """Lots of tiles go to workers; each returns its rows' sets, a forest as good as all links that it found."""
+def _search_lot(files: list[str], folder: str, limit: float, lot: list[int]) -> tuple[list[int], np.ndarray]:
+    """One worker's part: the root of every row by what its tiles link, a forest as good as all links that it found."""
+    prepared = given(files, folder)
+    sets = Sets(len(prepared.order))
+    _search(prepared, limit, sets, tiles=lot, desc=None)
+    return lot, sets.roots()
+
+
+# --- many workers -------------------------------------------------------------------------------------------------
+
+
+def parts_of(workers: int) -> int:
+    """Tiles, at least, for so many workers to share."""
+    return PARTS * max(1, workers)
+
+
+def spread(search_lot: Callable, prepared: Prepared, limit: float, tiles: Sequence[int], *, workers: int, backend: str,
+           desc: str) -> Iterator[tuple[list[int], Any]]:
+    """search_lot(files, folder, limit, lot) by workers, for lots that `tiles` are dealt out to, as they are done.
+
+    search_lot : a module's function, of what `given` makes of its first two arguments; it returns the lot and more.
+    """
     with tempfile.TemporaryDirectory(prefix="mclip-balance-") as folder:
         save(prepared, folder)
         files = list(prepared.rows.names)
@@ -54,24 +80,18 @@ def _search_by_many(prepared: Prepared, limit: float, sets: Sets, known: "_State
             files = [f"{folder}/rows.npy"]
             np.save(files[0], prepared.rows.arrays[0])
         # a tile is compared with all later ones: dealt out like this, lots cost about the same
-        todo, parts = known.todo, 8 * workers
-        tasks = [(files, folder, limit, lot) for k in range(parts) if (lot := todo[k::parts])]
-        with progress.bar(desc="balance", unit="tile", total=len(todo)) as bar:
-            for lot, roots in engine.run(_search_lot, tasks, workers=workers, backend=backend):
-                moved = np.flatnonzero(roots != np.arange(len(roots)))
-                sets.join(moved, roots[moved])
-                for tile in lot:
-                    known.done(tile)
-                bar.update(len(lot))
+        parts = 8 * workers
+        tasks = [(files, folder, limit, lot) for k in range(parts) if (lot := list(tiles[k::parts]))]
+        with progress.bar(desc=desc, unit="tile", total=len(tiles)) as bar:
+            for found in engine.run(search_lot, tasks, workers=workers, backend=backend):
+                yield found
+                bar.update(len(found[0]))
 
 
-def _search_lot(files: list[str], folder: str, limit: float, lot: list[int]) -> tuple[list[int], np.ndarray]:
-    """One worker's part: the tiles again, and the root of every row by what they link."""
+def given(files: list[str], folder: str) -> Prepared:
+    """What `spread` hands to a worker, which has one thread: there are as many workers as cores."""
     torch.set_num_threads(1)
-    rows = Rows(files)
-    sets = Sets(len(rows))
-    _search(load(folder, rows), limit, sets, tiles=lot, desc=None)
-    return lot, sets.roots()
+    return load(folder, Rows(files))
 
 
 class _State:

@@ -1,6 +1,6 @@
 """All pairs of rows within a distance, without measuring most pairs: exact, in a few bytes a row.
 
-Bounds rule pairs out before their full rows are read:
+Bounds (`mclip.bounds`) rule pairs out before their full rows are read:
 
 1. `mclip.cells` tells which cells of short rows (`mclip.prepared`), and which rows of them, can have a pair at all: one
    product of 64 numbers for each row and cell, once for all limits.
@@ -24,22 +24,20 @@ from functools import cache
 import numpy as np
 import torch
 
-from mclip import progress
+from mclip import bounds, progress
 from mclip.cells import threads
-from mclip.prepared import ROUNDED, Prepared
+from mclip.prepared import Prepared
 from mclip.unionfind import minimum_forest
 
 GROUP = 256  # short rows that are multiplied by a chunk at once where cells rule little out
 WIDE = 512  # full rows, the same; also columns of a cell that is larger
 CHUNK = 4096  # rows that are multiplied by those; where cells rule little out, their full width is held
-PIECE = 1024  # rows whose full width, or whose scores for all cells, are held at once elsewhere
+PIECE = 1024  # rows whose full width is held at once elsewhere
 VISITS = 8_000_000  # rows with cells that they visit, held at once in 4 bytes each
-STRIP = 32  # cells held against all others at once
 SOME = 8  # cells of a tile that tell whether cells rule little out
 BATCH = 256  # pairs measured at once
 MANY = 1024  # pairs of a block left by short rows: with more it is seen first which of them join the most
 CANDIDATES = 32768  # pairs put together before they are measured
-ROUNDING = 1e-4  # of cells' scores, far above what float32 is off by
 MEASURE = 1e-5  # measuring a pair takes as long as this part of a full product's elements, for each column
 FAILED = 4  # blocks on end in which short rows ruled out too little: after that full rows are multiplied at once
 DENSE = 0.25  # of a tile's rows and cells: above it, cells rule little out
@@ -125,7 +123,7 @@ class _Search:
     def _crowded(self, first: int, last: int) -> bool:
         """Do cells first..last visit so much of what follows that cells need not be asked? By some of them."""
         starts, cells = self.prepared.starts, np.unique(np.linspace(first, last - 1, SOME).astype(np.int64))
-        visits = sum(len(place) for place, _ in _visits(self.prepared, cells, self.limit))
+        visits = sum(len(place) for place, _ in bounds.visits(self.prepared, cells, self.limit))
         return visits > DENSE * ((starts[cells + 1] - starts[cells]) * (len(starts) - 1 - cells)).sum()
 
     def _sparse(self, first: int, last: int) -> Iterator[tuple]:
@@ -133,8 +131,8 @@ class _Search:
         starts = self.prepared.starts
         here, span = starts[first], starts[last] - starts[first]
         kind = np.min_scalar_type(span * (len(starts) - 1 - first))  # one number for a cell and a place: mostly uint32
-        keys, count = np.empty(max(VISITS, PIECE * (len(starts) - 1 - first)), kind), 0
-        for place, cell in _visits(self.prepared, np.arange(first, last), self.limit):
+        keys, count = np.empty(max(VISITS, bounds.PIECE * (len(starts) - 1 - first)), kind), 0
+        for place, cell in bounds.visits(self.prepared, np.arange(first, last), self.limit):
             if count + len(place) > len(keys):
                 yield from self._by_cell(keys[:count], first, here, span)
                 count = 0
@@ -204,7 +202,7 @@ class _Search:
         a, b, value, measured = self._near(product, rows, low, sets, prepared.slack, few=few)
         a, b, value = self._keep(a, b, value, prepared.slack)
         if 0 < len(a) <= product.numel() // 16:
-            value = _second_look(prepared, a, b, value)
+            value = bounds.second_look(prepared, a, b, value)
             near = value >= 1 - self.limit / 2 - prepared.slack_of_second
             a, b, value = a[near], b[near], value[near]
         # of sets' pairs few are measured, however many are left, if those that are measured join them
@@ -284,7 +282,7 @@ class _Search:
             for at in range(0, len(now), BATCH):
                 x, y = a[now[at:at + BATCH]], b[now[at:at + BATCH]]
                 square = prepared.rows.squares(x, y) if self.squares else None
-                good = square <= self.limit if self.squares else _within(prepared, x, y, self.limit)
+                good = square <= self.limit if self.squares else bounds.within(prepared, x, y, self.limit)
                 with self.lock:
                     self.measured += len(good)
                     self.linked += np.count_nonzero(good)
@@ -292,35 +290,6 @@ class _Search:
                         self.found(x[good], y[good], None if square is None else square[good])
             a, b, lower = a[later], b[later], lower[later]
         return count
-
-
-def _visits(prepared: Prepared, cells: np.ndarray, limit: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Which rows of some cells may have a neighbour in which later cell, their own among them: (m,) places and (m,)
-    cells, a piece of a cell at a time."""
-    starts, extent = prepared.starts, prepared.extent
-    for own in np.split(cells, range(STRIP, len(cells), STRIP)):
-        mine, centres = prepared.centres[torch.from_numpy(own)], prepared.centres[own[0]:]
-        bias = centres.square().sum(1) / -2
-        reach = torch.cdist(mine, centres, compute_mode="donot_use_mm_for_euclid_dist")
-        reach.mul_(limit**0.5 + ROUNDED).add_(ROUNDING).add_(extent[own[0]:, own].T)
-        may = (reach + extent[own, own[0]:] >= 0).cpu().numpy()
-        for k, c in enumerate(own):
-            others = c - own[0] + np.flatnonzero(may[k, c - own[0]:])  # itself the first
-            at = torch.from_numpy(others).to(centres.device)
-            across, offset, far = centres[at].T, bias[at], reach[k, at]
-            for low in range(starts[c], starts[c + 1], PIECE):
-                score = torch.addmm(offset, prepared.z[low:min(low + PIECE, starts[c + 1])].float(), across)
-                row, column = (score.sub_(score[:, :1].clone()).add_(far).cpu().numpy() >= 0).nonzero()
-                yield low + row, own[0] + others[column]
-
-
-def _second_look(prepared: Prepared, a: np.ndarray, b: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """A closer upper bound of the unit rows' product than that of the short rows: with the tails' coordinates for
-    the first residual norm."""
-    z, tail = prepared.z, prepared.tail
-    x, y = torch.from_numpy(a).to(z.device), torch.from_numpy(b).to(z.device)
-    found = torch.linalg.vecdot(tail[x].float(), tail[y].float()) - z[x, -1].float() * z[y, -1].float()
-    return value + found.double().cpu().numpy()
 
 
 def _forest(labels: Labels | None, a: np.ndarray, b: np.ndarray, length: np.ndarray) -> np.ndarray:
@@ -333,17 +302,6 @@ def _forest(labels: Labels | None, a: np.ndarray, b: np.ndarray, length: np.ndar
     low, high = np.minimum(x, y)[by], np.maximum(x, y)[by]
     first = np.sort(np.unique(low * (2 * len(a)) + high, return_index=True)[1])  # the nearest pair of two sets
     return by[first][minimum_forest(low[first], high[first], 2 * len(a))]
-
-
-def _within(prepared: Prepared, a: np.ndarray, b: np.ndarray, limit: float) -> np.ndarray:
-    """Is the squared distance of rows a[k] and b[k] at most the limit? In float32, in float64 where that can't tell."""
-    left, right = (prepared.rows.unit32(x, prepared.inverse[x]) for x in (a, b))
-    square = 2 - 2 * torch.linalg.vecdot(left, right).double().numpy()
-    good = square <= limit
-    unsure = np.abs(square - limit) <= 2 * prepared.margin
-    if unsure.any():
-        good[unsure] = prepared.rows.squares(a[unsure], b[unsure]) <= limit
-    return good
 
 
 def _some(matrix: torch.Tensor, places: np.ndarray) -> torch.Tensor:

@@ -8,9 +8,18 @@ import pandas as pd
 import pytest
 import torch
 
-from mclip import balance as module
-from mclip import components, engine, links
-from mclip.balance import BalanceError, balance, convert, read, removed_curve, write
+from mclip import components, engine, forest, links
+from mclip.balance import (
+    BalanceError,
+    balance,
+    convert,
+    main,
+    read,
+    removed_curve,
+    representative_distance,
+    spanning_forest,
+    write,
+)
 from mclip.rows import Rows, RowsError
 
 DISTANCE = {
@@ -121,10 +130,9 @@ def test_ties_go_to_the_lowest_key(keys):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_exact_duplicates_under_a_tiny_threshold(dtype, monkeypatch):
+def test_exact_duplicates_under_a_tiny_threshold(dtype):
     rows = np.repeat(np.random.default_rng(0).normal(size=(3, 33)), 50, axis=0).astype(dtype)
     scale = np.random.default_rng(1).uniform(0.1, 9, (150, 1))  # length does not matter
-    monkeypatch.setattr(module, "LINKS", 100)
     result = balance(rows.astype(np.float64) * scale, threshold=1e-6, metric="sql2", tile=40)
     assert result.set_sizes.tolist() == [50, 50, 50]
     assert np.flatnonzero(result.keep).tolist() == [0, 50, 100]
@@ -177,7 +185,7 @@ def test_arrays_memmaps_and_files_are_alike(tmp_path):
 @pytest.mark.parametrize("metric", ["l2", "sql2", "cosine"])
 @pytest.mark.parametrize("links", [1, 50, 10**6])
 def test_curve_equals_balancing_at_each_threshold(metric, links, monkeypatch):
-    monkeypatch.setattr(module, "LINKS", links)
+    monkeypatch.setattr(forest, "LINKS", links)
     rows = clumps(n=90)
     thresholds = [0.5, 0.01, 0.03, 0.1, 0.2, 1.0]
     want = [balance(rows, threshold=t, metric=metric).removed_fraction for t in thresholds]
@@ -295,7 +303,7 @@ def test_cli_errors_are_one_line(tmp_path, capsys):
                           ((folder, "--key", "url"), "no column url"),
                           ((folder, "--threshold", "9"), "threshold: with metric sql2")]:
         args = [str(a) for a in (args[0], tmp_path / "out", "--threshold", "0.1", "--metric", "sql2", *args[1:])]
-        assert module.main(args) == 2
+        assert main(args) == 2
         error = capsys.readouterr().err.strip()
         assert message in error
         assert "\n" not in error
@@ -306,13 +314,13 @@ def test_cli_without_metadata_and_with_too_little(tmp_path, capsys):
     folder = clip_retrieval_folder(tmp_path / "emb", clumps(), "image_path", [str(i) for i in range(70)])
     args = [str(folder), str(tmp_path / "out"), "--threshold", "0.1", "--metric", "sql2"]
     pd.DataFrame({"image_path": ["a"]}).to_parquet(folder / "metadata/metadata_10.parquet")
-    assert module.main(args) == 2
+    assert main(args) == 2
     assert "metadata_10.parquet has 1 rows, img_emb_10.npy has 50" in capsys.readouterr().err
     (folder / "metadata/metadata_10.parquet").unlink()
-    assert module.main(args) == 2
+    assert main(args) == 2
     assert "there is no parquet file for img_emb_10.npy" in capsys.readouterr().err
     (folder / "metadata/metadata_9.parquet").unlink()
-    assert module.main(args) == 0
+    assert main(args) == 0
     assert read(tmp_path / "out").keys.tolist() == list(range(70))
 
 
@@ -357,7 +365,7 @@ def test_distance_to_the_representative_shows_chains():
     rows = on_circle([0, 5, 10, 15, 20, 90])
     result = balance(rows, threshold=2 * np.sin(np.deg2rad(2.6)), metric="l2")
     expected = [(2 * np.sin(np.deg2rad(d / 2))) ** 2 for d in (10, 5, 0, 5, 10, 0)]
-    np.testing.assert_allclose(module.representative_distance(rows, result, chunk=4), expected, atol=1e-12)
+    np.testing.assert_allclose(representative_distance(rows, result, chunk=4), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize(("workers", "files"), [(2, False), (3, True)])
@@ -371,6 +379,10 @@ def test_many_workers_find_the_same_sets(workers, files, tmp_path):
     got = balance(paths if files else rows, threshold=0.1, metric="sql2", tile=64, workers=workers)
     np.testing.assert_array_equal(got.set_id, want.set_id)
     np.testing.assert_array_equal(got.keep, want.keep)
+    edges = [spanning_forest(paths if files else rows, 0.3, metric="sql2", tile=64, workers=n) for n in (1, workers)]
+    assert len(edges[0][0]) > 1000
+    for one, many in zip(*edges, strict=True):
+        np.testing.assert_array_equal(one, many)
 
 
 def test_wrong_workers(monkeypatch):

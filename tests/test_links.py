@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mclip import links
+from mclip import bounds, links
 from mclip.prepared import prepare
 from mclip.rows import Rows
 
@@ -74,7 +74,8 @@ def test_axes_and_tiles_do_not_matter(options):
                                    {"DENSE": 0.0, "CHUNK": 50, "GROUP": 13, "WIDE": 31, "FAILED": 1}])
 def test_pieces_do_not_matter(limit, sizes, monkeypatch):
     for name, value in ({"DENSE": 2.0} | sizes).items():
-        monkeypatch.setattr(links, name, value)
+        for module in [module for module in (links, bounds) if hasattr(module, name)]:
+            monkeypatch.setattr(module, name, value)
     rows = spectrum()
     for cell in (3, 100):
         assert searched(rows, limit, cell=cell, tile=200)[0].keys() == all_links(rows, limit).keys()

@@ -32,7 +32,7 @@ def test_the_default_is_valid(tree):
 
 
 @pytest.mark.parametrize(("key", "value", "said"), [
-    ("balance.treshold", 0.07, "balance.treshold: unknown key; did you mean 'threshold'? (allowed: curve, metric"),
+    ("balance.treshold", 0.07, "balance.treshold: unknown key; did you mean 'threshold'? (allowed: backend, curve, "),
     ("balance.threshold", -1, "balance.threshold: Input should be greater than 0 (found -1)"),
     ("balance.threshold", float("inf"), "balance.threshold: Input should be a finite number"),
     ("balance.threshold", "false", "balance.threshold: Input should be a valid number"),

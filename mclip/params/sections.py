@@ -95,6 +95,8 @@ class Balance(Section):
     metric: Metric
     threshold: PositiveFloat
     curve: list[PositiveFloat]
+    workers: PositiveInt = 1
+    backend: Literal["processes", "ray"] = "processes"
 
 
 class Cluster(Section):
