@@ -37,7 +37,7 @@ CHUNK = 512  # rows read at once for the centroids
 
 def balance(embeddings, keys: Sequence | np.ndarray | None = None, *, threshold: float, metric: str,
             tile: int | None = None, device: str | None = None, state: str | Path | None = None,
-            workers: int = 1, backend: str = "processes") -> Balance:
+            workers: int = 1, backend: str = "processes", scratch: str | Path | None = None) -> Balance:
     """Sets of near-duplicates and the representative of each; see the module's docstring.
 
     Parameters
@@ -51,6 +51,8 @@ def balance(embeddings, keys: Sequence | np.ndarray | None = None, *, threshold:
     state : a file that what was found is kept in while this runs, so that a killed run goes on there; None: none
     workers : processes that search for links; 1: this one, with as many threads as torch has
     backend : of several workers, see mclip.engine; with "ray" the embeddings must be files that all workers see
+    scratch : folder that several workers read what they share from, some 300 bytes a row; None: the system's for
+        temporary files. With "ray" on several machines one that all of them see
 
     Notes
     -----
@@ -60,7 +62,8 @@ def balance(embeddings, keys: Sequence | np.ndarray | None = None, *, threshold:
     rows = Rows(embeddings)
     keys = check_keys(keys, len(rows))
     _check_tile(tile)
-    label = components(rows, limit, tile=tile, device=device, state=state, workers=workers, backend=backend)
+    label = components(rows, limit, tile=tile, device=device, state=state, workers=workers, backend=backend,
+                       scratch=scratch)
     order = np.argsort(keys, kind="stable")
     # sets are numbered by their lowest key: by first appearance in key order
     _, first, number = np.unique(label[order], return_index=True, return_inverse=True)
@@ -74,7 +77,8 @@ def balance(embeddings, keys: Sequence | np.ndarray | None = None, *, threshold:
 
 
 def removed_curve(embeddings, thresholds: Sequence[float], *, metric: str, tile: int | None = None,
-                  device: str | None = None, workers: int = 1, backend: str = "processes") -> np.ndarray:
+                  device: str | None = None, workers: int = 1, backend: str = "processes",
+                  scratch: str | Path | None = None) -> np.ndarray:
     """Fraction of the images that `balance` removes at each threshold, (len(thresholds),): one pass for all.
 
     A minimum spanning forest of the links up to the largest threshold answers every smaller one: at t there
@@ -84,18 +88,19 @@ def removed_curve(embeddings, thresholds: Sequence[float], *, metric: str, tile:
         return np.empty(0)
     limits = [convert(t, metric)["sql2"] for t in thresholds]
     _, _, square = spanning_forest(embeddings, max(thresholds), metric=metric, tile=tile, device=device,
-                                   workers=workers, backend=backend)
+                                   workers=workers, backend=backend, scratch=scratch)
     return np.searchsorted(np.sort(square), limits, side="right") / len(Rows(embeddings))
 
 
 def spanning_forest(embeddings, threshold: float, *, metric: str, tile: int | None = None, device: str | None = None,
-                    workers: int = 1, backend: str = "processes") -> forest.Edges:
+                    workers: int = 1, backend: str = "processes", scratch: str | Path | None = None) -> forest.Edges:
     """Edges (i < j, squared L2 distance) of the minimum spanning forest of all links up to `threshold`, ascending;
     of equally long edges those between the lowest rows come first. The other arguments are those of `balance`.
     """
     limit = convert(threshold, metric)["sql2"]
     _check_tile(tile)
-    return forest.forest(Rows(embeddings), limit, tile=tile, device=device, workers=workers, backend=backend)
+    return forest.forest(Rows(embeddings), limit, tile=tile, device=device, workers=workers, backend=backend,
+                         scratch=scratch)
 
 
 def representative_distance(embeddings, result: Balance, *, chunk: int = CHUNK) -> np.ndarray:
@@ -185,7 +190,8 @@ def main(argv: list[str] | None = None) -> int:
         if keys is None:
             print(f"{args.embeddings}/metadata: none; samples are named by row number", file=sys.stderr)
         result = balance(files, keys, threshold=args.threshold, metric=args.metric,
-                         state=Path(args.out) / ".balance-state.npz", workers=args.workers, backend=args.backend)
+                         state=Path(args.out) / ".balance-state.npz", workers=args.workers, backend=args.backend,
+                         scratch=args.out)
         write(args.out, result)
     except (BalanceError, RowsError, StateError, engine.EngineError) as err:
         print(err, file=sys.stderr)

@@ -25,7 +25,8 @@ class StateError(ValueError):
 
 
 def components(rows: Rows, limit: float, *, tile: int | None = None, device: str | None = None,
-               state: str | Path | None = None, workers: int = 1, backend: str = "processes") -> np.ndarray:
+               state: str | Path | None = None, workers: int = 1, backend: str = "processes",
+               scratch: str | Path | None = None) -> np.ndarray:
     """(n,) label of each row's component in the graph of squared distances <= limit: its lowest row.
 
     The other arguments are those of `mclip.balance.balance`.
@@ -37,7 +38,7 @@ def components(rows: Rows, limit: float, *, tile: int | None = None, device: str
         _search(prepared, limit, sets, tiles=known.todo, done=known.done)
     else:
         for lot, roots in spread(_search_lot, prepared, limit, known.todo, workers=workers, backend=backend,
-                                 desc="balance"):
+                                 scratch=scratch, desc="balance"):
             moved = np.flatnonzero(roots != np.arange(len(roots)))
             sets.join(moved, roots[moved])
             for number in lot:
@@ -68,14 +69,17 @@ def parts_of(workers: int) -> int:
 
 
 def spread(search_lot: Callable, prepared: Prepared, limit: float, tiles: Sequence[int], *, workers: int, backend: str,
-           desc: str) -> Iterator[tuple[list[int], Any]]:
+           scratch: str | Path | None, desc: str) -> Iterator[tuple[list[int], Any]]:
     """search_lot(files, folder, limit, lot) by workers, for lots that `tiles` are dealt out to, as they are done.
 
     search_lot : a module's function, of what `given` makes of its first two arguments; it returns the lot and more.
     """
-    with tempfile.TemporaryDirectory(prefix="mclip-balance-") as folder:
+    if scratch is not None:
+        Path(scratch).mkdir(parents=True, exist_ok=True)
+        scratch = Path(scratch).absolute()  # as the files: a worker of a cluster starts in a folder of its own
+    with tempfile.TemporaryDirectory(prefix=".balance-", dir=scratch) as folder:
         save(prepared, folder)
-        files = list(prepared.rows.names)
+        files = [str(Path(name).absolute()) for name in prepared.rows.names]
         if not prepared.rows.in_files:
             files = [f"{folder}/rows.npy"]
             np.save(files[0], prepared.rows.arrays[0])

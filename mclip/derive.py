@@ -67,7 +67,7 @@ def _kept(wanted: KeptPairs, settings: Balance, clusters: Cluster, data: dict[st
     table = embedded.index(embeddings)
     if wanted.threshold is not None:
         found = balance.balance(table.image, table.keys, threshold=wanted.threshold, metric=settings.metric,
-                                workers=settings.workers, backend=settings.backend)
+                                workers=settings.workers, backend=settings.backend, scratch=cache)
     else:
         n, count = len(table.keys), int(balance.read(data["balance"]).keep.sum())
         k_means = {"clusters": clusters.clusters, "iterations": clusters.iterations, "seed": clusters.seed}

@@ -5,7 +5,7 @@
 `function` is one of a module (it is found by name on the other side), tasks are tuples of its arguments; both and the
 results must be picklable between processes of this package, and the files that arguments name must be readable there.
 Results come as they are done. With `ray` (the package, and a cluster or `ray.init()` before) tasks go to its workers,
-one CPU each; `pip install ray` is up to you.
+one CPU each, and this package must be importable there; `pip install ray` is up to you.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -5,6 +5,7 @@ forest of the edges seen so far is in no later one either, so forests are all th
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
@@ -21,7 +22,7 @@ Edges = tuple[np.ndarray, np.ndarray, np.ndarray]  # rows i < j, (m,) int64 each
 
 
 def forest(rows: Rows, limit: float, *, tile: int | None = None, device: str | None = None, workers: int = 1,
-           backend: str = "processes") -> Edges:
+           backend: str = "processes", scratch: str | Path | None = None) -> Edges:
     """Edges of the minimum spanning forest of the links of squared distance <= limit, ascending; of equally long edges
     those between the lowest rows come first. The other arguments are those of `mclip.balance.balance`.
     """
@@ -31,7 +32,7 @@ def forest(rows: Rows, limit: float, *, tile: int | None = None, device: str | N
         return _search(prepared, limit, desc=desc)
     found = none()
     for _, edges in spread(_search_lot, prepared, limit, range(prepared.count), workers=workers, backend=backend,
-                           desc=desc):
+                           scratch=scratch, desc=desc):
         found = merged([found, edges], len(rows))
     return found
 
