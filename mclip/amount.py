@@ -21,10 +21,9 @@ from typing import Any
 import pandas as pd
 
 from . import ablate, claims, closure, derive, models, reinforce
-from .data import balanced
 from .files import digest
-from .params import Amount, Recipe, Reinforce, Selection, varied
-from .runs import Run, in_part
+from .params import Amount, Recipe, Reinforce, Selection, Spread, varied
+from .runs import Run
 
 ALL, AUG, SYN = "all", "aug", "syn"
 KINDS = {AUG: "augmentations", SYN: "captions"}  # as published.ENOUGH calls them
@@ -54,14 +53,13 @@ def reinforced_part(study: Amount, settings: Reinforce, teachers: dict[str, str]
     weights = [models.weights_sha256(teachers[name]) for name in wanted.ensemble]
     if wanted.n_syn:
         weights.append(models.weights_sha256(captioner))
-    made_of = [wanted.model_dump(), weights, study.fraction, derive.fingerprint(own["pairs"]),
-               derive.fingerprint(own["balance"]), closure.code("mclip.reinforce")]
+    made_of = [wanted.model_dump(exclude=set(Spread.model_fields)), weights, study.fraction,
+               derive.fingerprint(own["pairs"]), derive.fingerprint(own["balance"]), closure.code("mclip.reinforce")]
     folder = Path(cache) / "data" / f"reinforced-{digest(made_of)}"
     if not folder.exists():
-        found = balanced.read(own["balance"])
-        kept = {key for key in found.keys[found.keep].tolist() if in_part(key, study.fraction)}
         draft = folder.with_name(f"{folder.name}.part")  # not whole_folder's: its shards are kept over a killed run
-        reinforce.run(wanted, teachers, captioner, kept, pairs=own["pairs"], out=draft)
+        reinforce.run(wanted, teachers, captioner, pairs=own["pairs"], balance=own["balance"], fraction=study.fraction,
+                      out=draft, cache=cache)
         draft.rename(folder)
     return folder
 

@@ -76,10 +76,9 @@ def spread(search_lot: Callable, prepared: Prepared, limit: float, tiles: Sequen
     """
     if scratch is not None:
         Path(scratch).mkdir(parents=True, exist_ok=True)
-        scratch = Path(scratch).absolute()  # as the files: a worker of a cluster starts in a folder of its own
     with tempfile.TemporaryDirectory(prefix=".balance-", dir=scratch) as folder:
         save(prepared, folder)
-        files = [str(Path(name).absolute()) for name in prepared.rows.names]
+        files = list(prepared.rows.names)
         if not prepared.rows.in_files:
             files = [f"{folder}/rows.npy"]
             np.save(files[0], prepared.rows.arrays[0])

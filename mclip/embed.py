@@ -10,21 +10,22 @@ again when the model's weights, the precision or the shard's bytes have changed.
 import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from mclip import progress
+from mclip import engine, progress
 from mclip.data import shards
 from mclip.data.embedded import PARTS, Embeddings, EmbeddingsError, load, part_file, read_meta
 from mclip.files import write_json, write_whole
 
 
 def run(teachers: dict[str, str], *, pairs: str | Path = "data/pairs", out: str | Path = "data/embeddings",
-        batch_size: int = 64, precision: str = "auto", workers: int | None = None,
-        device: str | None = None) -> dict[str, dict]:
+        batch_size: int = 64, precision: str = "auto", decoders: int | None = None, workers: int = 1,
+        backend: str = "processes") -> dict[str, dict]:
     """Embed every pair with every teacher into OUT/<teacher>; shards that are there already are kept.
 
     Shard by shard, with all teachers: those that share a frozen text encoder run it once. All are in memory at once.
@@ -33,7 +34,9 @@ def run(teachers: dict[str, str], *, pairs: str | Path = "data/pairs", out: str 
     ----------
     teachers : name -> open_clip model string: the entries of `teachers.models` that `embed.teachers` names.
     pairs : folder with the manifest of stage `data`.
-    workers : decoding processes; 0 decodes in this one, None: see models.decoders.
+    decoders : decoding processes; 0 decodes in the one that embeds, None: see models.decoders.
+    workers, backend : processes that shards are dealt out to, each with a GPU of its own where there are any, see
+        mclip.engine. They write the same bytes.
 
     Returns
     -------
@@ -42,35 +45,61 @@ def run(teachers: dict[str, str], *, pairs: str | Path = "data/pairs", out: str 
     import torch  # here: who loads embeddings does without torch's and open_clip's imports
 
     manifest = shards.read_manifest(pairs)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    own = [_Teacher.begin(name, model, manifest, Path(out) / name, precision, device)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    alone = workers == 1 and backend == "processes"
+    own = [_Teacher.begin(name, model, manifest, Path(out) / name, precision, device, load=alone)
            for name, model in teachers.items()]
-    total = sum(manifest["shards"][i]["samples"] for teacher in own for i in teacher.todo)
+    todo = {i: [teacher for teacher in own if i in teacher.todo] for i in sorted({i for t in own for i in t.todo})}
+    options = {"batch_size": batch_size, "precision": precision, "decoders": decoders}
+    total = sum(manifest["shards"][i]["samples"] * len(wanted) for i, wanted in todo.items())
     with progress.bar(desc="embed", unit="embedding", total=total) as bar:
-        for i in sorted({i for teacher in own for i in teacher.todo}):
-            _embed_shard(i, [teacher for teacher in own if i in teacher.todo], Path(pairs), bar, batch_size=batch_size,
-                         precision=precision, workers=workers, device=device)
+        if alone:
+            for i, wanted in todo.items():
+                _embed_shard(i, [(t.loaded, t.folder) for t in wanted], Path(pairs), done=bar.update, device=device,
+                             **options)
+        else:
+            tasks = [(i, [(t.meta["model"], t.folder) for t in wanted], Path(pairs), options)
+                     for i, wanted in todo.items()]
+            for count in engine.run(_embed_elsewhere, tasks, workers=workers, backend=backend, gpu=device == "cuda"):
+                bar.update(count)
     return {teacher.name: teacher.meta for teacher in own}
+
+
+class _Loaded(NamedTuple):
+    """What embeds."""
+
+    model: Any
+    preprocess: Callable
+    tokenizer: Any
+
+    @classmethod
+    def of(cls, model_name: str, device: str) -> "_Loaded":
+        from mclip import models
+
+        model, _, preprocess, tokenizer = models.create(model_name, device=device)
+        return cls(models.for_inference(model), preprocess, tokenizer)
+
+
+_loaded_once = cache(_Loaded.of)  # by a worker, for all its shards
 
 
 @dataclass
 class _Teacher:
-    """A model that embeds, and which shards it has still to do."""
+    """A model, and which shards it has still to embed."""
 
     name: str
-    model: Any
-    preprocess: Callable
-    tokenizer: Any
+    loaded: _Loaded | None
     folder: Path
     meta: dict
     todo: set[int]
 
     @classmethod
-    def begin(cls, name: str, model_name: str, manifest: dict, folder: Path, precision: str, device: str) -> "_Teacher":
-        """Load it, and leave those of its files that are right."""
+    def begin(cls, name: str, model_name: str, manifest: dict, folder: Path, precision: str, device: str, *,
+              load: bool) -> "_Teacher":
+        """See what there is to do, and leave those of its files that are right. load: it will embed here."""
         from mclip import models
 
-        model, _, preprocess, tokenizer = models.create(model_name, device=device)
+        model, _, preprocess, tokenizer = models.create(model_name, device=device if load else "cpu")
         scale = models.logit_scale(model)
         dtype = str(models.resolve_precision(precision, device)).removeprefix("torch.")
         identity = {"model": model_name, "weights_sha256": models.weights_sha256(model_name), "precision": dtype}
@@ -87,11 +116,21 @@ class _Teacher:
                 file.unlink()
         # from here on meta.json says what the files are or will be; a shard is done when its three are there
         write_json(folder / "meta.json", meta)
-        return cls(name, models.for_inference(model), preprocess, tokenizer, folder, meta, todo)
+        loaded = _Loaded(models.for_inference(model), preprocess, tokenizer) if load else None
+        return cls(name, loaded, folder, meta, todo)
 
 
-def _embed_shard(i: int, teachers: list[_Teacher], pairs: Path, bar, *, batch_size: int, precision: str,
-                 workers: int | None, device: str) -> None:
+def _embed_elsewhere(i: int, teachers: list[tuple[str, Path]], pairs: Path, options: dict) -> int:
+    """A worker's task: the shard by teachers that it loads itself; how many embeddings that were."""
+    device = engine.share()
+    counts: list[int] = []
+    loaded = [(_loaded_once(model, device), folder) for model, folder in teachers]
+    _embed_shard(i, loaded, pairs, done=counts.append, device=device, **options)
+    return sum(counts)
+
+
+def _embed_shard(i: int, teachers: list[tuple[_Loaded, Path]], pairs: Path, *, done: Callable[[int], object],
+                 batch_size: int, precision: str, decoders: int | None, device: str) -> None:
     """The shard's files of each of the teachers; a text encoder that they share runs once."""
     from torch.utils.data import DataLoader
 
@@ -100,21 +139,21 @@ def _embed_shard(i: int, teachers: list[_Teacher], pairs: Path, bar, *, batch_si
     samples = list(shards.iter_samples(pairs, shards=[i]))
     table = pd.DataFrame({"key": [s.key for s in samples], "image_path": [s.key for s in samples],
                           "caption": [s.caption for s in samples]}).to_parquet(index=False)
-    texts = models.encode_texts_with_all([(t.model, t.tokenizer) for t in teachers], [s.caption for s in samples],
+    texts = models.encode_texts_with_all([(t.model, t.tokenizer) for t, _ in teachers], [s.caption for s in samples],
                                          precision=precision)
-    for teacher, text in zip(teachers, texts, strict=True):
+    for (teacher, folder), text in zip(teachers, texts, strict=True):
         loader = DataLoader(shards.Pictures(samples, teacher.preprocess), batch_size=batch_size,
-                            num_workers=models.decoders(device, workers), pin_memory=device.startswith("cuda"))
-        image = models.encode_images(teacher.model, _counted(loader, bar), precision=precision)
-        write_whole(part_file(teacher.folder, "img_emb", i), _npy(image.numpy().astype(np.float16)))
-        write_whole(part_file(teacher.folder, "text_emb", i), _npy(text.numpy().astype(np.float16)))
-        write_whole(part_file(teacher.folder, "metadata", i), table)
+                            num_workers=models.decoders(device, decoders), pin_memory=device.startswith("cuda"))
+        image = models.encode_images(teacher.model, _counted(loader, done), precision=precision)
+        write_whole(part_file(folder, "img_emb", i), _npy(image.numpy().astype(np.float16)))
+        write_whole(part_file(folder, "text_emb", i), _npy(text.numpy().astype(np.float16)))
+        write_whole(part_file(folder, "metadata", i), table)
 
 
-def _counted(loader: Iterable, bar) -> Iterator:
+def _counted(loader: Iterable, done: Callable[[int], object]) -> Iterator:
     for batch in loader:
         yield batch
-        bar.update(len(batch))
+        done(len(batch))
 
 
 def _npy(array: np.ndarray) -> bytes:

@@ -1,15 +1,19 @@
 """Map a function over independent tasks: processes of this machine, or the workers of a Ray cluster.
 
     for result in engine.run(function, tasks, workers=4): ...
+    device = engine.share()  # in the function: its worker's part of the machine
 
 `function` is one of a module (it is found by name on the other side), tasks are tuples of its arguments; both and the
 results must be picklable between processes of this package, and the files that arguments name must be readable there.
 Results come as they are done. With `ray` (the package, and a cluster or `ray.init()` before) tasks go to its workers,
-one CPU each, and this package must be importable there; `pip install ray` is up to you.
+one CPU each and, if they ask for one, a GPU. They start in the folder where this process is: the machines of a cluster
+must see it, the data and this package. `pip install ray` is up to you.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any
 
@@ -20,38 +24,69 @@ class EngineError(ValueError):
     """A backend that isn't there, or a number of workers that can't be."""
 
 
-def run(function: Callable, tasks: Iterable[tuple], *, workers: int, backend: str = "processes") -> Iterator[Any]:
+_place, _of = 0, 1  # this process among the workers
+
+
+def run(function: Callable, tasks: Iterable[tuple], *, workers: int, backend: str = "processes",
+        gpu: bool = False) -> Iterator[Any]:
     """function(*task) for every task, in the order in which they are done.
 
     workers : processes; 1 calls the function here. With Ray the cluster's size counts instead.
+    gpu : a task of Ray's needs one to itself; processes deal out those that there are.
     """
     if workers < 1:
         raise EngineError(f"workers: expected at least 1, found {workers}")
     if backend not in BACKENDS:
         raise EngineError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
     if backend == "ray":
-        yield from _ray(function, tasks)
+        yield from _ray(function, tasks, gpu)
     elif workers == 1:
         yield from (function(*task) for task in tasks)
     else:
-        # not by fork: the caller may have threads of torch or faiss
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        context = get_context("spawn")  # not by fork: the caller may have threads of torch or faiss
+        places = context.SimpleQueue()
+        for place in range(workers):
+            places.put(place)
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(places, workers)) as pool:
             futures = [pool.submit(function, *task) for task in tasks]
             try:
                 for future in as_completed(futures):
                     yield future.result()
+            except BrokenProcessPool:
+                raise EngineError(f"one of {workers} workers was killed (out of memory?): try fewer") from None
             finally:
                 for future in futures:
                     future.cancel()
 
 
-def _ray(function: Callable, tasks: Iterable[tuple]) -> Iterator[Any]:
+def share() -> str:
+    """This worker's part of the machine: the GPU that is its own, else "cpu" and its part of the cores' threads."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"cuda:{_place % torch.cuda.device_count()}"
+    if _of > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // _of))
+    return "cpu"
+
+
+def _begin(places: Any, of: int) -> None:
+    global _place, _of
+    _place, _of = places.get(), of
+
+
+def _there(folder: str, function: Callable, task: tuple) -> Any:
+    os.chdir(folder)
+    return function(*task)
+
+
+def _ray(function: Callable, tasks: Iterable[tuple], gpu: bool) -> Iterator[Any]:
     try:
         import ray
     except ImportError:
         raise EngineError("backend: ray is not installed (pip install ray)") from None
-    remote = ray.remote(num_cpus=1)(function)
-    waiting = [remote.remote(*task) for task in tasks]
+    remote = ray.remote(num_cpus=1, num_gpus=int(gpu))(_there)
+    waiting = [remote.remote(os.getcwd(), function, task) for task in tasks]
     while waiting:
         ready, waiting = ray.wait(waiting, num_returns=1)
         yield ray.get(ready[0])

@@ -2,25 +2,28 @@
 
 Per kept pair: n_aug strong augmentations as parameters, n_syn synthetic captions, and the ensemble's embeddings of
 each augmented picture and of each caption, true one first. Work goes shard by shard: a shard appears when it is
-whole, and a rerun with the same settings goes on with the first missing one.
+whole, and a rerun with the same settings makes those that are missing, by one process or by many.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from . import models
-from .data import augment, reinforced, shards
+from . import engine, models
+from .data import augment, balanced, reinforced, shards
 from .data.reinforced import Shard
 from .files import write_json
-from .params import Reinforce
+from .params import Reinforce, Spread
 from .progress import bar
+from .runs import in_part
 
 
 class _Views(Dataset):
@@ -42,24 +45,75 @@ class _Views(Dataset):
                 torch.from_numpy(augment.replay_all(image, rows, s.image_px)), torch.from_numpy(rows))
 
 
+class _Makers(NamedTuple):
+    """What a shard is made with."""
+
+    ensemble: list[tuple]  # (model, tokenizer) of each teacher
+    writer: torch.nn.Module | None
+
+    @classmethod
+    def of(cls, teachers: Iterable[str], captioner: str | None, device: str) -> "_Makers":
+        found = [models.create(name, device=device) for name in teachers]
+        return cls([(models.for_inference(model), tokenizer) for model, _, _, tokenizer in found],
+                   models.for_inference(models.create(captioner, device=device)[0]) if captioner else None)
+
+
+_makers_once = cache(_Makers.of)  # by a worker, for all its shards
+
+
+class _Job(NamedTuple):
+    """What all shards have in common."""
+
+    settings: Reinforce
+    teachers: tuple[str, ...]
+    captioner: str | None
+    pairs: Path
+    balance: Path
+    fraction: float
+    out: Path
+    cache: Path
+    decoders: int | None
+
+    def make(self, index: int, makers: _Makers, done: Callable[[int], object]) -> int:
+        """Write a shard; how many pairs it has."""
+        kept = balanced.lookup_kept(self.balance, self.cache)
+        samples = list(shards.iter_samples(self.pairs, shards=[index]))
+        there = kept.find([s.key for s in samples]) >= 0
+        samples = [s for s, found in zip(samples, there, strict=True) if found and in_part(s.key, self.fraction)]
+        shard = reinforce_samples(samples, self.settings, makers.ensemble, makers.writer, decoders=self.decoders,
+                                  done=done)
+        reinforced.write_shard(self.out, index, shard)
+        return len(samples)
+
+    def elsewhere(self, index: int) -> int:
+        """A worker's task: `make` with models that it loads itself."""
+        makers = _makers_once(self.teachers, self.captioner, engine.share())
+        return self.make(index, makers, lambda passes: None)
+
+
 def run(
     settings: Reinforce,
     teachers: dict[str, str],
     captioner: str,
-    kept: set[str],
     *,
     pairs: str | Path = "data/pairs",
+    balance: str | Path = "data/balance",
+    fraction: float = 1.0,
     out: str | Path = "data/reinforced",
-    workers: int | None = None,
+    cache: str | Path = "data/cache",
+    decoders: int | None = None,
 ) -> dict:
-    """Write the reinforced set of the pairs whose key is in `kept`.
+    """Write the reinforced set of the pairs that are kept.
 
     Parameters
     ----------
-    settings : params.yaml's reinforce section.
+    settings : params.yaml's reinforce section; its workers and backend change nothing of what is written.
     teachers : name -> open_clip model string; settings.ensemble picks and orders them.
     captioner : model string of an open_clip CoCa; not loaded when n_syn is 0.
-    kept : keys to reinforce; all other pairs are left out.
+    balance : folder of `mclip.balance`: which pairs are kept.
+    fraction : of the kept pairs, by a hash of the key (`runs.in_part`).
+    cache : folder for the table in which shards find their keys.
+    decoders : processes that augment; None: see models.decoders.
 
     Returns
     -------
@@ -67,52 +121,72 @@ def run(
 
     Raises
     ------
-    ValueError when no pair is kept; ModelError for a teacher that can't be made.
+    ValueError when no pair is kept; BalanceError where `balance` has none; ModelError for a teacher that can't be made.
     """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    manifest = shards.read_manifest(pairs)
-    ensemble, described, start = [], [], 0
+    manifest, kept = shards.read_manifest(pairs), _kept(balance, fraction)
+    chosen = tuple(teachers[name] for name in settings.ensemble)
+    job = _Job(settings, chosen, captioner if settings.n_syn else None, Path(pairs), Path(balance), fraction, Path(out),
+               Path(cache), decoders)
+    job.out.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name in settings.ensemble:
-        model, _, _, tokenizer = models.create(teachers[name], device=device)
-        width = models.encode_texts(model, tokenizer, ["a"]).shape[1]
-        described.append({"name": name, "model": teachers[name], "width": width,
-                          "logit_scale": models.logit_scale(model), "slice": [start, start + width],
-                          "sha256": models.weights_sha256(teachers[name])})
-        ensemble.append((models.for_inference(model), tokenizer))
-        start += width
-    writer = None
-    if settings.n_syn:
-        writer = models.for_inference(models.create(captioner, device=device)[0])
+    alone = settings.workers == 1 and settings.backend == "processes"
+    makers = _Makers.of(chosen, job.captioner if alone else None, device if alone else "cpu")
     identity = {
-        "settings": settings.model_dump(), "teachers": described, "ops": list(augment.OPS),
+        "settings": settings.model_dump(exclude=set(Spread.model_fields)),
+        "teachers": _described(settings.ensemble, chosen, makers.ensemble), "ops": list(augment.OPS),
         "captioner": models.weights_sha256(captioner) if settings.n_syn else None,
-        "kept": hashlib.sha256("\n".join(sorted(kept)).encode()).hexdigest(),
+        "kept": kept.digest,
         "pairs": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest(),
         "versions": {p: version(p) for p in ("torch", "torchvision", "pillow", "open_clip_torch")},
     }
-    _forget_others(out, identity)
-    total, passes = 0, 2 if settings.n_syn else 1
-    with bar(desc="reinforce", unit="pass", total=passes * len(kept)) as progress:
-        for index in range(len(manifest["shards"])):
-            if reinforced.paths(out, index)[0].exists():
-                n = reinforced.count(out, index)
-            else:
-                samples = [s for s in shards.iter_samples(pairs, shards=[index]) if s.key in kept]
-                shard = reinforce_samples(samples, settings, ensemble, writer, workers=workers, done=progress.update)
-                reinforced.write_shard(out, index, shard)
-                n = 0
-                total += len(samples)
-            progress.update(passes * n)
-            total += n
+    _forget_others(job.out, identity)
+    todo = [i for i in range(len(manifest["shards"])) if not reinforced.paths(out, i)[0].exists()]
+    passes = 2 if settings.n_syn else 1
+    with bar(desc="reinforce", unit="pass", total=passes * kept.count) as progress:
+        for index in set(range(len(manifest["shards"]))).difference(todo):
+            progress.update(passes * reinforced.count(out, index))
+        if alone:
+            for index in todo:
+                job.make(index, makers, progress.update)
+        else:
+            tasks = [(index,) for index in todo]
+            for count in engine.run(job.elsewhere, tasks, workers=settings.workers, backend=settings.backend,
+                                    gpu=device == "cuda"):
+                progress.update(passes * count)
+    total = sum(reinforced.count(out, index) for index in range(len(manifest["shards"])))
     if not total:
         raise ValueError("reinforce: no pair is kept; is balance.threshold too large?")
-    return _write_meta(out, {**identity, "samples": total, "complete": True})
+    return _write_meta(job.out, {**identity, "samples": total, "complete": True})
+
+
+class _Kept(NamedTuple):
+    digest: str
+    count: int
+
+
+def _kept(balance: str | Path, fraction: float) -> _Kept:
+    """Which pairs are kept, as a digest of their keys, and how many; no more than a piece of them is held."""
+    found, count = hashlib.sha256(), 0
+    for piece in balanced.kept(balance):
+        keys = [key for key in map(str, piece.tolist()) if in_part(key, fraction)]
+        found.update("".join(f"{key}\n" for key in keys).encode())
+        count += len(keys)
+    return _Kept(found.hexdigest(), count)
+
+
+def _described(names: Sequence[str], strings: Sequence[str], ensemble: Sequence[tuple]) -> list[dict[str, Any]]:
+    """meta.json's teachers: width, logit scale, weights, and which columns are theirs."""
+    described, start = [], 0
+    for name, string, (model, tokenizer) in zip(names, strings, ensemble, strict=True):
+        width = models.encode_texts(model, tokenizer, ["a"]).shape[1]
+        described.append({"name": name, "model": string, "width": width, "logit_scale": models.logit_scale(model),
+                          "slice": [start, start + width], "sha256": models.weights_sha256(string)})
+        start += width
+    return described
 
 
 def reinforce_samples(samples: Sequence[shards.Sample], settings: Reinforce, ensemble: Sequence[tuple], writer=None, *,
-                      workers: int | None = None, done: Callable[[int], object] = lambda n: None) -> Shard:
+                      decoders: int | None = None, done: Callable[[int], object] = lambda n: None) -> Shard:
     """Augmentations, captions and embeddings of some pairs, nothing written.
 
     Parameters
@@ -125,7 +199,7 @@ def reinforce_samples(samples: Sequence[shards.Sample], settings: Reinforce, ens
     device = next(ensemble[0][0].parameters()).device
     # batch_size counts pictures
     loader = DataLoader(_Views(samples, settings), batch_size=max(1, settings.batch_size // settings.n_aug),
-                        num_workers=models.decoders(device, workers))
+                        num_workers=models.decoders(device, decoders))
     encoders = [(models.image_encoder(m, settings.precision), models.image_size(m), *_normalisation(m))
                 for m, _ in ensemble]
     plain, rows = [], []

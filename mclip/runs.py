@@ -30,7 +30,7 @@ class TrainingSet:
 
 def in_part(key: str, fraction: float) -> bool:
     """Is a pair in that fraction of all? By a hash of its key: a shard need not know the others."""
-    return int.from_bytes(hashlib.sha1(key.encode()).digest()[:8], "big") < fraction * 2**64
+    return fraction >= 1 or int.from_bytes(hashlib.sha1(key.encode()).digest()[:8], "big") < fraction * 2**64
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from mclip import embed, models, params, reinforce, teachers  # noqa: E402
-from mclip.data import reinforced, shards  # noqa: E402
+from mclip.data import balanced, reinforced, shards  # noqa: E402
 
 TEACHER, CAPTIONER = "ViT-B-32/laion2b_s34b_b79k", "coca_ViT-B-32/mscoco_finetuned_laion2b_s13b_b90k"
 
@@ -56,8 +56,11 @@ def main() -> None:
         direct = torch.nn.functional.normalize(model.encode_image(preprocess(shards.decode(first))[None]), dim=-1)
     settings = params.Reinforce(ensemble=["big"], n_aug=1, n_syn=1, image_px=224, scale_min=0.5, randaugment_ops=2,
                                 randaugment_magnitude=9, caption_top_p=0.9, batch_size=2, precision="fp32", seed=0)
-    meta = reinforce.run(settings, {"big": TEACHER}, CAPTIONER, set(table.keys), pairs=ROOT / "pairs",
-                         out=ROOT / "reinforced")
+    n = len(table.keys)
+    balanced.write(ROOT / "balance", balanced.Balance(np.arange(n), np.ones(n, bool), np.zeros(n), np.array(table.keys),
+                                                      0.1, "sql2"))
+    meta = reinforce.run(settings, {"big": TEACHER}, CAPTIONER, pairs=ROOT / "pairs", balance=ROOT / "balance",
+                         out=ROOT / "reinforced", cache=ROOT / "cache")
     shard = reinforced.read_shard(ROOT / "reinforced", 0)
     print(json.dumps({
         "entry": entry, "keys": table.keys, "shape": table.image.shape, "scale": table.logit_scale,

@@ -385,28 +385,14 @@ def test_many_workers_find_the_same_sets(workers, files, tmp_path):
         np.testing.assert_array_equal(one, many)
 
 
-def test_workers_elsewhere_are_told_whole_paths_of_files_that_all_see(tmp_path, monkeypatch):
-    rows, told = np.concatenate([clumps(n=300, seed=s) for s in range(4)]), []
-    monkeypatch.chdir(tmp_path)
-    np.save("rows.npy", rows)
-
-    def elsewhere(function, tasks, **options):
-        monkeypatch.chdir("/")
-        for task in tasks:
-            told.append(task)
-            yield function(*task)
-        monkeypatch.chdir(tmp_path)
-
-    monkeypatch.setattr(engine, "run", elsewhere)
-    options = {"metric": "sql2", "tile": 64, "workers": 2, "backend": "ray", "scratch": "shared/scratch"}
-    threads = torch.get_num_threads()
-    got, (_, _, square) = balance(["rows.npy"], threshold=0.1, **options), spanning_forest(["rows.npy"], 0.1, **options)
-    torch.set_num_threads(threads)
-    np.testing.assert_array_equal(got.set_id, balance(rows, threshold=0.1, metric="sql2").set_id)
+def test_what_workers_share_lies_where_it_is_told(tmp_path, monkeypatch):
+    rows, told, plain = np.concatenate([clumps(n=300, seed=s) for s in range(4)]), [], engine.run
+    monkeypatch.setattr(engine, "run", lambda f, tasks, **options: (told.extend(tasks), plain(f, tasks, **options))[1])
+    options = {"metric": "sql2", "tile": 64, "workers": 2, "scratch": tmp_path / "shared"}
+    got, (_, _, square) = balance(rows, threshold=0.1, **options), spanning_forest(rows, 0.1, **options)
     assert len(square) == len(rows) - len(got.set_sizes)
-    assert {task[0][0] for task in told} == {str(tmp_path / "rows.npy")}
-    assert {str(Path(task[1]).parent) for task in told} == {str(tmp_path / "shared/scratch")}
-    assert list((tmp_path / "shared/scratch").iterdir()) == []
+    assert {Path(task[1]).parent for task in told} == {tmp_path / "shared"}
+    assert list((tmp_path / "shared").iterdir()) == []
 
 
 def test_wrong_workers(monkeypatch):

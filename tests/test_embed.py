@@ -35,7 +35,7 @@ def world(tmp_path):
 
 def run(world, **options):
     return embed.run({"t": f"local-dir:{world / 'tiny'}"}, pairs=world / "pairs", out=world / "emb", batch_size=2,
-                     precision="fp32", workers=0, **options)
+                     precision="fp32", decoders=0, **options)
 
 
 def test_run_and_load(world):
@@ -68,7 +68,7 @@ def test_resumes_by_shard_with_the_same_bytes(world, monkeypatch):
 def test_teachers_together_as_each_alone(world, monkeypatch):
     models.export(tiny(seed=1), world / "other", config=CONFIG)
     names = {"t": f"local-dir:{world / 'tiny'}", "u": f"local-dir:{world / 'other'}"}
-    options = dict(pairs=world / "pairs", batch_size=2, precision="fp32", workers=0)
+    options = dict(pairs=world / "pairs", batch_size=2, precision="fp32", decoders=0)
     for name, model in names.items():
         embed.run({name: model}, out=world / "alone", **options)
     embed.run(names, out=world / "emb", **options)
@@ -81,6 +81,23 @@ def test_teachers_together_as_each_alone(world, monkeypatch):
     embed.run(names, out=world / "emb", **options)
     assert len(seen) == 1  # one shard of one teacher
     assert all((world / "alone" / f).read_bytes() == (world / "emb" / f).read_bytes() for f in files)
+
+
+def test_many_processes_write_the_same_bytes(world):
+    models.export(tiny(seed=1), world / "other", config=CONFIG)
+    names = {"t": f"local-dir:{world / 'tiny'}", "u": f"local-dir:{world / 'other'}"}
+    options = dict(pairs=world / "pairs", batch_size=2, precision="fp32", decoders=0)
+    one, two = (embed.run(names, out=world / str(n), workers=n, **options) for n in (1, 2))
+    files = [p.relative_to(world / "1") for p in (world / "1").rglob("*") if p.is_file()]
+    assert len(files) == 2 * (3 * 3 + 1) and one == two
+    assert all((world / "1" / f).read_bytes() == (world / "2" / f).read_bytes() for f in files)
+
+
+def test_a_worker_that_fails_says_why(world):
+    tar = sorted((world / "pairs").glob("*.tar"))[1]
+    tar.unlink()
+    with pytest.raises(shards.ShardError, match=tar.name):
+        embed.run({"t": f"local-dir:{world / 'tiny'}"}, pairs=world / "pairs", out=world / "emb", workers=2)
 
 
 def foreign(folder, parts, **names):

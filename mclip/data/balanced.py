@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..files import whole
+from . import lookup
 
 METRICS = ("l2", "sql2", "cosine")
 ABOUT = b"mclip.balance"  # of the table's metadata
@@ -114,6 +115,11 @@ def kept(folder: str | Path) -> Iterator[np.ndarray]:
             yield as_keys(piece.filter(piece["keep"])["key"].to_numpy(zero_copy_only=False))
     except (pa.ArrowException, KeyError, ValueError) as err:
         raise _other(path, err) from None
+
+
+def lookup_kept(folder: str | Path, cache: str | Path) -> lookup.Lookup:
+    """Finds the keys of the kept images (a number of 0 or more) in a file under `cache`, made where it isn't there."""
+    return lookup.make(cache, "kept", table(folder), lambda: ((keys, np.ones(len(keys))) for keys in kept(folder)))
 
 
 def count_kept(folder: str | Path) -> int:

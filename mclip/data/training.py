@@ -99,8 +99,7 @@ class ShardSides:
         self.spec = spec
         self.kept = self.labels = None
         if spec.pairs_kind == "kept":
-            self.kept = lookup.make(spec.cache, "kept", balanced.table(spec.balance),
-                                    lambda: ((keys, np.ones(len(keys))) for keys in balanced.kept(spec.balance)))
+            self.kept = balanced.lookup_kept(spec.balance, spec.cache)
         if spec.teacher is not None:
             self.labels = lookup.make(spec.cache, "labels", clustered.table(spec.clusters),
                                       lambda: clustered.labels(spec.clusters))

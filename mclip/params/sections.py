@@ -84,19 +84,24 @@ class Teachers(Section):
         return self
 
 
-class Embed(Section):
+class Spread(Section):
+    """A stage whose work goes to several processes; what comes out is the same, see mclip.engine."""
+
+    workers: PositiveInt = 1
+    backend: Literal["processes", "ray"] = "processes"
+
+
+class Embed(Spread):
     teachers: list[str] = Field(min_length=1)
     batch_size: PositiveInt
     precision: Precision
 
 
-class Balance(Section):
+class Balance(Spread):
     teacher: str
     metric: Metric
     threshold: PositiveFloat
     curve: list[PositiveFloat]
-    workers: PositiveInt = 1
-    backend: Literal["processes", "ray"] = "processes"
 
 
 class Cluster(Section):
@@ -107,7 +112,7 @@ class Cluster(Section):
     seed: NonNegativeInt
 
 
-class Reinforce(Section):
+class Reinforce(Spread):
     ensemble: list[str] = Field(min_length=1)
     n_aug: PositiveInt
     n_syn: NonNegativeInt

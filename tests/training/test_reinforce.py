@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mclip import models, reinforce
-from mclip.data import augment, reinforced, shards
+from mclip.data import augment, balanced, reinforced, shards
 from mclip.params import Reinforce
+from mclip.runs import in_part
 
 from .conftest import PX, N
 
@@ -32,9 +33,17 @@ def teachers(tmp_path_factory) -> dict[str, str]:
     return out
 
 
-def run(world, out, teachers, **changes):
-    kept = {f"k{i:03d}" for i in range(N)} - {"k005"}
-    return reinforce.run(SETTINGS.model_copy(update=changes), teachers, "", kept, pairs=world / "pairs", out=out, workers=0)
+def run(world, out, teachers, *, balance=None, captioner="", fraction=1.0, **changes):
+    return reinforce.run(SETTINGS.model_copy(update=changes), teachers, captioner, pairs=world / "pairs",
+                         balance=balance or world / "balance", fraction=fraction, out=out, cache=out.parent / "cache",
+                         decoders=0)
+
+
+def keeping(folder, keys):
+    """A balance folder that keeps all of some keys."""
+    balanced.write(folder, balanced.Balance(np.arange(len(keys)), np.ones(len(keys), bool), np.zeros(len(keys)),
+                                            np.array(keys), 0.1, "sql2"))
+    return folder
 
 
 def test_embeddings_are_the_teachers_of_the_replayed_pictures(world, teachers, tmp_path):
@@ -79,6 +88,25 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(world, teachers, tmp_
         assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes()
 
 
+def test_many_processes_write_the_same_bytes(world, teachers, tmp_path):
+    run(world, tmp_path / "one", teachers)
+    run(world, tmp_path / "two", teachers, workers=2)
+    for file in sorted((tmp_path / "one").iterdir()):
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+    reinforced.paths(tmp_path / "two", 1)[0].unlink()  # a killed run goes on, whatever the number of processes
+    whole = reinforced.paths(tmp_path / "two", 0)[0].stat().st_mtime_ns
+    run(world, tmp_path / "two", teachers)
+    assert reinforced.paths(tmp_path / "two", 0)[0].stat().st_mtime_ns == whole
+    assert reinforced.paths(tmp_path / "two", 1)[0].read_bytes() == reinforced.paths(tmp_path / "one", 1)[0].read_bytes()
+
+
+def test_a_fraction_of_the_kept_pairs(world, teachers, tmp_path):
+    meta = run(world, tmp_path / "r", teachers, fraction=0.5)
+    keys = [key for i in range(3) for key in reinforced.read_keys(tmp_path / "r", i)]
+    assert keys == [key for key in (f"k{i:03d}" for i in range(N)) if key != "k005" and in_part(key, 0.5)]
+    assert meta["samples"] == len(keys) and meta["kept"] != run(world, tmp_path / "all", teachers)["kept"]
+
+
 def test_other_settings_start_anew(world, teachers, tmp_path):
     run(world, tmp_path / "r", teachers)
     run(world, tmp_path / "r", teachers, n_aug=1)
@@ -87,7 +115,7 @@ def test_other_settings_start_anew(world, teachers, tmp_path):
 
 def test_nothing_kept_is_said(world, teachers, tmp_path):
     with pytest.raises(ValueError, match="no pair is kept"):
-        reinforce.run(SETTINGS, teachers, "", set(), pairs=world / "pairs", out=tmp_path / "r", workers=0)
+        run(world, tmp_path / "r", teachers, balance=keeping(tmp_path / "balance", ["elsewhere"]))
 
 
 def test_captions_come_from_the_captioner(world, teachers, tmp_path, monkeypatch):
@@ -103,9 +131,8 @@ def test_captions_come_from_the_captioner(world, teachers, tmp_path, monkeypatch
     bars, bar = [], reinforce.bar
     monkeypatch.setattr(captioner, "generate", generate)
     monkeypatch.setattr(reinforce, "bar", lambda **options: bars.append(bar(**options)) or bars[-1])
-    kept = {f"k{i:03d}" for i in range(N)}
-    reinforce.run(SETTINGS.model_copy(update={"n_syn": 2}), teachers, teachers["a"], kept, pairs=world / "pairs",
-                  out=tmp_path / "r", workers=0)
+    run(world, tmp_path / "r", teachers, captioner=teachers["a"], n_syn=2,
+        balance=keeping(tmp_path / "balance", [f"k{i:03d}" for i in range(N)]))
     assert bars[0].n == bars[0].total == 2 * N
     shard = reinforced.read_shard(tmp_path / "r", 0)
     assert shard.text_emb.shape == (8, 3, 11) and len({s[0] for s in shard.syn_text}) == 8
