@@ -52,7 +52,7 @@ def run(teachers: dict[str, str], *, pairs: str | Path = "data/pairs", out: str 
     todo = {i: [teacher for teacher in own if i in teacher.todo] for i in sorted({i for t in own for i in t.todo})}
     options = {"batch_size": batch_size, "precision": precision, "decoders": decoders}
     total = sum(manifest["shards"][i]["samples"] * len(wanted) for i, wanted in todo.items())
-    with progress.bar(desc="embed", unit="embedding", total=total) as bar:
+    with progress.bar(desc="embed", unit="embedding", total=total, hidden=not total) as bar:
         if alone:
             for i, wanted in todo.items():
                 _embed_shard(i, [(t.loaded, t.folder) for t in wanted], Path(pairs), done=bar.update, device=device,
