@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 
 def bar(iterable: Iterable | None = None, *, desc: str, unit: str = "it", total: int | None = None,
-        hidden: bool = False) -> tqdm:
-    """A tqdm bar over `iterable` (or `total` manual `.update()` steps); hidden: it counts and shows nothing."""
+        initial: int = 0, hidden: bool = False) -> tqdm:
+    """A tqdm bar over `iterable`, or `total` manual `.update()` steps, `initial` of them done before; hidden: it only
+    counts."""
     path = os.environ.get("MCLIP_PROGRESS")
     stream = open(path, "a", buffering=1) if path else sys.stderr  # noqa: SIM115 - lives as long as the bar
-    return tqdm(iterable, desc=desc, unit=unit, total=total, file=stream, mininterval=0.5, dynamic_ncols=not path,
-                ncols=100 if path else None, leave=True, disable=hidden)
+    return tqdm(iterable, desc=desc, unit=unit, total=total, initial=initial, file=stream, mininterval=0.5,
+                dynamic_ncols=not path, ncols=100 if path else None, leave=True, disable=hidden)

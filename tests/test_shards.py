@@ -2,13 +2,16 @@
 
 import io
 import json
+import os
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mclip.data import shards
+from mclip.data import shards, tars
+from mclip.data.check import check_shards, expand
 from mclip.data.shards import Sample, ShardError
 
 
@@ -38,7 +41,7 @@ def pair(key: str, seed: int = 0) -> list[tuple[str, bytes]]:
 
 def check(tmp_path, *sources: str) -> tuple[dict, list[str], dict]:
     """(manifest, keys that iter_samples gives, {key: reason})"""
-    manifest = shards.check_shards(sources, tmp_path / "out", workers=1)
+    manifest = check_shards(sources, tmp_path / "out", workers=1)
     keys = [s.key for s in shards.iter_samples(tmp_path / "out")]
     assert len(keys) == manifest["samples"]
     return manifest, keys, {entry["key"]: entry["reason"] for entry in manifest["skipped"]}
@@ -173,30 +176,71 @@ def test_missing_and_empty_shards(tmp_path):
 
 def test_nothing_good_is_an_error(tmp_path):
     with pytest.raises(ShardError, match=r"no good pair in 1 shards.*missing shard"):
-        shards.check_shards([str(tmp_path / "no-*.tar")], tmp_path / "out")
+        check_shards([str(tmp_path / "no-*.tar")], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_sources_inside_the_output_are_refused(tmp_path):
     shards.write_shards(pairs(2), tmp_path / "out", shard_size=2)
     with pytest.raises(ShardError, match="move it elsewhere"):
-        shards.check_shards([str(tmp_path / "out" / "*.tar")], tmp_path / "out")
+        check_shards([str(tmp_path / "out" / "*.tar")], tmp_path / "out")
     assert len(list(shards.iter_samples(tmp_path / "out"))) == 2
 
 
 def test_processes_give_the_same_manifest(tmp_path):
     shards.write_shards(pairs(6), tmp_path / "p", shard_size=2)
     source = [str(tmp_path / "p" / "*.tar"), str(tmp_path / "none.tar")]
-    one = shards.check_shards(source, tmp_path / "one", workers=1)
-    two = shards.check_shards(source, tmp_path / "two", workers=2)
+    one = check_shards(source, tmp_path / "one", workers=1)
+    two = check_shards(source, tmp_path / "two", workers=2)
     assert one == two
     assert (tmp_path / "one/manifest.json").read_bytes() == (tmp_path / "two/manifest.json").read_bytes()
+
+
+def test_a_killed_check_goes_on_where_it_was(tmp_path, monkeypatch):
+    shards.write_shards(pairs(6), tmp_path / "p", shard_size=2)
+    files = sorted((tmp_path / "p").glob("*.tar"))
+    sources, state, read, plain = [*map(str, files), str(tmp_path / "none.tar")], tmp_path / "state", [], tars.open_source
+    want = check_shards(sources, tmp_path / "out", workers=1)
+
+    def opened(source):
+        if len(read) == 2:
+            raise KeyboardInterrupt
+        read.append(Path(source).name)
+        return plain(source)
+
+    monkeypatch.setattr(tars, "open_source", opened)
+    with pytest.raises(KeyboardInterrupt):
+        check_shards(sources, tmp_path / "again", workers=1, state=state)
+    assert read == [files[0].name, files[1].name] and not (tmp_path / "again").exists()
+    os.utime(files[0], ns=(1, 1))  # written again meanwhile, as far as can be told
+    read.clear()
+    read.append("")
+    with pytest.raises(KeyboardInterrupt):
+        check_shards(sources, tmp_path / "again", workers=1, state=state)
+    assert read == ["", files[0].name]
+    monkeypatch.setattr(tars, "open_source", lambda source: (read.append(Path(source).name), plain(source))[1])
+    assert check_shards(sources, tmp_path / "again", workers=1, state=state) == want
+    assert read[2:] == [files[2].name, "none.tar"] and not state.exists()
+
+
+def test_a_shard_that_was_missing_is_looked_for_again(tmp_path):
+    source = f"pipe:cat {tmp_path}/s.tar 2>&-"
+    with pytest.raises(ShardError, match="no good pair"):
+        check_shards([source], tmp_path / "out", workers=1, state=tmp_path / "state")
+    write_raw(tmp_path / "s.tar", pair("a"))
+    assert check_shards([source], tmp_path / "out", workers=1, state=tmp_path / "state")["samples"] == 1
+
+
+def test_a_name_that_is_no_text(tmp_path):
+    source = write_raw(tmp_path / "s.tar", pair("a") + pair("b\udcff") + pair("c"))
+    _, keys, skipped = check(tmp_path, source)
+    assert keys == ["a", "c"] and skipped == {"b\\udcff": "key is not UTF-8"}
 
 
 def test_relative_sources_move_with_the_tree(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shards.write_shards(pairs(2), "p", shard_size=2)
-    manifest = shards.check_shards(["p/*.tar"], "data/pairs", workers=1)
+    manifest = check_shards(["p/*.tar"], "data/pairs", workers=1)
     assert manifest["shards"][0]["file"] == "../../p/pairs-000000.tar"
     monkeypatch.chdir("/")
     assert len(list(shards.iter_samples(tmp_path / "data/pairs"))) == 2
@@ -226,7 +270,7 @@ def test_a_download_that_breaks_off_is_a_truncated_tar(tmp_path):
 
 def test_a_shard_changed_since_the_check(tmp_path):
     source = write_raw(tmp_path / "s.tar", pair("a") + pair("b"))
-    shards.check_shards([source], tmp_path / "out", workers=1)
+    check_shards([source], tmp_path / "out", workers=1)
     write_raw(source, pair("a"))
     with pytest.raises(ShardError, match=r"s\.tar: 1 samples, 2 when it was checked"):
         list(shards.iter_samples(tmp_path / "out"))
@@ -240,7 +284,7 @@ def test_missing_manifest_names_the_stage(tmp_path):
 def test_expand(tmp_path):
     for name in ("b.tar", "a.tar"):
         (tmp_path / name).touch()
-    assert shards.expand([f"{tmp_path}/*.tar", f"{tmp_path}/a.tar", "https://host/{00..02}.tar"]) == [
+    assert expand([f"{tmp_path}/*.tar", f"{tmp_path}/a.tar", "https://host/{00..02}.tar"]) == [
         f"{tmp_path}/a.tar",
         f"{tmp_path}/b.tar",
         *(f"https://host/{i:02d}.tar" for i in range(3)),

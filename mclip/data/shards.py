@@ -1,4 +1,4 @@
-"""Image-text pairs as webdataset tars: write, check, read.
+"""Image-text pairs as webdataset tars: write, read.
 
 A shard is a tar of `KEY.{jpg,jpeg,png,webp}` + `KEY.txt` + `KEY.json`, as img2dataset writes it and
 open_clip's trainer reads it. A folder of shards is whole when it has its manifest.json, written last::
@@ -6,18 +6,15 @@ open_clip's trainer reads it. A folder of shards is whole when it has its manife
     {"shards": [{"file", "samples", "sha256"}, ...], "samples": n,
      "skipped": [{"file", "key", "reason"}, ...]}
 
-`file` is relative to the folder, absolute or a URL; `samples` counts what is kept. `check_shards` reads each
-shard of somebody else's set once, decodes every image and lists what it skips; `iter_samples` then skips
-exactly that.
+`file` is relative to the folder, absolute or a URL; `samples` counts what is kept. `mclip.data.check` makes the
+manifest of somebody else's set, which lists what is skipped; `iter_samples` then skips exactly that.
 """
 
 import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from glob import glob, has_magic
-from multiprocessing import get_context
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +22,6 @@ from PIL import Image
 
 from mclip.data import tars
 from mclip.files import whole_folder, write_json
-from mclip.progress import bar
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MANIFEST = "manifest.json"
@@ -95,123 +91,70 @@ def write_shards(
                 flush()
         if batch:
             flush()
-        manifest = _manifest(shards, list(skipped), info)
+        manifest = manifest_of(shards, list(skipped), info)
         write_json(scratch / MANIFEST, manifest)
     return manifest
 
 
-# --------------------------------------------------------------------------------------------- checking
+# ---------------------------------------------------------------------------------------------- reading
 
 
-def expand(patterns: Iterable[str]) -> list[str]:
-    """Shards that patterns name, in order, each once: `{000..099}` and globs expand, URLs stay as they are.
-
-    A glob that matches nothing stays too, so that it is reported as missing instead of silently dropped.
-    """
-    from webdataset.shardlists import expand_urls
-
-    found: list[str] = []
-    for pattern in patterns:
-        for url in expand_urls(pattern):
-            matches = sorted(glob(url, recursive=True)) if has_magic(url) and not tars.is_url(url) else []
-            found.extend(matches or [url])
-    return list(dict.fromkeys(found))
-
-
-def check_shards(sources: Iterable[str], folder: str | Path, *, workers: int | None = None) -> dict[str, Any]:
-    """Read every shard once, decode every image, and write `folder`/manifest.json of what is good.
-
-    Skipped, each named with its reason: a corrupt image, an empty or missing caption, a missing image, an
-    extension nobody reads, a duplicate key (the first good one is kept), what a truncated tar cuts off (what
-    comes before is kept), a missing shard. Nothing is copied: the manifest points at the sources.
-
-    Parameters
-    ----------
-    sources : as `expand` takes them
-    folder : where the manifest goes; not a folder that holds the sources
-    workers : processes; None: one a core
-
-    Returns
-    -------
-    the manifest
-    """
-    sources, folder = expand(sources), Path(folder)
-    inside = [s for s in sources if not tars.is_url(s) and folder.resolve() in Path(s).resolve().parents]
-    if inside:
-        raise ShardError(f"data.shards: {inside[0]} lies in {folder}, which this stage writes: move it elsewhere")
-    if not sources:
-        raise ShardError("data.shards: no shard named")
-    workers = min(workers or os.cpu_count() or 1, len(sources))
-    shards, skipped, seen = [], [], set()
-    # spawned, not forked: notebooks and torch have threads
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        results = pool.map(_check_shard, sources) if workers > 1 else map(_check_shard, sources)
-        for source, found in zip(
-            sources, bar(results, desc="check shards", unit="shard", total=len(sources)), strict=True
-        ):
-            file = source if tars.is_url(source) or Path(source).is_absolute() else os.path.relpath(source, folder)
-            bad = [{"file": file, **entry} for entry in found.skipped]
-            kept = 0
-            for index, key in found.good:
-                if key in seen:
-                    bad.append({"file": file, "index": index, "key": key, "reason": "duplicate key"})
-                else:
-                    seen.add(key)
-                    kept += 1
-            if found.sha256 is not None:
-                shards.append({"file": file, "samples": kept, "sha256": found.sha256})
-            skipped += sorted(bad, key=lambda entry: entry.get("index", 1 << 62))
-    if not seen:
-        first = f"; {skipped[0]['file']}: {skipped[0]['reason']}" if skipped else ""
-        raise ShardError(f"data.shards: no good pair in {len(sources)} shards{first}")
-    manifest = _manifest(shards, skipped)
-    with whole_folder(folder) as scratch:
-        write_json(scratch / MANIFEST, manifest)
-    return manifest
-
-
-class _Found(NamedTuple):
-    sha256: str | None  # None: the shard could not be opened
-    good: list[tuple[int, str]]  # (index in the shard, key)
-    skipped: list[dict[str, Any]]
-
-
-def _check_shard(source: str) -> _Found:
-    good, skipped = [], []
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a whole folder of shards."""
+    path = Path(folder) / MANIFEST
     try:
-        with tars.open_source(source) as file:
-            stream = tars.Recorder(file)
-            for index, (key, files, damage) in enumerate(tars.groups(stream)):
-                if key is None:
-                    skipped.append({"key": None, "reason": damage})
-                # a cut between files that nobody needs leaves the last sample whole
-                elif reason := (isinstance(_sample(key, files), str) and damage) or _problem(key, files):
-                    skipped.append({"index": index, "key": key, "reason": reason})
-                else:
-                    good.append((index, key))
-            stream.drain()
-            if not stream.length and tars.is_url(source):
-                raise OSError("nothing came from it")
-            return _Found(stream.sha256.hexdigest(), good, skipped)
-    except OSError as err:
-        return _Found(None, [], [{"key": None, "reason": f"missing shard: {err.strerror or tars.short(err)}"}])
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ShardError(f"{path} is missing: run `dvc repro data` first") from None
+    except ValueError as err:
+        raise ShardError(f"{path}: not JSON ({err}): run `dvc repro -f data`") from None
 
 
-def _problem(key: str, files: dict[str, bytes]) -> str | None:
-    """Why a sample can't be used, or None."""
-    sample = _sample(key, files)
-    if isinstance(sample, str):
-        return sample
+def iter_samples(folder: str | Path, *, shards: list[int] | None = None) -> Iterator[Sample]:
+    """The samples of a checked folder in the manifest's order, less exactly what it lists as skipped.
+
+    shards: indices into the manifest's shards; None: all. Nothing is decoded.
+    """
     try:
-        with Image.open(io.BytesIO(sample.image)) as image:
-            image.draft("RGB", (32, 32))  # JPEG: every byte is still parsed, eight times fewer pixels are made
-            image.load()
-    except Exception as err:  # Pillow's decoders raise nearly anything on damaged bytes
-        return f"corrupt image: {tars.short(err)}"
-    return None
+        state = (Path(folder) / MANIFEST).stat()
+    except OSError:
+        state = None  # which read_manifest says
+    entries, skip = _entries(Path(folder), state and (state.st_size, state.st_mtime_ns, state.st_ino))
+    for number in range(len(entries)) if shards is None else shards:
+        shard = entries[number]
+        out, count = skip.get(shard["file"], set()), 0
+        source = shard["file"] if tars.is_url(shard["file"]) else os.path.normpath(Path(folder) / shard["file"])
+        try:
+            with tars.open_source(source) as file:
+                for index, (key, files, _) in enumerate(tars.groups(file)):
+                    if key is None or index in out:
+                        continue
+                    sample = as_sample(key, files)
+                    if isinstance(sample, str):
+                        raise ShardError(
+                            f"{source}: {key}: {sample}; not so when it was checked: run `dvc repro -f data`"
+                        )
+                    count += 1
+                    yield sample
+        except OSError as err:
+            raise ShardError(f"{source}: {err.strerror or err}: run `dvc repro -f data`") from None
+        if count != shard["samples"]:
+            raise ShardError(
+                f"{source}: {count} samples, {shard['samples']} when it was checked: run `dvc repro -f data`"
+            )
 
 
-def _sample(key: str, files: dict[str, bytes]) -> Sample | str:
+@lru_cache(maxsize=4)
+def _entries(folder: Path, state: Any) -> tuple[list[dict], dict[str, set[int]]]:
+    """The manifest's shards, and the indices that each file skips: read once, not for each shard of thousands."""
+    manifest, skip = read_manifest(folder), {}
+    for entry in manifest["skipped"]:
+        if "index" in entry:
+            skip.setdefault(entry["file"], set()).add(entry["index"])
+    return manifest["shards"], skip
+
+
+def as_sample(key: str, files: dict[str, bytes]) -> Sample | str:
     """A tar's files of one key as a Sample, or the reason why they are none. The image is not decoded."""
     ext = next((e for e in IMAGE_EXTENSIONS if e in files), None)
     if ext is None:
@@ -234,54 +177,6 @@ def _sample(key: str, files: dict[str, bytes]) -> Sample | str:
     if not isinstance(meta, dict):
         return "metadata is not a JSON object"
     return Sample(key, files[ext], ext, caption, meta)
-
-
-# ---------------------------------------------------------------------------------------------- reading
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a whole folder of shards."""
-    path = Path(folder) / MANIFEST
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ShardError(f"{path} is missing: run `dvc repro data` first") from None
-    except ValueError as err:
-        raise ShardError(f"{path}: not JSON ({err}): run `dvc repro -f data`") from None
-
-
-def iter_samples(folder: str | Path, *, shards: list[int] | None = None) -> Iterator[Sample]:
-    """The samples of a checked folder in the manifest's order, less exactly what it lists as skipped.
-
-    shards: indices into the manifest's shards; None: all. Nothing is decoded.
-    """
-    manifest = read_manifest(folder)
-    skip: dict[str, set[int]] = {}
-    for entry in manifest["skipped"]:
-        if "index" in entry:
-            skip.setdefault(entry["file"], set()).add(entry["index"])
-    for number in range(len(manifest["shards"])) if shards is None else shards:
-        shard = manifest["shards"][number]
-        out, count = skip.get(shard["file"], set()), 0
-        source = shard["file"] if tars.is_url(shard["file"]) else os.path.normpath(Path(folder) / shard["file"])
-        try:
-            with tars.open_source(source) as file:
-                for index, (key, files, _) in enumerate(tars.groups(file)):
-                    if key is None or index in out:
-                        continue
-                    sample = _sample(key, files)
-                    if isinstance(sample, str):
-                        raise ShardError(
-                            f"{source}: {key}: {sample}; not so when it was checked: run `dvc repro -f data`"
-                        )
-                    count += 1
-                    yield sample
-        except OSError as err:
-            raise ShardError(f"{source}: {err.strerror or err}: run `dvc repro -f data`") from None
-        if count != shard["samples"]:
-            raise ShardError(
-                f"{source}: {count} samples, {shard['samples']} when it was checked: run `dvc repro -f data`"
-            )
 
 
 class Pictures:
@@ -307,7 +202,8 @@ def decode(sample: Sample | bytes) -> Image.Image:
     return image.convert("RGB")
 
 
-def _manifest(shards: list[dict], skipped: list[dict], info: dict[str, Any] | None = None) -> dict[str, Any]:
+def manifest_of(shards: list[dict], skipped: list[dict], info: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What manifest.json holds."""
     return {
         "shards": shards,
         "samples": sum(s["samples"] for s in shards),

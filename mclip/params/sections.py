@@ -13,6 +13,13 @@ Precision = Literal["auto", "fp32", "bf16"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+class Spread(Section):
+    """A stage whose work goes to several processes; what comes out is the same, see mclip.engine."""
+
+    workers: PositiveInt = 1
+    backend: Literal["processes", "ray"] = "processes"
+
+
 class DemoData(Section):
     styles: list[Literal["noto", "twemoji", "fluent"]] = Field(min_length=1)
     cifar_train: Annotated[int, Field(ge=0, le=40_000)]
@@ -25,7 +32,8 @@ class DemoData(Section):
     seed: NonNegativeInt
 
 
-class Data(Section):
+class Data(Spread):
+    workers: PositiveInt | None = None
     source: Literal["demo", "webdataset"]
     shards: list[str]
     shard_size: PositiveInt
@@ -82,13 +90,6 @@ class Teachers(Section):
             if not self.models.get(name, "").startswith("local-dir:"):
                 raise ValueError(f"assemble.{name} needs a local-dir: entry of its name in teachers.models")
         return self
-
-
-class Spread(Section):
-    """A stage whose work goes to several processes; what comes out is the same, see mclip.engine."""
-
-    workers: PositiveInt = 1
-    backend: Literal["processes", "ray"] = "processes"
 
 
 class Embed(Spread):

@@ -1,0 +1,171 @@
+"""Somebody else's shards: read once, every image decoded, what can't be used listed by name.
+
+    manifest = check_shards(["/data/cc3m/{00000..00331}.tar"], "data/pairs", state="data/cache/checked")
+
+Shards are independent, so they go to as many processes as there are cores, or to a Ray cluster (mclip.engine). What was
+found of each lies in the state's folder until all are done: a killed check goes on where it was.
+"""
+
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from contextlib import nullcontext
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from mclip import engine
+from mclip.data import tars
+from mclip.data.shards import MANIFEST, ShardError, as_sample, manifest_of
+from mclip.files import digest, whole_folder, write_json, write_whole
+from mclip.progress import bar
+
+
+def expand(patterns: Iterable[str]) -> list[str]:
+    """Shards that patterns name, in order, each once: `{000..099}` and globs expand, URLs stay as they are.
+
+    A glob that matches nothing stays too, so that it is reported as missing instead of silently dropped.
+    """
+    from webdataset.shardlists import expand_urls
+
+    found: list[str] = []
+    for pattern in patterns:
+        for url in expand_urls(pattern):
+            matches = sorted(glob(url, recursive=True)) if has_magic(url) and not tars.is_url(url) else []
+            found.extend(matches or [url])
+    return list(dict.fromkeys(found))
+
+
+def check_shards(sources: Iterable[str], folder: str | Path, *, state: str | Path | None = None,
+                 workers: int | None = None, backend: str = "processes") -> dict[str, Any]:
+    """Read every shard once, decode every image, and write `folder`/manifest.json of what is good.
+
+    Skipped, each named with its reason: a corrupt image, an empty or missing caption, a missing image, an
+    extension nobody reads, a duplicate key (the first good one is kept), what a truncated tar cuts off (what
+    comes before is kept), a missing shard. Nothing is copied: the manifest points at the sources.
+
+    Parameters
+    ----------
+    sources : as `expand` takes them
+    folder : where the manifest goes; not a folder that holds the sources
+    state : folder for what was found so far, deleted at the end; a file that has changed meanwhile is read again. None:
+        a temporary one
+    workers : processes; None: one a core
+    backend : of several workers, see mclip.engine
+
+    Returns
+    -------
+    the manifest
+    """
+    sources, folder = expand(sources), Path(folder)
+    inside = [s for s in sources if not tars.is_url(s) and folder.resolve() in Path(s).resolve().parents]
+    if inside:
+        raise ShardError(f"data.shards: {inside[0]} lies in {folder}, which this stage writes: move it elsewhere")
+    if not sources:
+        raise ShardError("data.shards: no shard named")
+    with tempfile.TemporaryDirectory() if state is None else nullcontext(state) as place:
+        results = {source: Path(place) / f"{digest([source, _stamp(source)])}.json" for source in sources}
+        todo = [(source, file) for source, file in results.items() if not file.exists()]
+        with bar(desc="check shards", unit="shard", total=len(sources), initial=len(sources) - len(todo)) as progress:
+            workers = min(workers or os.cpu_count() or 1, max(1, len(todo)))
+            for _ in engine.run(_check_shard, todo, workers=workers, backend=backend):
+                progress.update()
+        shards, skipped = _gathered(results, folder)
+        if not shards or not any(shard["samples"] for shard in shards):
+            first = f"; {skipped[0]['file']}: {skipped[0]['reason']}" if skipped else ""
+            raise ShardError(f"data.shards: no good pair in {len(sources)} shards{first}")
+        manifest = manifest_of(shards, skipped)
+        with whole_folder(folder) as scratch:
+            write_json(scratch / MANIFEST, manifest)
+    if state is not None:
+        shutil.rmtree(state)
+    return manifest
+
+
+class _Found(NamedTuple):
+    sha256: str | None  # None: the shard could not be opened
+    good: list[tuple[int, str]]  # (index in the shard, key)
+    skipped: list[dict[str, Any]]
+
+
+def _stamp(source: str) -> list[int] | None:
+    """What tells that a file is still the same; nothing does of a URL, or of what isn't there."""
+    try:
+        found = None if tars.is_url(source) else os.stat(source)
+    except OSError:
+        found = None
+    return found and [found.st_size, found.st_mtime_ns]
+
+
+def _gathered(results: dict[str, Path], folder: Path) -> tuple[list[dict], list[dict]]:
+    """The manifest's shards and what they skip, in order: a duplicate key is known by all that comes before it."""
+    shards, skipped, seen = [], [], set()
+    for source, result in results.items():
+        found = _Found(**json.loads(result.read_text()))
+        file = source if tars.is_url(source) or Path(source).is_absolute() else os.path.relpath(source, folder)
+        bad = [{"file": file, **entry} for entry in found.skipped]
+        kept = 0
+        for index, key in found.good:
+            if key in seen:
+                bad.append({"file": file, "index": index, "key": key, "reason": "duplicate key"})
+            else:
+                seen.add(key)
+                kept += 1
+        if found.sha256 is not None:
+            shards.append({"file": file, "samples": kept, "sha256": found.sha256})
+        else:
+            result.unlink()  # it may be there the next time
+        skipped += sorted(bad, key=lambda entry: entry.get("index", 1 << 62))
+    return shards, skipped
+
+
+def _check_shard(source: str, result: Path) -> None:
+    """A worker's task: what there is in a shard, as a file."""
+    write_whole(result, json.dumps(_look_through(source)._asdict()))
+
+
+def _look_through(source: str) -> _Found:
+    good, skipped = [], []
+    try:
+        with tars.open_source(source) as file:
+            stream = tars.Recorder(file)
+            for index, (key, files, damage) in enumerate(tars.groups(stream)):
+                if key is None:
+                    skipped.append({"key": None, "reason": damage})
+                # a cut between files that nobody needs leaves the last sample whole
+                elif reason := (isinstance(as_sample(key, files), str) and damage) or _problem(key, files):
+                    skipped.append({"index": index, "key": _readable(key), "reason": reason})
+                else:
+                    good.append((index, key))
+            stream.drain()
+            if not stream.length and tars.is_url(source):
+                raise OSError("nothing came from it")
+            return _Found(stream.sha256.hexdigest(), good, skipped)
+    except OSError as err:
+        return _Found(None, [], [{"key": None, "reason": f"missing shard: {err.strerror or tars.short(err)}"}])
+
+
+def _problem(key: str, files: dict[str, bytes]) -> str | None:
+    """Why a sample can't be used, or None."""
+    if key != _readable(key):
+        return "key is not UTF-8"  # nor could a table hold it
+    sample = as_sample(key, files)
+    if isinstance(sample, str):
+        return sample
+    try:
+        with Image.open(io.BytesIO(sample.image)) as image:
+            image.draft("RGB", (32, 32))  # JPEG: every byte is still parsed, eight times fewer pixels are made
+            image.load()
+    except Exception as err:  # Pillow's decoders raise nearly anything on damaged bytes
+        return f"corrupt image: {tars.short(err)}"
+    return None
+
+
+def _readable(key: str) -> str:
+    """A key as text, whatever bytes a tar has for its name."""
+    return key.encode("utf-8", "backslashreplace").decode()
