@@ -196,6 +196,8 @@ def reinforce_samples(samples: Sequence[shards.Sample], settings: Reinforce, ens
     done : called with the number of passes since the last call: of a pair's views through the teachers, of its
         picture through the captioner.
     """
+    if not samples:
+        return _nothing(settings, ensemble)
     device = next(ensemble[0][0].parameters()).device
     # batch_size counts pictures
     loader = DataLoader(_Views(samples, settings), batch_size=max(1, settings.batch_size // settings.n_aug),
@@ -220,7 +222,7 @@ def reinforce_samples(samples: Sequence[shards.Sample], settings: Reinforce, ens
         image_emb.append(part)
         done(len(part))
     captions = [[] for _ in samples]
-    if writer is not None and samples:
+    if writer is not None:
         from .captioner import generate
 
         seed = int.from_bytes(hashlib.sha256(f"{settings.seed}\0{samples[0].key}".encode()).digest()[:4], "big")
@@ -229,17 +231,23 @@ def reinforce_samples(samples: Sequence[shards.Sample], settings: Reinforce, ens
                             prepare=lambda pictures: augment.to_input(pictures, *shape), done=done)
     texts = [t for sample, syn in zip(samples, captions, strict=True) for t in (sample.caption, *syn)]
     text_emb = models.encode_texts_with_all(ensemble, texts, precision=settings.precision)
-    width = sum(t.shape[-1] for t in text_emb) if samples else 0
-    p = 4 + 2 * settings.randaugment_ops
     return Shard(
         keys=[s.key for s in samples],
         captions=[s.caption for s in samples],
         syn_text=captions,
-        augment=torch.cat(rows).numpy() if rows else np.zeros((0, settings.n_aug, p), np.float32),
-        image_emb=torch.cat(image_emb) if samples else torch.zeros(0, settings.n_aug, width, dtype=torch.bfloat16),
-        text_emb=(torch.cat(text_emb, dim=-1).view(len(samples), len(texts) // len(samples), -1) if samples
-                  else torch.zeros(0, 1 + settings.n_syn, width)).bfloat16(),
+        augment=torch.cat(rows).numpy(),
+        image_emb=torch.cat(image_emb),
+        text_emb=torch.cat(text_emb, dim=-1).view(len(samples), len(texts) // len(samples), -1).bfloat16(),
     )
+
+
+def _nothing(settings: Reinforce, ensemble: Sequence[tuple]) -> Shard:
+    """A shard of which no pair is kept, as wide as the others."""
+    width = sum(models.encode_texts(model, tokenizer, ["a"]).shape[1] for model, tokenizer in ensemble)
+    parameters = 4 + 2 * settings.randaugment_ops
+    return Shard([], [], [], np.zeros((0, settings.n_aug, parameters), np.float32),
+                 torch.zeros(0, settings.n_aug, width, dtype=torch.bfloat16),
+                 torch.zeros(0, 1 + settings.n_syn, width, dtype=torch.bfloat16))
 
 
 def _normalisation(model: torch.nn.Module) -> tuple[tuple, tuple]:

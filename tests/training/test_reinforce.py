@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mclip import models, reinforce
-from mclip.data import augment, balanced, reinforced, shards
+from mclip.data import augment, balanced, reinforced, shards, training
 from mclip.params import Reinforce
-from mclip.runs import in_part
+from mclip.runs import TrainingSet, in_part
 
 from .conftest import PX, N
 
@@ -111,6 +111,19 @@ def test_other_settings_start_anew(world, teachers, tmp_path):
     run(world, tmp_path / "r", teachers)
     run(world, tmp_path / "r", teachers, n_aug=1)
     assert reinforced.read_shard(tmp_path / "r", 1).augment.shape[1] == 1
+
+
+def test_a_shard_of_which_nothing_is_kept_is_as_wide_as_the_others(world, teachers, tmp_path):
+    keys = [f"k{i:03d}" for i in range(N) if i // 8 != 1]
+    assert run(world, tmp_path / "r", teachers, balance=keeping(tmp_path / "balance", keys))["samples"] == len(keys)
+    empty, full = (reinforced.read_shard(tmp_path / "r", i) for i in (1, 0))
+    for name in ("augment", "image_emb", "text_emb"):
+        assert getattr(empty, name).shape == (0, *getattr(full, name).shape[1:])
+    (tmp_path / "out").mkdir()
+    reinforced.select(tmp_path / "r", tmp_path / "out", n_aug=1, ensemble=["b"])
+    assert reinforced.read_shard(tmp_path / "out", 1).image_emb.shape == (0, 1, 6)
+    spec = TrainingSet("reinforced", image_px=PX, pairs=str(world / "pairs"), reinforced=str(tmp_path / "r"))
+    assert training.load_side(spec).keys == keys
 
 
 def test_nothing_kept_is_said(world, teachers, tmp_path):
