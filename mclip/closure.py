@@ -22,7 +22,7 @@ from .files import digest, write_whole
 
 FOLDER = "data/code"
 # never change a stage's data: they show, check, name, or start what gives the same bytes when it is started otherwise
-SHOWING = {"closure", "files", "needs", "pages", "params", "plots", "progress", "report", "warm"}
+SHOWING = {"closure", "files", "forks", "needs", "pages", "params", "plots", "progress", "report", "warm"}
 NAME = re.compile(r"mclip(\.\w+)+")
 
 

@@ -15,13 +15,11 @@ the command runs as if it was called alone.
 import contextlib
 import json
 import os
-import selectors
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +112,7 @@ def attach(notes: str, argv: list[str]) -> int:
     if not pid:  # the warm process is gone: as without it, also for what this one starts
         del os.environ[SOCKET]  # the module would hand over to it again, and so for ever
         if notes:
-            _note(notes, "pid", os.getpid())
+            note(notes, "pid", os.getpid())
         os.execv(sys.executable, [sys.executable, "-m", *argv])
     status = int(connection.recv(64) or 1)
     if status < 0:
@@ -123,170 +121,12 @@ def attach(notes: str, argv: list[str]) -> int:
     return status
 
 
-# --- the warm process -------------------------------------------------------------------------------------
-
-@dataclass
-class Child:
-    """A fork: who stands for it, where its notes go, and the largest that forks at its time took, bytes.
-
-    What a kernel starts (trainings) are forks too, no children of it: their memory counts as the kernel's.
-    """
-
-    connection: socket.socket
-    notes: str
-    peak_rss: int = 0
-
-
-def serve(address: str, libraries: list[str]) -> dict[str, Any] | None:
-    """Import, then fork at every request until stdin closes. In a fork: its request; at the end: None."""
-    import gc
-    import importlib
-
-    stop = os.dup(0)
-    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-    sys.modules.setdefault(NEEDLESS, None)  # type: ignore[arg-type]
-    for name in libraries:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
-    # only now: who asks earlier does better to import for itself, on another core, than to wait
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(f"{address}.draft")
-    listener.listen(64)
-    os.replace(f"{address}.draft", address)
-    gc.collect()
-    gc.freeze()  # a fork's collector doesn't go through, and so copy, what all share
-    woken, wake = os.pipe()
-    os.set_blocking(wake, False)
-    signal.set_wakeup_fd(wake)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    children: dict[int, Child] = {}
-    events = selectors.DefaultSelector()
-    for source in (listener, stop, woken):
-        events.register(source, selectors.EVENT_READ)
-    while True:
-        for key, _ in events.select():
-            if key.fileobj == stop:
-                for pid in children:
-                    _end(pid)
-                return None
-            if key.fileobj == woken:
-                os.read(woken, 4096)
-                for pid in _ended(children):
-                    connection = children.pop(pid).connection
-                    with contextlib.suppress(KeyError):
-                        events.unregister(connection)
-                    connection.close()
-            elif key.fileobj is listener:
-                request = _fork(listener, children, events, (stop, woken, wake))
-                if request is not None:
-                    return request
-            elif key.fileobj.fileno() >= 0:  # not closed just now: who stood for a fork is gone, its family goes too
-                events.unregister(key.fileobj)
-                for pid in [p for p, c in children.items() if c.connection is key.fileobj]:
-                    _end(pid)
-
-
-def _fork(listener: socket.socket, children: dict[int, Child], events: Any,
-          private: tuple[int, ...]) -> dict[str, Any] | None:
-    """Take a request. In its fork, where nothing of the warm process is left open: the request; here None."""
-    connection, _ = listener.accept()
-    data, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 3)
-    if len(descriptors) < 3:
-        connection.close()
-        return None
-    request = json.loads(data)
-    pid = os.fork()
-    if pid == 0:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        events.close()
-        for other in (listener, connection, *(c.connection for c in children.values())):
-            other.close()
-        for descriptor in private:
-            os.close(descriptor)
-        for target, descriptor in enumerate(descriptors):
-            os.dup2(descriptor, target)
-            os.close(descriptor)
-        return request
-    for descriptor in descriptors:
-        os.close(descriptor)
-    children[pid] = Child(connection, request["notes"])
-    if request["notes"]:
-        _note(request["notes"], "pid", pid)
-    with contextlib.suppress(OSError):
-        connection.send(str(pid).encode())
-    events.register(connection, selectors.EVENT_READ)
-    return None
-
-
-def _ended(children: dict[int, Child]) -> list[int]:
-    """Forks that have ended, their status told and their peak memory noted."""
-    found = []
-    while True:
-        try:
-            pid, status, usage = os.wait4(-1, os.WNOHANG)
-        except ChildProcessError:
-            return found
-        if pid == 0:
-            return found
-        if pid in children:
-            found.append(pid)
-            child = children[pid]
-            for other in [child, *(c for c in children.values() if c.notes and not child.notes)]:
-                other.peak_rss = max(other.peak_rss, usage.ru_maxrss * 1024)
-            if child.notes:
-                _note(child.notes, "peak_rss", child.peak_rss)
-            with contextlib.suppress(OSError):
-                child.connection.send(str(os.waitstatus_to_exitcode(status)).encode())
-
-
-def _end(pid: int) -> None:
-    """Kill a fork and what is below it; `_ended` hears of it, which must be the one to ask for its memory."""
-    import psutil
-
-    with contextlib.suppress(psutil.NoSuchProcess):
-        below = psutil.Process(pid).children(recursive=True)
-        os.kill(pid, signal.SIGKILL)
-        _stop(below)
-
-
-def _note(folder: str, name: str, value: int) -> None:
+def note(folder: str, name: str, value: int) -> None:
+    """Leave a number for who looks after a fork."""
     with contextlib.suppress(OSError):  # its reader may be gone, and the folder with it
         draft = Path(folder, f".{name}")
         draft.write_text(str(value))
         draft.replace(Path(folder, name))
-
-
-def become(request: dict[str, Any]) -> None:
-    """A fork turns into what was asked for, and ends as a child of multiprocessing does: not through the teardown of
-    all the libraries, which takes a second and lets some of them complain."""
-    import atexit
-    import runpy
-    import threading
-    import traceback
-
-    os.setsid()
-    os.environ.clear()
-    os.environ.update(request["env"] | {FORK: str(os.getpid())})
-    os.chdir(request["cwd"])
-    module, *arguments = request["argv"]
-    sys.argv = [module, *arguments]
-    status: Any = 0
-    try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        status = end.code
-        if isinstance(status, str):
-            print(status, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    threading._shutdown()
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 def end_family(process: Any) -> None:
@@ -296,10 +136,10 @@ def end_family(process: Any) -> None:
     if process is None or not process.is_running():
         return
     with contextlib.suppress(psutil.Error):
-        _stop([*process.children(recursive=True), process])
+        stop([*process.children(recursive=True), process])
 
 
-def _stop(processes: list, grace: float = 3.0) -> None:
+def stop(processes: list, grace: float = 3.0) -> None:
     """Terminate psutil.Processes, and kill those that are still there after `grace` seconds."""
     import psutil
 
@@ -321,7 +161,7 @@ def run(argv: list[str], libraries: list[str]) -> int:
         Path(folder, "of").write_text(_whose())
         # the kernels' own backend, which IPython would set too late for a matplotlib that is there already
         env = environment(Path(folder)) | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-        warm = subprocess.Popen([sys.executable, "-m", "mclip.warm", "--serve", address, *libraries], env=env,
+        warm = subprocess.Popen([sys.executable, "-m", "mclip.forks", address, *libraries], env=env,
                                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                 start_new_session=True)
         process = subprocess.Popen(argv, env=os.environ | {SOCKET: address})
@@ -338,11 +178,6 @@ def run(argv: list[str], libraries: list[str]) -> int:
 def main(argv: list[str]) -> int:
     if argv[:1] == ["--attach"]:
         return attach(argv[1], argv[2:])
-    if argv[:1] == ["--serve"]:
-        request = serve(argv[1], argv[2:])
-        if request is not None:
-            become(request)
-        return 0
     libraries = list(LIBRARIES)
     if argv[:1] == ["--import"]:
         libraries, argv = argv[1].split(","), argv[2:]
