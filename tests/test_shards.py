@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mclip.data import shards, tars
+from mclip.data import lookup, shards, tars
 from mclip.data.check import check_shards, expand
 from mclip.data.shards import Sample, ShardError
 
@@ -112,6 +112,15 @@ def test_duplicate_keys_within_and_across_shards(tmp_path):
     assert keys == ["a", "b", "c"]
     assert [(e["key"], e["reason"]) for e in manifest["skipped"]] == [(k, "duplicate key") for k in ("a", "a", "b")]
     assert [s.image for s in shards.iter_samples(tmp_path / "out")] == [picture(1), picture(3), picture(5)]
+
+
+def test_keys_that_only_share_a_hash_are_no_duplicates(tmp_path, monkeypatch):
+    monkeypatch.setattr(lookup, "hashes", lambda keys: np.array([len(key) for key in keys], np.uint64))
+    first = write_raw(tmp_path / "0.tar", pair("a") + pair("b") + pair("cc"))
+    second = write_raw(tmp_path / "1.tar", pair("d") + pair("b") + pair("eee"))
+    manifest, keys, _ = check(tmp_path, first, second)
+    assert keys == ["a", "b", "cc", "d", "eee"]
+    assert [(e["key"], e["reason"]) for e in manifest["skipped"]] == [("b", "duplicate key")]
 
 
 def test_a_duplicate_of_a_bad_sample_is_kept(tmp_path):

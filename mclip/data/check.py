@@ -17,6 +17,7 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from mclip import engine
@@ -76,7 +77,7 @@ def check_shards(sources: Iterable[str], folder: str | Path, *, state: str | Pat
             for _ in engine.run(_check_shard, todo, workers=workers, backend=backend):
                 progress.update()
         shards, skipped = _gathered(results, folder)
-        if not shards or not any(shard["samples"] for shard in shards):
+        if not any(shard["samples"] for shard in shards):
             first = f"; {skipped[0]['file']}: {skipped[0]['reason']}" if skipped else ""
             raise ShardError(f"data.shards: no good pair in {len(sources)} shards{first}")
         manifest = manifest_of(shards, skipped)
@@ -92,6 +93,14 @@ class _Found(NamedTuple):
     good: list[tuple[int, str]]  # (index in the shard, key)
     skipped: list[dict[str, Any]]
 
+    @classmethod
+    def read(cls, result: Path) -> "_Found":
+        return cls(**json.loads(result.read_text()))
+
+    @property
+    def keys(self) -> list[str]:
+        return [key for _, key in self.good]
+
 
 def _stamp(source: str) -> list[int] | None:
     """What tells that a file is still the same; nothing does of a URL, or of what isn't there."""
@@ -104,24 +113,34 @@ def _stamp(source: str) -> list[int] | None:
 
 def _gathered(results: dict[str, Path], folder: Path) -> tuple[list[dict], list[dict]]:
     """The manifest's shards and what they skip, in order: a duplicate key is known by all that comes before it."""
+    from mclip.data import lookup  # here: the workers do without pandas
+
+    twice = _twice(lookup.hashes(_Found.read(result).keys) for result in results.values())
     shards, skipped, seen = [], [], set()
     for source, result in results.items():
-        found = _Found(**json.loads(result.read_text()))
+        found = _Found.read(result)
         file = source if tars.is_url(source) or Path(source).is_absolute() else os.path.relpath(source, folder)
         bad = [{"file": file, **entry} for entry in found.skipped]
-        kept = 0
-        for index, key in found.good:
+        suspects = np.flatnonzero(np.isin(lookup.hashes(found.keys), twice))
+        again = 0
+        for index, key in (found.good[i] for i in suspects):
             if key in seen:
                 bad.append({"file": file, "index": index, "key": key, "reason": "duplicate key"})
-            else:
-                seen.add(key)
-                kept += 1
+                again += 1
+            seen.add(key)
         if found.sha256 is not None:
-            shards.append({"file": file, "samples": kept, "sha256": found.sha256})
+            shards.append({"file": file, "samples": len(found.good) - again, "sha256": found.sha256})
         else:
             result.unlink()  # it may be there the next time
         skipped += sorted(bad, key=lambda entry: entry.get("index", 1 << 62))
     return shards, skipped
+
+
+def _twice(hashes: Iterable[np.ndarray]) -> np.ndarray:
+    """Those that are there more than once. So 8 bytes a key are held, and as text only keys that have one of these."""
+    every = np.concatenate([np.empty(0, np.uint64), *hashes])
+    every.sort()
+    return np.unique(every[1:][every[1:] == every[:-1]])
 
 
 def _check_shard(source: str, result: Path) -> None:

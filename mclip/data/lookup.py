@@ -32,7 +32,7 @@ class Lookup:
 
     def find(self, keys: Iterable[str]) -> np.ndarray:
         """(n,) int64: each key's number, -1 where it has none."""
-        asked = _hashes(keys)
+        asked = hashes(keys)
         place = np.searchsorted(self.hashes, asked)
         there = place < len(self.hashes)
         there[there] = self.hashes[place[there]] == asked[there]
@@ -57,19 +57,19 @@ def make(cache: str | Path, name: str, source: str | Path, pieces: Callable[[], 
     state = source.stat()
 
     def build(draft: Path) -> None:
-        found = [(_hashes(keys), np.asarray(values, np.uint64)) for keys, values in pieces()]
-        hashes, values = (np.concatenate([part[i] for part in found] or [np.empty(0, np.uint64)]) for i in (0, 1))
-        order = np.argsort(hashes)
-        hashes, values = hashes[order], values[order]
-        if (hashes[1:] == hashes[:-1]).any():
+        found = [(hashes(keys), np.asarray(values, np.uint64)) for keys, values in pieces()]
+        ids, values = (np.concatenate([part[i] for part in found] or [np.empty(0, np.uint64)]) for i in (0, 1))
+        order = np.argsort(ids)
+        ids, values = ids[order], values[order]
+        if (ids[1:] == ids[:-1]).any():
             raise KeysError(f"{source}: a key is there twice")
         with open(draft, "wb") as file:  # numpy would add a suffix to a path
-            np.save(file, np.stack([hashes, values]), allow_pickle=False)
+            np.save(file, np.stack([ids, values]), allow_pickle=False)
 
     made_of = [str(source.resolve()), state.st_size, state.st_mtime_ns]
     return Lookup(made_once(cache, f"lookup-{name}", ".npy", made_of, build))
 
 
-def _hashes(keys: Iterable[str]) -> np.ndarray:
-    """64 bits of each key, the same in every process."""
+def hashes(keys: Iterable[str]) -> np.ndarray:
+    """(n,) uint64: 64 bits of each key, the same in every process."""
     return pd.util.hash_array(np.array([str(key) for key in keys], object), categorize=False)
