@@ -22,7 +22,7 @@ import pandas as pd
 
 from . import ablate, claims, closure, derive, models, reinforce
 from .files import digest
-from .params import Amount, Recipe, Reinforce, Selection, Spread, varied
+from .params import Amount, Recipe, Reinforce, Selection, varied
 from .runs import Run
 
 ALL, AUG, SYN = "all", "aug", "syn"
@@ -53,7 +53,7 @@ def reinforced_part(study: Amount, settings: Reinforce, teachers: dict[str, str]
     weights = [models.weights_sha256(teachers[name]) for name in wanted.ensemble]
     if wanted.n_syn:
         weights.append(models.weights_sha256(captioner))
-    made_of = [wanted.model_dump(exclude=set(Spread.model_fields)), weights, study.fraction,
+    made_of = [wanted.identity(), weights, study.fraction,
                derive.fingerprint(own["pairs"]), derive.fingerprint(own["balance"]), closure.code("mclip.reinforce")]
     folder = Path(cache) / "data" / f"reinforced-{digest(made_of)}"
     if not folder.exists():

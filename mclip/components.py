@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from mclip import engine, links, progress
 from mclip.files import whole
@@ -34,7 +33,7 @@ def components(rows: Rows, limit: float, *, tile: int | None = None, device: str
     prepared = prepare(rows, tile=tile, parts=parts_of(workers), device=device)
     sets = Sets(len(rows))
     known = _State(state, prepared, limit, sets)
-    if workers == 1 and backend == "processes":
+    if engine.alone(workers, backend):
         _search(prepared, limit, sets, tiles=known.todo, done=known.done)
     else:
         for lot, roots in spread(_search_lot, prepared, limit, known.todo, workers=workers, backend=backend,
@@ -92,8 +91,8 @@ def spread(search_lot: Callable, prepared: Prepared, limit: float, tiles: Sequen
 
 
 def given(files: list[str], folder: str) -> Prepared:
-    """What `spread` hands to a worker, which has one thread: there are as many workers as cores."""
-    torch.set_num_threads(1)
+    """What `spread` hands to a worker."""
+    engine.share()
     return load(folder, Rows(files))
 
 

@@ -46,7 +46,7 @@ def run(teachers: dict[str, str], *, pairs: str | Path = "data/pairs", out: str 
 
     manifest = shards.read_manifest(pairs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    alone = workers == 1 and backend == "processes"
+    alone = engine.alone(workers, backend)
     own = [_Teacher.begin(name, model, manifest, Path(out) / name, precision, device, load=alone)
            for name, model in teachers.items()]
     todo = {i: [teacher for teacher in own if i in teacher.todo] for i in sorted({i for t in own for i in t.todo})}
@@ -99,15 +99,14 @@ class _Teacher:
         """See what there is to do, and leave those of its files that are right. load: it will embed here."""
         from mclip import models
 
-        model, _, preprocess, tokenizer = models.create(model_name, device=device if load else "cpu")
-        scale = models.logit_scale(model)
+        loaded = _Loaded.of(model_name, device if load else "cpu")
         dtype = str(models.resolve_precision(precision, device)).removeprefix("torch.")
         identity = {"model": model_name, "weights_sha256": models.weights_sha256(model_name), "precision": dtype}
         before = read_meta(folder)
         done = before.get("shards", []) if identity.items() <= before.items() else []
         wanted = [{"sha256": s["sha256"], "samples": s["samples"]} for s in manifest["shards"]]
-        meta = {**identity, "teacher": name, "logit_scale": round(scale, 6), "image_size": models.image_size(model),
-                "shards": wanted}
+        meta = {**identity, "teacher": name, "logit_scale": round(models.logit_scale(loaded.model), 6),
+                "image_size": models.image_size(loaded.model), "shards": wanted}
         todo = {i for i, shard in enumerate(wanted)
                 if done[i:i + 1] != [shard] or not all(part_file(folder, part, i).is_file() for part in PARTS)}
         keep = {part_file(folder, part, i) for part in PARTS for i in range(len(wanted)) if i not in todo}
@@ -116,8 +115,7 @@ class _Teacher:
                 file.unlink()
         # from here on meta.json says what the files are or will be; a shard is done when its three are there
         write_json(folder / "meta.json", meta)
-        loaded = _Loaded(models.for_inference(model), preprocess, tokenizer) if load else None
-        return cls(name, loaded, folder, meta, todo)
+        return cls(name, loaded if load else None, folder, meta, todo)
 
 
 def _embed_elsewhere(i: int, teachers: list[tuple[str, Path]], pairs: Path, options: dict) -> int:

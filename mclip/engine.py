@@ -59,15 +59,18 @@ def run(function: Callable, tasks: Iterable[tuple], *, workers: int, backend: st
                     future.cancel()
 
 
+def alone(workers: int, backend: str) -> bool:
+    """Is this process the only worker? What it has at hand needn't be handed over then, and all cores are its own."""
+    return workers == 1 and backend == "processes"
+
+
 def share() -> str:
-    """This worker's part of the machine: the GPU that is its own, else "cpu" and its part of the cores' threads."""
+    """Take this worker's part of the cores, and say which device is its own: a GPU where there are any, else "cpu"."""
     import torch
 
-    if torch.cuda.is_available():
-        return f"cuda:{_place % torch.cuda.device_count()}"
     if _of > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // _of))
-    return "cpu"
+    return f"cuda:{_place % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
 def _begin(places: Any, of: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mclip import links
+from mclip import engine, links
 from mclip.components import given, parts_of, spread
 from mclip.prepared import Prepared, prepare
 from mclip.rows import Rows
@@ -28,7 +28,7 @@ def forest(rows: Rows, limit: float, *, tile: int | None = None, device: str | N
     """
     prepared = prepare(rows, tile=tile, parts=parts_of(workers), device=device)
     desc = "balance: curve"
-    if workers == 1 and backend == "processes":
+    if engine.alone(workers, backend):
         return _search(prepared, limit, desc=desc)
     found = none()
     for _, edges in spread(_search_lot, prepared, limit, range(prepared.count), workers=workers, backend=backend,

@@ -5,10 +5,10 @@ each augmented picture and of each caption, true one first. Work goes shard by s
 whole, and a rerun with the same settings makes those that are missing, by one process or by many.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from . import engine, models
 from .data import augment, balanced, reinforced, shards
 from .data.reinforced import Shard
 from .files import write_json
-from .params import Reinforce, Spread
+from .params import Reinforce
 from .progress import bar
 from .runs import in_part
 
@@ -58,7 +58,7 @@ class _Makers(NamedTuple):
                    models.for_inference(models.create(captioner, device=device)[0]) if captioner else None)
 
 
-_makers_once = cache(_Makers.of)  # by a worker, for all its shards
+_makers_once = functools.cache(_Makers.of)  # by a worker, for all its shards
 
 
 class _Job(NamedTuple):
@@ -129,10 +129,10 @@ def run(
                Path(cache), decoders)
     job.out.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    alone = settings.workers == 1 and settings.backend == "processes"
+    alone = engine.alone(settings.workers, settings.backend)
     makers = _Makers.of(chosen, job.captioner if alone else None, device if alone else "cpu")
     identity = {
-        "settings": settings.model_dump(exclude=set(Spread.model_fields)),
+        "settings": settings.identity(),
         "teachers": _described(settings.ensemble, chosen, makers.ensemble), "ops": list(augment.OPS),
         "captioner": models.weights_sha256(captioner) if settings.n_syn else None,
         "kept": kept.digest,
@@ -178,11 +178,16 @@ def _described(names: Sequence[str], strings: Sequence[str], ensemble: Sequence[
     """meta.json's teachers: width, logit scale, weights, and which columns are theirs."""
     described, start = [], 0
     for name, string, (model, tokenizer) in zip(names, strings, ensemble, strict=True):
-        width = models.encode_texts(model, tokenizer, ["a"]).shape[1]
+        width = _width(model, tokenizer)
         described.append({"name": name, "model": string, "width": width, "logit_scale": models.logit_scale(model),
                           "slice": [start, start + width], "sha256": models.weights_sha256(string)})
         start += width
     return described
+
+
+def _width(model: torch.nn.Module, tokenizer: Any) -> int:
+    """Of a teacher's embeddings; no attribute tells it for every kind of tower."""
+    return models.encode_texts(model, tokenizer, ["a"]).shape[1]
 
 
 def reinforce_samples(samples: Sequence[shards.Sample], settings: Reinforce, ensemble: Sequence[tuple], writer=None, *,
@@ -243,7 +248,7 @@ def reinforce_samples(samples: Sequence[shards.Sample], settings: Reinforce, ens
 
 def _nothing(settings: Reinforce, ensemble: Sequence[tuple]) -> Shard:
     """A shard of which no pair is kept, as wide as the others."""
-    width = sum(models.encode_texts(model, tokenizer, ["a"]).shape[1] for model, tokenizer in ensemble)
+    width = sum(_width(*teacher) for teacher in ensemble)
     parameters = 4 + 2 * settings.randaugment_ops
     return Shard([], [], [], np.zeros((0, settings.n_aug, parameters), np.float32),
                  torch.zeros(0, settings.n_aug, width, dtype=torch.bfloat16),

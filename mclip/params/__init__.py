@@ -23,7 +23,6 @@ from mclip.params.sections import (
     EvalSet,
     Recipe,
     Reinforce,
-    Spread,
     TeacherParts,
     Teachers,
     Train,
@@ -32,6 +31,6 @@ from mclip.params.tree import ParamsError, merge, pick, read_yaml
 from mclip.params.view import stage
 
 __all__ = ["Align", "Amount", "Balance", "CaptionerTrain", "Cluster", "Data", "DemoData", "EvalSet", "KeptPairs",
-           "Learning", "Params", "ParamsError", "Recipe", "Reinforce", "Selection", "Spread", "Study", "TeacherParts",
+           "Learning", "Params", "ParamsError", "Recipe", "Reinforce", "Selection", "Study", "TeacherParts",
            "Teachers", "Train", "Variant", "apply_overlay", "check", "load", "merge", "pick", "read_yaml", "stage",
            "varied"]

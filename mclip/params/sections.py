@@ -19,6 +19,10 @@ class Spread(Section):
     workers: PositiveInt = 1
     backend: Literal["processes", "ray"] = "processes"
 
+    def identity(self) -> dict[str, Any]:
+        """The section without these two: what the result depends on."""
+        return self.model_dump(exclude=set(Spread.model_fields))
+
 
 class DemoData(Section):
     styles: list[Literal["noto", "twemoji", "fluent"]] = Field(min_length=1)
