@@ -18,6 +18,7 @@ import pandas as pd
 from .compare import HELD_OUT
 
 HOLDS, REVERSED, OPEN = "holds", "does not hold", "can't be told"
+SIGNS = {"=": "", ">=": "≥\N{NO-BREAK SPACE}", "<": "<\N{NO-BREAK SPACE}"}  # of a factor in a table
 
 
 class Claim(NamedTuple):
@@ -250,7 +251,7 @@ def savings_table(saved: pd.DataFrame, titles: Mapping[str, str], baseline: str)
         "accuracy, %": 100 * saved["accuracy"],
         f"{titles[baseline]} reaches it at": saved["reached"],
         "the recipe at": saved["needed"],
-        "factor": saved["bound"].replace("=", "") + " " + saved["factor"].map("{:.1f}".format),
+        "factor": saved["bound"].map(SIGNS) + saved["factor"].map("{:.1f}".format),
     })
 
 
