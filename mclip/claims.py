@@ -242,15 +242,15 @@ def saving(saved: pd.DataFrame, titles: Mapping[str, str], baseline: str, claime
 
 
 def savings_table(saved: pd.DataFrame, titles: Mapping[str, str], baseline: str) -> pd.DataFrame:
-    """`savings` to read, accuracy in percent; its last columns but one are samples, to be shown without digits."""
+    """`savings` to read: accuracy in percent, whole samples."""
     return pd.DataFrame({
         "set": saved["set"],
         "recipe": saved["recipe"].map(titles),
         "whose accuracy": saved["whose"].map(titles),
         "at samples": saved["reference"],
         "accuracy, %": 100 * saved["accuracy"],
-        f"{titles[baseline]} reaches it at": saved["reached"],
-        "the recipe at": saved["needed"],
+        f"{titles[baseline]} reaches it at": saved["reached"].round().astype(int),
+        "the recipe at": saved["needed"].round().astype(int),
         "factor": saved["bound"].map(SIGNS) + saved["factor"].map("{:.1f}".format),
     })
 

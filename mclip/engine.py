@@ -64,12 +64,17 @@ def alone(workers: int, backend: str) -> bool:
     return workers == 1 and backend == "processes"
 
 
+def cores() -> int:
+    """This worker's part of the machine's cores."""
+    return max(1, (os.cpu_count() or 1) // _of)
+
+
 def share() -> str:
     """Take this worker's part of the cores, and say which device is its own: a GPU where there are any, else "cpu"."""
     import torch
 
     if _of > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // _of))
+        torch.set_num_threads(cores())
     return f"cuda:{_place % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 

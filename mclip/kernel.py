@@ -8,6 +8,7 @@ are stopped when the run ends, is interrupted or is terminated.
 import asyncio
 import contextlib
 import logging
+import os
 import re
 import shutil
 import signal
@@ -94,6 +95,39 @@ def follow(path: Path, terminal: Terminal, every: float = 0.1):
     finally:
         done.set()
         thread.join()
+
+
+@contextlib.contextmanager
+def ends_with_dvc(every: float = 1.0):
+    """Under DVC: end as by SIGTERM when DVC has ended, or what goes on writes beside the next `dvc repro`."""
+    done, dvc = threading.Event(), _dvc()
+
+    def watch() -> None:
+        while not done.wait(every):
+            if not _lives(dvc):
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)  # to another it would not wake it
+                return
+
+    if dvc is not None:
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _lives(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _dvc() -> psutil.Process | None:
+    """The DVC whose stage this process is: above the shell that it runs commands in, which has its environment."""
+    if "DVC_STAGE" in os.environ:
+        with contextlib.suppress(psutil.Error):
+            return next((p for p in psutil.Process().parents() if "DVC_STAGE" not in p.environ()), None)
+    return None
 
 
 def kernel_class(folder: Path) -> type:
@@ -193,7 +227,7 @@ def execute(
     former = {number: signal.signal(number, stop) for number in SIGNALS}
     reason = None
     try:
-        with follow(folder / "progress", terminal):
+        with ends_with_dvc(), follow(folder / "progress", terminal):
             papermill.execute_notebook(
                 str(source), str(executed), injected, kernel_name="python3", kernel_manager_class=kernel,
                 cwd=str(Path.cwd()), start_timeout=120, record_timing=False, progress_bar=False,

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from mclip import plots
+from mclip.plots import theme
 
 
 @pytest.fixture(autouse=True)
@@ -96,13 +97,14 @@ def test_learning_curves_have_a_panel_a_set_and_a_level():
     rows = [(r, n, s, v + seed / 100) for r, v in (("clip", 0.1), ("combined", 0.2)) for n in (100, 1000)
             for s in ("near", "far", "third") for seed in (0, 1)]
     main = pd.DataFrame(rows, columns=["recipe", "samples", "set", "value"])
-    figure = plots.learning(main, {"near": ("clip", 0.15)}, title="Curves", labels={"clip": "CLIP"})
+    level = pd.DataFrame({"recipe": "clip on all pairs", "set": "near", "value": [0.1, 0.2]})
+    figure = plots.learning(main, level, title="Curves", labels={"clip": "CLIP"})
     panels = [ax for ax in figure.axes if ax.get_title("left")]
     assert [ax.get_title("left") for ax in panels] == ["near", "far", "third"] and len(figure.axes) == 4
     assert all(ax.get_xscale() == "log" for ax in panels)
     assert [t.get_text() for t in panels[0].get_xticklabels()] == ["0.1k", "1k"]
-    dotted = [[line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == ":"] for ax in panels]
-    assert dotted == [[15.0], [], []]
+    dotted = [[(line.get_ydata()[0], line.get_color()) for line in ax.lines if line.get_linestyle() == ":"] for ax in panels]
+    assert dotted == [[(pytest.approx(15), theme.COLOURS["clip"])], [], []]
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["CLIP", "combined"]
 
 

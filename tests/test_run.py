@@ -61,13 +61,13 @@ def write_notebook(path: Path, *cells: str) -> None:
 class Run:
     """A runner in the background; `said` is what its terminal shows so far."""
 
-    def __init__(self, repo: Path, name: str, *args: str):
+    def __init__(self, repo: Path, name: str, *args: str, module: str = "mclip.run"):
         self.log = repo / f"{name}.log"
         env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
             "EXPECTED_PYTHON": sys.executable, "EXPECTED_CWD": str(repo), "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT),
             "IPYTHONDIR": str(repo / "ipython"), "JUPYTER_PATH": str(repo / "jupyter"), "TMPDIR": str(repo / "tmp")}
         with self.log.open("w") as log:
-            self.process = subprocess.Popen([sys.executable, "-m", "mclip.run", *args], cwd=repo, env=env, stderr=log)
+            self.process = subprocess.Popen([sys.executable, "-m", module, *args], cwd=repo, env=env, stderr=log)
 
     @property
     def said(self) -> str:
@@ -215,6 +215,24 @@ def test_a_signal_stops_the_kernel_and_all_below_it(repo, runs):
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     assert "child: stopped by SIGTERM, nothing is kept\n" in runs["child"].said
     assert (repo / "reports/child.ipynb").read_text() == "former good report"
+
+
+def test_nothing_goes_on_when_dvc_itself_is_killed(repo, tmp_path, monkeypatch):
+    """Else the next `dvc repro` would run the stage beside what is left of this one."""
+    monkeypatch.setenv("SHELL", "/bin/sh")  # some stay there between DVC and the stage
+    (tmp_path / "tmp").mkdir()
+    for name in ("params.yaml", "notebooks/child.ipynb"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((repo / name).read_text())
+    (tmp_path / "dvc.yaml").write_text("stages:\n  child:\n    cmd: python -m mclip.run child\n")
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=tmp_path, check=True)
+    started = Run(tmp_path, "dvc", "repro", module="dvc")
+    started.wait_for("started")
+    family = psutil.Process(started.process.pid).children(recursive=True)
+    assert any("sleep" in member.cmdline() for member in family)
+    started.process.kill()
+    assert psutil.wait_procs(family, timeout=30)[1] == []
+    assert "child: stopped by SIGTERM, nothing is kept\n" in started.said
 
 
 @pytest.mark.parametrize(("args", "said"), [

@@ -9,7 +9,6 @@ the same bits.
 
 import collections
 import copy
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -24,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from mclip import engine
 
 T, R = TypeVar("T"), TypeVar("R")
 SCALES = (LayerScale2d, fastvit.LayerScale2d)  # x -> gamma x, a factor a channel
@@ -194,7 +195,7 @@ def decoders(device: str | torch.device, workers: int | None = None) -> int:
     On few CPU cores that is none: this thread decodes while others encode (see `side_by_side`), and ten per cent are
     gained that processes spend on handing pictures over.
     """
-    cores = os.cpu_count() or 1
+    cores = engine.cores()
     return workers if workers is not None else min(8, cores) if torch.device(device).type == "cuda" else cores // 8
 
 

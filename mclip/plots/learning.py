@@ -12,17 +12,18 @@ from mclip.plots.charts import curves
 from mclip.plots.theme import COLOURS, MUTED, SPARE, WIDTH
 
 
-def learning(main: pd.DataFrame, levels: Mapping[str, tuple[str, float]], *, title: str,
-             labels: Mapping[str, str]) -> Figure:
+def learning(main: pd.DataFrame, level: pd.DataFrame, *, title: str, labels: Mapping[str, str]) -> Figure:
     """Mean and one standard deviation over the seeds of each recipe; samples on a logarithmic axis.
 
     Parameters
     ----------
     main : columns recipe, samples, set, value (a fraction).
-    levels : set -> (recipe whose colour it has, fraction), a dotted line across the panel.
+    level : rows of the same columns, of one recipe: their mean over the seeds is a dotted line across the panel.
     labels : recipe -> what to call it.
     """
     names = list(dict.fromkeys(main["set"]))
+    across = level.groupby("set")["value"].mean()
+    colour = COLOURS.get("".join(level["recipe"].unique()).partition(" ")[0], MUTED)  # "clip on all pairs" is CLIP's
     rows = -(-len(names) // 2)
     fig, axes = plt.subplots(rows, 2, figsize=(WIDTH, 3.1 * rows), squeeze=False)
     handles, shown = [], []
@@ -30,9 +31,8 @@ def learning(main: pd.DataFrame, levels: Mapping[str, tuple[str, float]], *, tit
         own = main[main["set"] == name].assign(percent=lambda f: 100 * f["value"])
         curves(own, x="samples", y="percent", hue="recipe", title=name, xlabel="samples seen", ylabel="%", ax=ax,
                marker="o")
-        if name in levels:
-            recipe, value = levels[name]
-            ax.axhline(100 * value, color=COLOURS.get(recipe, COLOURS["clip"]), linestyle=":", linewidth=1.2)
+        if name in across:
+            ax.axhline(100 * across[name], color=colour, linestyle=":", linewidth=1.2)
         ax.set_xscale("log")
         ticks = sorted(own["samples"].unique())
         ax.set_xticks(ticks, [f"{tick / 1000:.3g}k" for tick in ticks])
