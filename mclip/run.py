@@ -281,7 +281,8 @@ def main(argv: list[str] | None = None) -> int:
         return err.code
     except KeyboardInterrupt as err:
         number = err.args[0] if err.args else signal.SIGINT
-        print(f"{args.stage}: stopped by {signal.Signals(number).name}, nothing is kept", file=sys.stderr)
+        print(f"{args.stage}: stopped by {signal.Signals(number).name}: no report, but finished shards and checkpoints "
+              "are kept, the next run goes on there", file=sys.stderr)
         return 128 + number
     return 0
 

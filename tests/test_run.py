@@ -213,7 +213,7 @@ def test_a_signal_stops_the_kernel_and_all_below_it(repo, runs):
     assert runs["child"].code() == 128 + signal.SIGTERM
     pid = int(runs["child"].said.split("started ")[1].split()[0])
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    assert "child: stopped by SIGTERM, nothing is kept\n" in runs["child"].said
+    assert "child: stopped by SIGTERM: no report, but " in runs["child"].said
     assert (repo / "reports/child.ipynb").read_text() == "former good report"
 
 
@@ -232,7 +232,7 @@ def test_nothing_goes_on_when_dvc_itself_is_killed(repo, tmp_path, monkeypatch):
     assert any("sleep" in member.cmdline() for member in family)
     started.process.kill()
     assert psutil.wait_procs(family, timeout=30)[1] == []
-    assert "child: stopped by SIGTERM, nothing is kept\n" in started.said
+    assert "child: stopped by SIGTERM: no report, but " in started.said
 
 
 @pytest.mark.parametrize(("args", "said"), [

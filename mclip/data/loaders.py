@@ -13,6 +13,7 @@ with a reinforced set ensemble_image, ensemble_text, ensemble_syn (b, D).
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -38,14 +39,16 @@ class CachedLoader:
         _check_size(batch_size, len(side))
         self.side, self.pixels, self.batch_size, self.seed = side, pixels, batch_size, seed
         self.rank, self.world, self.teacher_slice = rank, world, teacher_slice
+        # of the epoch that is under way: to shuffle millions of pairs at each step would take longer than the step
+        self._order = lru_cache(maxsize=1)(
+            lambda epoch: np.random.default_rng([seed, 1, epoch]).permutation(len(side)))
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
         """The batch of a step (0-based)."""
         per_epoch = len(self.side) // self.batch_size
         epoch, at = divmod(step, per_epoch)
-        order = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.side))
         rng = np.random.default_rng([self.seed, 2, step])
-        rows = order[at * self.batch_size : (at + 1) * self.batch_size]
+        rows = self._order(epoch)[at * self.batch_size : (at + 1) * self.batch_size]
         view = rng.integers(self.pixels.shape[1], size=len(rows))
         pick = rng.integers(self.side.n_syn, size=len(rows))
         share = slice(self.rank, None, self.world)
