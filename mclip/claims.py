@@ -102,9 +102,9 @@ def interactions(main: pd.DataFrame, both: str, one: str, other: str, neither: s
 
 
 def percent(found: pd.DataFrame) -> pd.DataFrame:
-    """`differences` to read: in points, with what was found."""
+    """`differences`, or some of their rows, to read: in points, with what was found."""
     return pd.DataFrame({"claim": found["claim"], "set": found["set"], "difference, points": 100 * found["difference"],
-                         "±": 100 * found["half"], "verdict": found["verdict"]})
+                         "±": 100 * found["half"], "verdict": found["verdict"]}).reset_index(drop=True)
 
 
 def against(main: pd.DataFrame, name: str, first: str, level: float = 0.95) -> tuple[pd.DataFrame, pd.DataFrame]:
