@@ -1,0 +1,56 @@
+"""The tables of README's "What comes out" are those of the committed metrics, to the digit."""
+
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from mclip import compare, params
+
+ROOT = Path(__file__).parents[1]
+SETS = ["cifar10", "emoji-unseen", "emoji-subgroup", "openmoji-color", "openmoji-black", compare.HELD_OUT]  # README's order
+
+
+@pytest.fixture(autouse=True)
+def committed():
+    """Who has changed a number and run the pipeline has other metrics than README."""
+    same = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "dvc.lock", "reports/metrics"], cwd=ROOT, check=False)
+    if same.returncode:
+        pytest.skip("reports/metrics are of another run than the committed one, or this is no git repository")
+
+
+def table(corner: str) -> dict[str, list[str]]:
+    """The rows, by their first cell, of README's table with this first cell."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    (start,) = [i for i, line in enumerate(lines) if line.startswith(f"| {corner} |")]
+    rows = {}
+    for line in lines[start + 2:]:
+        if not line.startswith("|"):
+            break
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        rows[name.strip("`")] = cells
+    return rows
+
+
+def shown(main: pd.DataFrame) -> dict[str, list[str]]:
+    """Mean and standard deviation over the seeds of `compare.main_metric`'s recipes, as README has them."""
+    each = 100 * main.groupby(["recipe", "set"])["value"].agg(["mean", "std"])
+    text = each.apply(lambda row: f"{row['mean']:.1f} ± {row['std']:.1f}", axis=1).unstack()[SETS]
+    return {name: list(row) for name, row in text.iterrows()}
+
+
+def test_the_recipes_and_their_teachers():
+    p = params.load(ROOT / "params.yaml")
+    frame, missing = compare.read_seeds(p.distill.recipes, ROOT / "reports/metrics")
+    found = shown(compare.main_metric(frame))
+    for row in compare.main_rows(compare.read_metrics(ROOT / "reports/metrics"), p.evaluate.sets):
+        if row.group == "teacher":
+            found.setdefault(f"teacher {row.name}", [""] * len(SETS))[SETS.index(row.set)] = f"{100 * row.mean:.1f}"
+    assert not missing and table("%") == found
+
+
+def test_the_recipes_after_ten_times_the_samples():
+    main = compare.main_metric(pd.read_csv(ROOT / "reports/metrics/ablations/long.csv"))
+    main[["recipe", "samples"]] = main["recipe"].str.split(" ", expand=True)
+    assert table("% after 192,000 samples") == shown(main[main["samples"] == "192000"])
