@@ -10,6 +10,7 @@ import io
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +55,7 @@ def read_split(folder: str | Path, task: str, split: str = "test", groups: int |
         _lines(folder / "zeroshot_classification_templates.txt"),
     )
     keys, places, labels, captions, problems, group = [], [], [], [], [], []
-    for number in range(int(count.read_text())):
+    for number in range(_count(count)):
         path = folder / split / f"{number}.tar"
         if not path.exists():
             problems.append(f"{path}: missing, nshards.txt counts {count.read_text().strip()}")
@@ -69,7 +70,7 @@ def read_split(folder: str | Path, task: str, split: str = "test", groups: int |
                         if ext.lower() in IMAGES:
                             sample["place"] = (str(path), member.offset_data, member.size)
                         elif ext == answer:
-                            sample["answer"] = tar.extractfile(member).read().decode().strip()
+                            sample["answer"] = _text(tar.extractfile(member).read())
                         elif ext == "npy" and groups is not None:
                             sample["group"] = _number(tar.extractfile(member).read(), groups)
                 tar.fileobj.seek(tar.offset)
@@ -80,10 +81,11 @@ def read_split(folder: str | Path, task: str, split: str = "test", groups: int |
         for key, sample in samples.items():
             if "place" not in sample:
                 problems.append(f"{path}: {key}: no picture ({', '.join(IMAGES)})")
-            elif not sample.get("answer"):
-                problems.append(f"{path}: {key}: no .{answer}, or an empty one")
-            elif task == "classification" and not sample["answer"].isdigit():
-                problems.append(f"{path}: {key}: .cls holds {sample['answer']!r}, not a class number")
+            elif not (sample.get("answer") or "").strip():
+                lacks = "is not UTF-8" if sample.get("answer", "") is None else "is missing or empty"
+                problems.append(f"{path}: {key}: its .{answer} {lacks}")
+            elif task == "classification" and not sample["answer"].strip().isdecimal():
+                problems.append(f"{path}: {key}: .cls holds {sample['answer'].strip()[:20]!r}, not a class number")
             elif groups is not None and sample.get("group") is None:
                 problems.append(f"{path}: {key}: no .npy with a column {groups}, which the set's metric groups by")
             else:
@@ -192,7 +194,24 @@ def without(split: Split, kept: list[int], broken: dict[int, str]) -> Split:
 
 def _lines(path: Path) -> list[str]:
     """A file's lines; one in the middle may be empty: a class's number is its line's."""
-    return [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()] if path.exists() else []
+    text = _text(path.read_bytes()) if path.exists() else ""
+    if text is None:
+        raise EvalError(f"{path}: not UTF-8")
+    return [line.strip() for line in text.rstrip().splitlines()]
+
+
+def _count(path: Path) -> int:
+    text = (_text(path.read_bytes()) or "").strip()
+    if not text.isdecimal():
+        raise EvalError(f"{path}: expected a number of shards, found {text[:20]!r}")
+    return int(text)
+
+
+def _text(data: bytes) -> str | None:
+    """None where it is not UTF-8."""
+    with suppress(UnicodeDecodeError):
+        return data.decode()
+    return None
 
 
 def _number(data: bytes, column: int) -> int | None:

@@ -246,7 +246,8 @@ def test_problems_are_named_and_nothing_else_is_lost(tmp_path):
     folder = write_set(tmp_path / "bad", shards=1)
     good = {"a.png": png((220, 30, 30)), "a.cls": b"0"}
     files = good | {"b.png": b"no picture", "b.cls": b"1", "c.png": png((0, 0, 0)), "d.cls": b"1"}
-    files |= {"e.png": png((0, 0, 0)), "e.cls": b"cat"}
+    files |= {"e.png": png((0, 0, 0)), "e.cls": b"cat", "f.png": png((0, 0, 0)), "f.cls": "²".encode(),
+              "g.png": png((0, 0, 0)), "g.cls": b"\xff", "h.png": png((0, 0, 0)), "h.cls": b" \n"}
     write_tar(folder / "test" / "1.tar", files)
     data = (folder / "test" / "0.tar").read_bytes()
     (folder / "test" / "2.tar").write_bytes(data[: len(data) // 2 + 100])
@@ -259,7 +260,10 @@ def test_problems_are_named_and_nothing_else_is_lost(tmp_path):
     text = "\n".join(result.problems)
     for part in (
         "b: picture can't be read",
-        "c: no .cls",
+        "c: its .cls is missing or empty",
+        "h: its .cls is missing or empty",
+        "g: its .cls is not UTF-8",
+        "f: .cls holds '²', not a class number",
         "d: no picture",
         "e: .cls holds 'cat'",
         "2.tar: ",
@@ -279,6 +283,14 @@ def test_unusable_sets_say_what_to_mend(tmp_path):
     (folder / "classnames.txt").write_text("red\n")
     spec = EvalSet(path=str(folder), task="classification")
     with pytest.raises(evalsets.EvalError, match=r"evaluate.sets.x: .*classnames.txt: 1 classes.* up to 2"):
+        evaluate.evaluate(ColourModel(), PREPROCESS, tokenize, {"x": spec})
+    (folder / "classnames.txt").write_bytes(b"red\nvert fonc\xe9\n")
+    with pytest.raises(evalsets.EvalError, match=r"evaluate.sets.x: .*classnames.txt: not UTF-8"):
+        evaluate.evaluate(ColourModel(), PREPROCESS, tokenize, {"x": spec})
+    (folder / "classnames.txt").write_text("\nred\nblue\n\n")
+    assert evalsets.read_split(folder, "classification").classes == ["", "red", "blue"]  # the first has no name
+    (folder / "test" / "nshards.txt").write_text("one\n")
+    with pytest.raises(evalsets.EvalError, match=r"nshards.txt: expected a number of shards, found 'one'"):
         evaluate.evaluate(ColourModel(), PREPROCESS, tokenize, {"x": spec})
     (folder / "test" / "nshards.txt").unlink()
     with pytest.raises(evalsets.EvalError, match=r"nshards.txt is missing"):
