@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from mclip import plots
+from mclip import compare, plots
 from mclip.plots import theme
 
 
@@ -158,3 +158,13 @@ def test_table_escapes_aligns_and_marks_the_best(monkeypatch):
     assert "&lt;a&gt;" in text and "T &amp; U" in text and "<strong>0.25</strong>" in text
     assert "–" in text and 'style="text-align: right">1,200' in text
     assert plain.startswith("T & U\n")
+
+
+def test_verdicts_are_shown_in_points(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda data, **options: shown.append(data["text/plain"]))
+    main = pd.DataFrame({"recipe": ["clip"] * 2 + ["other"] * 2, "set": "one", "kind": "near", "seed": [0, 1] * 2,
+                         "value": [0.10, 0.11, 0.20, 0.21]})
+    plots.verdicts(compare.verdicts(main, "clip"), {"other": "Other"}, caption="Differences")
+    assert shown[0].splitlines()[0] == "Differences"
+    assert shown[0].splitlines()[2].split() == ["Other", "one", "near", "+10.0", "+7.0", "+13.0", "better"]

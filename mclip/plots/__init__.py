@@ -13,9 +13,9 @@ picture's alternative text in the report.
 from mclip.plots.charts import bars, curves, differences, estimates, heatmap, radar, tradeoff
 from mclip.plots.learning import amounts, learning
 from mclip.plots.sheets import gallery, grid, ranked, wrap
-from mclip.plots.tables import table
+from mclip.plots.tables import table, verdicts
 from mclip.plots.theme import COLOURS, DPI, GRID, INK, MUTED, SPARE, WIDTH, describe, palette, style
 
 __all__ = ["COLOURS", "DPI", "GRID", "INK", "MUTED", "SPARE", "WIDTH", "amounts", "bars", "curves", "describe",
            "differences", "estimates", "gallery", "grid", "heatmap", "learning", "palette", "radar", "ranked", "style",
-           "table", "tradeoff", "wrap"]
+           "table", "tradeoff", "verdicts", "wrap"]

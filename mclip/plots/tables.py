@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -63,3 +63,12 @@ def table(
         },
         raw=True,
     )
+
+
+def verdicts(found: pd.DataFrame, titles: Mapping[str, str], *, caption: str = "") -> None:
+    """Show what `mclip.compare.verdicts` found, in points; titles: recipe -> what to call it."""
+    points = {name: 100 * found[column] for name, column in
+              (("difference, points", "difference"), ("from", "low"), ("to", "high"))}
+    shown = pd.DataFrame({"recipe": found["recipe"].map(titles), "set": found["set"], "kind": found["kind"], **points,
+                          "verdict": found["verdict"]})
+    table(shown.reset_index(drop=True), caption=caption, formats=dict.fromkeys(points, "{:+.1f}".format))
