@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from mclip import engine
+from mclip import engine, models
 
 
 def about(number):
@@ -37,6 +37,13 @@ def test_gpus_are_dealt_out(monkeypatch):
         monkeypatch.setattr(engine, "_place", place)
         devices.append(engine.share())
     assert devices == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+
+
+@pytest.mark.parametrize(("of", "cpu", "cuda"), [(1, 2, 8), (4, 0, 4), (100, 0, 1)])
+def test_a_worker_decodes_on_its_part_of_the_cores(of, cpu, cuda, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(engine, "_of", of)
+    assert [models.decoders("cpu"), models.decoders("cuda:1"), models.decoders("cuda", 3)] == [cpu, cuda, 3]
 
 
 @pytest.mark.parametrize("gpu", [False, True])
