@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mclip import compare, params
+from mclip import ablate, compare, params
 
 ROOT = Path(__file__).parents[1]
 SETS = ["cifar10", "emoji-unseen", "emoji-subgroup", "openmoji-color", "openmoji-black", compare.HELD_OUT]  # README's order
@@ -34,10 +34,10 @@ def table(corner: str) -> dict[str, list[str]]:
 
 
 def shown(main: pd.DataFrame) -> dict[str, list[str]]:
-    """Mean and standard deviation over the seeds of `compare.main_metric`'s recipes, as README has them."""
-    each = 100 * main.groupby(["recipe", "set"])["value"].agg(["mean", "std"])
-    text = each.apply(lambda row: f"{row['mean']:.1f} ± {row['std']:.1f}", axis=1).unstack()[SETS]
-    return {name: list(row) for name, row in text.iterrows()}
+    """What the reports show of `compare.main_metric`'s recipes, the sets in README's order."""
+    in_order = pd.concat([main[main["set"] == name] for name in SETS])
+    spreads = compare.spreads(in_order, {name: name for name in in_order["recipe"]})
+    return dict(zip(spreads.index, spreads.values.tolist(), strict=True))
 
 
 def test_the_recipes_and_their_teachers():
@@ -51,6 +51,5 @@ def test_the_recipes_and_their_teachers():
 
 
 def test_the_recipes_after_ten_times_the_samples():
-    main = compare.main_metric(pd.read_csv(ROOT / "reports/metrics/ablations/long.csv"))
-    main[["recipe", "samples"]] = main["recipe"].str.split(" ", expand=True)
-    assert table("% after 192,000 samples") == shown(main[main["samples"] == "192000"])
+    main = ablate.by_samples(compare.main_metric(pd.read_csv(ROOT / "reports/metrics/ablations/long.csv")))
+    assert table("% after 192,000 samples") == shown(main[main["samples"] == 192_000])

@@ -23,7 +23,7 @@ def learning(main: pd.DataFrame, level: pd.DataFrame, *, title: str, labels: Map
     """
     names = list(dict.fromkeys(main["set"]))
     across = level.groupby("set")["value"].mean()
-    colour = COLOURS.get("".join(level["recipe"].unique()).partition(" ")[0], MUTED)  # "clip on all pairs" is CLIP's
+    colour = COLOURS.get(next(iter(level["recipe"]), "").partition(" ")[0], MUTED)  # "clip on all pairs" is CLIP's
     rows = -(-len(names) // 2)
     fig, axes = plt.subplots(rows, 2, figsize=(WIDTH, 3.1 * rows), squeeze=False)
     handles, shown = [], []
