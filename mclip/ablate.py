@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 import pandas as pd
 from filelock import FileLock
 
-from . import closure, compare, derive, distill, evaluate, models
-from . import scores as tables
-from .files import digest, write_whole
-from .params import Balance, Cluster, EvalSet, Learning, Recipe, Study, Train, varied
-from .runs import Run
+from mclip import closure, compare, derive, distill, evaluate, models
+from mclip import scores as tables
+from mclip.params import Balance, Cluster, EvalSet, Learning, Recipe, Study, Train, varied
+from mclip.runs import Run
+from mclip.system.files import digest, write_whole
 
 CACHE = Path("data/cache/ablations")
 METRICS = Path("reports/metrics/ablations")

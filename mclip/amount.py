@@ -20,10 +20,10 @@ from typing import Any
 
 import pandas as pd
 
-from . import ablate, claims, closure, derive, models, reinforce
-from .files import digest
-from .params import Amount, Recipe, Reinforce, Selection, varied
-from .runs import Run
+from mclip import ablate, claims, closure, derive, models, reinforce
+from mclip.params import Amount, Recipe, Reinforce, Selection, varied
+from mclip.runs import Run
+from mclip.system.files import digest
 
 ALL, AUG, SYN = "all", "aug", "syn"
 KINDS = {AUG: "augmentations", SYN: "captions"}  # as published.ENOUGH calls them

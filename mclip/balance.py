@@ -26,11 +26,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mclip import engine, forest
+from mclip import forest
 from mclip.cells import threads
 from mclip.components import StateError, components
 from mclip.data.balanced import METRICS, Balance, BalanceError, convert, read, write
 from mclip.rows import Rows, RowsError, check_keys, read_folder
+from mclip.system import workers as engine
 
 CHUNK = 512  # rows read at once for the centroids
 
@@ -50,7 +51,7 @@ def balance(embeddings, keys: Sequence | np.ndarray | None = None, *, threshold:
     device : of the matrix products; None: a GPU if there is one
     state : a file that what was found is kept in while this runs, so that a killed run goes on there; None: none
     workers : processes that search for links; 1: this one, with as many threads as torch has
-    backend : of several workers, see mclip.engine; with "ray" the embeddings must be files that all workers see
+    backend : of several workers, see mclip.system.workers; with "ray" the embeddings must be files that all workers see
     scratch : folder that several workers read what they share from, some 300 bytes a row; None: the system's for
         temporary files. With "ray" on several machines one that all of them see
 

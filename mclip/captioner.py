@@ -29,10 +29,11 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, process
 from tokenizers import models as tokenizer_models
 from torch import Tensor, nn
 
-from mclip import models, params, progress, teachers
+from mclip import models, params, teachers
 from mclip.data import fetch, shards
-from mclip.files import whole_folder, write_json, write_whole
 from mclip.models.factory import preprocessing
+from mclip.system import progress
+from mclip.system.files import whole_folder, write_json, write_whole
 
 PAD, START, END = "<pad>", "<start>", "<end>"  # ids 0, 1, 2
 

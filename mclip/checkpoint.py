@@ -7,8 +7,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from .files import whole
-from .losses import sharding
+from mclip.losses import sharding
+from mclip.system.files import whole
 
 FILE = "checkpoint.pt"
 

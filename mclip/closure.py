@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from .files import digest, write_whole
+from mclip.system.files import digest, write_whole
 
 FOLDER = "data/code"
 # never change a stage's data: they show, check, name, or start what gives the same bytes when it is started otherwise

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from mclip.files import write_json
 from mclip.params import EvalSet
+from mclip.system.files import write_json
 
 IN_DOMAIN = "in domain"  # the kind of a set whose like was trained on; every other kind is held out
 HELD_OUT = "held-out mean"

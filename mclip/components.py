@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from mclip import engine, links, progress
-from mclip.files import whole
+from mclip import links
 from mclip.prepared import PARTS, Prepared, load, prepare, save
 from mclip.rows import Rows
+from mclip.system import progress
+from mclip.system import workers as engine
+from mclip.system.files import whole
 from mclip.unionfind import Sets
 
 SAVE_EVERY = 30  # seconds

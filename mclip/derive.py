@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import balance, closure, cluster, prune
-from .data import embedded, reinforced, shards
-from .files import digest, whole_folder
-from .params import Balance, Cluster, KeptPairs, Recipe, Selection, Variant
-from .runs import in_part
+from mclip import balance, closure, cluster, prune
+from mclip.data import embedded, reinforced, shards
+from mclip.params import Balance, Cluster, KeptPairs, Recipe, Selection, Variant
+from mclip.runs import in_part
+from mclip.system.files import digest, whole_folder
 
 FOLDERS = {name: f"data/{name}" for name in ("pairs", "balance", "clusters", "embeddings", "reinforced")}
 

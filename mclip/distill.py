@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import warm
-from .data import shards
-from .params import Recipe, Train
-from .runs import Run, TrainingSet
+from mclip import warm
+from mclip.data import shards
+from mclip.params import Recipe, Train
+from mclip.runs import Run, TrainingSet
 
 SCRATCH = Path("data/cache/runs")
 CHECKPOINTS = 2  # their layout; one of another layout is not gone on with

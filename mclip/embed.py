@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from mclip import engine, progress
 from mclip.data import shards
 from mclip.data.embedded import PARTS, Embeddings, EmbeddingsError, load, part_file, read_meta
-from mclip.files import write_json, write_whole
+from mclip.system import progress
+from mclip.system import workers as engine
+from mclip.system.files import write_json, write_whole
 
 
 def run(teachers: dict[str, str], *, pairs: str | Path = "data/pairs", out: str | Path = "data/embeddings",
@@ -36,7 +37,7 @@ def run(teachers: dict[str, str], *, pairs: str | Path = "data/pairs", out: str 
     pairs : folder with the manifest of stage `data`.
     decoders : decoding processes; 0 decodes in the one that embeds, None: see models.decoders.
     workers, backend : processes that shards are dealt out to, each with a GPU of its own where there are any, see
-        mclip.engine. They write the same bytes.
+        mclip.system.workers. They write the same bytes.
 
     Returns
     -------

@@ -17,11 +17,11 @@ from collections.abc import Mapping
 import pandas as pd
 import torch
 
-from . import models, reinforce, train
-from .data import shards
-from .params import Reinforce
-from .runs import Run
-from .timing import interleaved
+from mclip import models, reinforce, train
+from mclip.data import shards
+from mclip.params import Reinforce
+from mclip.runs import Run
+from mclip.system.timing import interleaved
 
 KINDS = ("plain", "reinforced", "teachers online", "everything online")
 

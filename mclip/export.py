@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from mclip import models
 from mclip.data import evalsets
-from mclip.files import whole, write_whole
 from mclip.models.factory import quiet
+from mclip.system.files import whole, write_whole
 
 COSINE = 0.9999
 CAPTIONS = ["a photo of a cat", "two dogs that run on a beach", "red apple", "the flag of Norway, at night",

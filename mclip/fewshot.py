@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mclip.progress import bar
 from mclip.scores import Result
+from mclip.system.progress import bar
 
 SHOTS = (1, 2, 4, 8, 16)
 SCALE = 100.0

@@ -1,6 +1,6 @@
 """Minimum spanning forest of all links up to a distance: what every smaller threshold would join, from one search.
 
-Here, by threads, or by many workers (`mclip.engine`), each with the forest of its own part: an edge that is in no
+Here, by threads, or by many workers (`mclip.system.workers`), each with the forest of its own part: an edge that is in no
 forest of the edges seen so far is in no later one either, so forests are all that has to be held and merged.
 """
 
@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mclip import engine, links
+from mclip import links
 from mclip.components import given, parts_of, spread
 from mclip.prepared import Prepared, prepare
 from mclip.rows import Rows
+from mclip.system import workers as engine
 from mclip.unionfind import Sets, minimum_forest
 
 LINKS = 2_000_000  # links of a forest collected before they are merged

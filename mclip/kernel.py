@@ -34,7 +34,7 @@ SIGNALS = [signal.Signals[n] for n in ("SIGINT", "SIGTERM", "SIGHUP") if n in si
 
 
 class Terminal:
-    """What a running notebook says, on stderr: headings, prints, and the bars of `mclip.progress`.
+    """What a running notebook says, on stderr: headings, prints, and the bars of `mclip.system.progress`.
 
     A bar redraws its line with "\\r". Where stderr is a file or a pipe, a line is written once, complete;
     the state of a long bar every 30 s.

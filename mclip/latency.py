@@ -35,8 +35,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mclip import export, models
 from mclip.models.factory import quiet
-from mclip.progress import bar
-from mclip.timing import interleaved
+from mclip.system.progress import bar
+from mclip.system.timing import interleaved
 
 RUNTIMES = ("unfolded", "eager", "eager-bf16", "compile", "compile-bf16", "onnxruntime", "onnxruntime-int8")
 COLUMNS = ["model", "tower", "runtime", "batch", "ms"]

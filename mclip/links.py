@@ -24,9 +24,10 @@ from functools import cache
 import numpy as np
 import torch
 
-from mclip import bounds, progress
+from mclip import bounds
 from mclip.cells import threads
 from mclip.prepared import Prepared
+from mclip.system import progress
 from mclip.unionfind import minimum_forest
 
 GROUP = 256  # short rows that are multiplied by a chunk at once where cells rule little out

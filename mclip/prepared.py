@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mclip import progress
 from mclip.cells import assign, extents, kmeans, threads
 from mclip.rows import Rows
+from mclip.system import progress
 
 AXES = 63  # with the residual's norm 64 coordinates: a twentieth of the bytes of 1,280 fp16 numbers
 FEWER = 31  # of narrow rows, where AXES would be many bytes

@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from mclip.progress import bar
+from mclip.system.progress import bar
 
 GRID = tuple(10.0**i for i in range(-6, 7, 2))  # CLIP's: seven from 1e-6 to 1e6
 HALVINGS = 4  # of the two decades between them: eight steps a decade, CLIP's 96 in all

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from . import engine, models
-from .data import augment, balanced, reinforced, shards
-from .data.reinforced import Shard
-from .files import write_json
-from .params import Reinforce
-from .progress import bar
-from .runs import in_part
+from mclip import models
+from mclip.data import augment, balanced, reinforced, shards
+from mclip.data.reinforced import Shard
+from mclip.params import Reinforce
+from mclip.runs import in_part
+from mclip.system import workers as engine
+from mclip.system.files import write_json
+from mclip.system.progress import bar
 
 
 class _Views(Dataset):
@@ -228,7 +229,7 @@ def reinforce_samples(samples: Sequence[shards.Sample], settings: Reinforce, ens
         done(len(part))
     captions = [[] for _ in samples]
     if writer is not None:
-        from .captioner import generate
+        from mclip.captioner import generate
 
         seed = int.from_bytes(hashlib.sha256(f"{settings.seed}\0{samples[0].key}".encode()).digest()[:4], "big")
         shape = models.image_size(writer), *_normalisation(writer)

@@ -28,8 +28,8 @@ from typing import Any
 
 from mclip import params
 from mclip.compare import HELD_OUT, Row, chance_rows, main_rows, read_metrics, read_seeds
-from mclip.files import whole_folder
 from mclip.pages import ABLATIONS, GROUPS, OF_RECIPES, STAGES, TEMPLATES, body, read_pages
+from mclip.system.files import whole_folder
 
 ASKED = (
     "CLIP-CID (arXiv 2408.09441) and MobileCLIP (arXiv 2311.17049) each claim that a small image-text model learns "

@@ -39,8 +39,8 @@ from typing import Any
 import nbformat
 
 from mclip import closure, params, strip
-from mclip.files import write_whole
 from mclip.params import ParamsError
+from mclip.system.files import write_whole
 
 SOURCE_SUFFIXES = {".py", ".ipynb", ".json", ".css", ".cu", ".cpp"}
 

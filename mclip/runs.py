@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .params import Recipe, Train
+from mclip.params import Recipe, Train
 
 
 @dataclass(frozen=True)

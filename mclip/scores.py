@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mclip.compare import COLUMNS, IN_DOMAIN
 from mclip.data.evalsets import Split
-from mclip.files import write_whole
 from mclip.metrics import nearest
 from mclip.params import EvalSet
+from mclip.system.files import write_whole
 
 
 class Result(NamedTuple):

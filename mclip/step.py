@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import models
-from .data.augment import to_input
-from .losses import sharding
-from .losses.objective import Objective
-from .models.lengths import text_encoder
+from mclip import models
+from mclip.data.augment import to_input
+from mclip.losses import sharding
+from mclip.losses.objective import Objective
+from mclip.models.lengths import text_encoder
 
 
 class Together(nn.Module):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nbformat
 
-from mclip.files import write_whole
+from mclip.system.files import write_whole
 
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 

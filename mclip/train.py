@@ -22,18 +22,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from . import checkpoint, models
-from .data import clustered, loaders, reinforced, training
-from .data.pixels import pixel_cache
-from .files import whole, write_whole
-from .losses import sharding
-from .losses.objective import Objective, chosen
-from .models.pointwise import sidestep
-from .models.vocabulary import Kept, shrink
-from .params import Train
-from .progress import bar
-from .runs import Run
-from .step import Together, averaged_over_ranks, backward
+from mclip import checkpoint, models
+from mclip.data import clustered, loaders, reinforced, training
+from mclip.data.pixels import pixel_cache
+from mclip.losses import sharding
+from mclip.losses.objective import Objective, chosen
+from mclip.models.pointwise import sidestep
+from mclip.models.vocabulary import Kept, shrink
+from mclip.params import Train
+from mclip.runs import Run
+from mclip.step import Together, averaged_over_ranks, backward
+from mclip.system.files import whole, write_whole
+from mclip.system.progress import bar
 
 HISTORY_EVERY = 10  # steps a row of history.csv is the mean of
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from mclip import components, engine, forest, links
+from mclip import components, forest, links
 from mclip.balance import (
     BalanceError,
     balance,
@@ -21,6 +21,7 @@ from mclip.balance import (
     write,
 )
 from mclip.rows import Rows, RowsError
+from mclip.system import workers as engine
 
 DISTANCE = {
     "l2": lambda x, y: np.sqrt(((x - y) ** 2).sum()),

@@ -1,4 +1,4 @@
-"""mclip.engine: tasks over processes and over Ray (a stand-in: the package itself is not installed)."""
+"""mclip.system.workers: tasks over processes and over Ray (a stand-in: the package itself is not installed)."""
 
 import os
 import signal
@@ -8,7 +8,8 @@ import types
 import pytest
 import torch
 
-from mclip import engine, models
+from mclip import models
+from mclip.system import workers as engine
 
 
 def about(number):

@@ -1,6 +1,6 @@
-"""mclip.timing: calls take turns, and only what was asked for counts."""
+"""mclip.system.timing: calls take turns, and only what was asked for counts."""
 
-from mclip.timing import interleaved
+from mclip.system.timing import interleaved
 
 
 def test_calls_take_turns_there_and_back():

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..files import whole
-from . import lookup
+from mclip.data import lookup
+from mclip.system.files import whole
 
 METRICS = ("l2", "sql2", "cosine")
 ABOUT = b"mclip.balance"  # of the table's metadata

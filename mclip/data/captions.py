@@ -14,8 +14,8 @@ import open_clip
 import pandas as pd
 import torch
 
-from ..files import made_once
-from . import shards
+from mclip.data import shards
+from mclip.system.files import made_once
 
 Tokenizer = Callable[[list[str]], torch.Tensor]
 AT_ONCE = 4096  # texts a call of the tokenizer

@@ -2,7 +2,7 @@
 
     manifest = check_shards(["/data/cc3m/{00000..00331}.tar"], "data/pairs", state="data/cache/checked")
 
-Shards are independent, so they go to as many processes as there are cores, or to a Ray cluster (mclip.engine). What was
+Shards are independent, so they go to as many processes as there are cores, or to a Ray cluster (mclip.system.workers). What was
 found of each lies in the state's folder until all are done: a killed check goes on where it was.
 """
 
@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from mclip import engine
 from mclip.data import tars
 from mclip.data.shards import MANIFEST, ShardError, as_sample, manifest_of
-from mclip.files import digest, whole_folder, write_json, write_whole
-from mclip.progress import bar
+from mclip.system import workers as engine
+from mclip.system.files import digest, whole_folder, write_json, write_whole
+from mclip.system.progress import bar
 
 
 def expand(patterns: Iterable[str]) -> list[str]:
@@ -57,7 +57,7 @@ def check_shards(sources: Iterable[str], folder: str | Path, *, state: str | Pat
     state : folder for what was found so far, deleted at the end; a file that has changed meanwhile is read again. None:
         a temporary one
     workers : processes; None: one a core
-    backend : of several workers, see mclip.engine
+    backend : of several workers, see mclip.system.workers
 
     Returns
     -------

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..files import whole
-from .balanced import as_keys
+from mclip.data.balanced import as_keys
+from mclip.system.files import whole
 
 ABOUT = b"mclip.cluster"  # of the table's metadata
 PIECE = 1 << 18  # rows read at once

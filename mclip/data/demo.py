@@ -17,7 +17,7 @@ import numpy as np
 from mclip import params
 from mclip.data import emoji, fetch, registry, shards, tars
 from mclip.data.packages import EMOJI_STYLES, UNSEEN_STYLES, Item, packages_of, read_images, tables
-from mclip.files import whole_folder, write_json
+from mclip.system.files import whole_folder, write_json
 
 NONE = "none.txt"  # what lies in the evaluation folder where the pairs are not the demo's
 CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]

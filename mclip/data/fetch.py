@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from mclip.progress import bar
+from mclip.system.progress import bar
 
 TIMEOUT_S = 3600  # of one package; npm and pip have their own, shorter, ones for a silent connection
 

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..runs import TrainingSet
-from . import reinforced, shards
-from .captions import Tokenizer
-from .pixels import light_rows, views_of
-from .training import ShardSides, Side, add_tokens, pair_count, select
+from mclip.data import reinforced, shards
+from mclip.data.captions import Tokenizer
+from mclip.data.pixels import light_rows, views_of
+from mclip.data.training import ShardSides, Side, add_tokens, pair_count, select
+from mclip.runs import TrainingSet
 
 SHUFFLE_BUFFER = 2000
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..files import made_once
+from mclip.system.files import made_once
 
 Pieces = Iterable[tuple[np.ndarray, np.ndarray]]
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from mclip.data import emoji, fetch, shards
-from mclip.progress import bar
+from mclip.system.progress import bar
 
 # style: package, and the folder in it that has one picture an emoji
 EMOJI_STYLES = {

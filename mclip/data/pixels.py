@@ -8,10 +8,10 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from ..files import made_once
-from ..progress import bar
-from ..runs import TrainingSet
-from . import augment, reinforced, shards
+from mclip.data import augment, reinforced, shards
+from mclip.runs import TrainingSet
+from mclip.system.files import made_once
+from mclip.system.progress import bar
 
 
 def views_of(image: Image.Image, rows: np.ndarray, view_px: int, image_px: int) -> np.ndarray:

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..files import whole, write_json
-from .augment import from_published
+from mclip.data.augment import from_published
+from mclip.system.files import whole, write_json
 
 Plain = Callable[[list[str], list[str]], tuple[np.ndarray, torch.Tensor]]
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from mclip.data import tars
-from mclip.files import whole_folder, write_json
+from mclip.system.files import whole_folder, write_json
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MANIFEST = "manifest.json"

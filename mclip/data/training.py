@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..runs import TrainingSet, in_part
-from . import balanced, clustered, embedded, lookup, reinforced, shards
-from .captions import Tokenizer, caption_id, read_captions, tokenise
+from mclip.data import balanced, clustered, embedded, lookup, reinforced, shards
+from mclip.data.captions import Tokenizer, caption_id, read_captions, tokenise
+from mclip.runs import TrainingSet, in_part
 
 Kept = Callable[[list[str]], np.ndarray]  # (n,) bool
 

@@ -7,13 +7,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from ..kernels import clusters, tiled, torch_tiles
-from ..kernels.tiles import backend
-from ..params import Recipe
-from .affinity import affinity_loss
-from .cluster import ClusterLoss
-from .contrastive import clip_loss
-from .instance import instance_loss
+from mclip.kernels import clusters, tiled, torch_tiles
+from mclip.kernels.tiles import backend
+from mclip.losses.affinity import affinity_loss
+from mclip.losses.cluster import ClusterLoss
+from mclip.losses.contrastive import clip_loss
+from mclip.losses.instance import instance_loss
+from mclip.params import Recipe
 
 TILED_FROM = 1024  # batch from which tiles take less time than whole matrices (benchmarks/losses.md)
 

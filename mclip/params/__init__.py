@@ -14,18 +14,18 @@ In a notebook::
 from mclip.params.ablations import Amount, KeptPairs, Learning, Selection, Study, Variant
 from mclip.params.schema import Params, apply_overlay, check, load, varied
 from mclip.params.sections import (
-    Align,
-    Balance,
-    CaptionerTrain,
-    Cluster,
-    Data,
-    DemoData,
-    EvalSet,
-    Recipe,
-    Reinforce,
-    TeacherParts,
-    Teachers,
-    Train,
+           Align,
+           Balance,
+           CaptionerTrain,
+           Cluster,
+           Data,
+           DemoData,
+           EvalSet,
+           Recipe,
+           Reinforce,
+           TeacherParts,
+           Teachers,
+           Train,
 )
 from mclip.params.tree import ParamsError, merge, pick, read_yaml
 from mclip.params.view import stage

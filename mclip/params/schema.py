@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 import pydantic
 from ruamel.yaml import YAML
 
-from mclip.files import write_whole
 from mclip.params.ablations import Ablations, Amount, Variant
 from mclip.params.sections import Balance, Cluster, Data, Distill, Embed, Evaluate, Recipe, Reinforce, Teachers
 from mclip.params.tree import ParamsError, Section, explain, merge, read_yaml
+from mclip.system.files import write_whole
 
 S = TypeVar("S", bound=Section)
 

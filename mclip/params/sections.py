@@ -14,7 +14,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Spread(Section):
-    """A stage whose work goes to several processes; what comes out is the same, see mclip.engine."""
+    """A stage whose work goes to several processes; what comes out is the same, see mclip.system.workers."""
 
     workers: PositiveInt = 1
     backend: Literal["processes", "ray"] = "processes"
