@@ -59,7 +59,8 @@ def contrastive(peer: str) -> Callable:
 def make(peer: str, b: int, d: int, centres: int) -> tuple[Callable, torch.Tensor | None]:
     """One forward and backward pass, and W."""
     from mclip import losses
-    from mclip.kernels import clusters, tiled
+    from mclip.losses.tiled import clusters
+    from mclip.losses.tiled import pairs as tiled
 
     def rows(n: int, width: int) -> torch.Tensor:
         x = torch.randn(n, width, device=DEVICE)

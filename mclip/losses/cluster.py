@@ -69,7 +69,7 @@ class ClusterLoss(nn.Module):
     def shard(self, group: dist.ProcessGroup) -> "ClusterLoss":
         """Keep this rank's part of W only: rows `first` to `first + len(weight)`, contiguous, by rank.
 
-        Omega does not depend on the number of ranks. `mclip.kernels.clusters.cluster_loss` then takes the ranks' parts
+        Omega does not depend on the number of ranks. `mclip.losses.tiled.clusters.cluster_loss` then takes the ranks' parts
         of the batch; `weight` is a new parameter, for an optimizer made after this call. DDP must leave it alone.
         """
         rank, world = dist.get_rank(group), dist.get_world_size(group)
@@ -81,7 +81,7 @@ class ClusterLoss(nn.Module):
     def forward(self, image: Tensor, teacher_image: Tensor, labels: Tensor) -> Tensor:
         """image (b, d or student_dim), teacher_image (b, d), both unit norm; labels (b,) int64 in 0..k-1."""
         if self.group is not None:
-            raise RuntimeError("W is spread over ranks: call mclip.kernels.clusters.cluster_loss(module, ...)")
+            raise RuntimeError("W is spread over ranks: call mclip.losses.tiled.clusters.cluster_loss(module, ...)")
         image = self.projected(image, teacher_image, labels)
         omega = self.sample(labels)
         w = self.weight if omega is None else self.weight[omega]

@@ -7,12 +7,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from mclip.kernels import clusters, tiled, torch_tiles
-from mclip.kernels.tiles import backend
 from mclip.losses.affinity import affinity_loss
 from mclip.losses.cluster import ClusterLoss
 from mclip.losses.contrastive import clip_loss
 from mclip.losses.instance import instance_loss
+from mclip.losses.tiled import clusters, torch_tiles
+from mclip.losses.tiled import pairs as tiled
+from mclip.losses.tiled.tiles import backend
 from mclip.params import Recipe
 
 TILED_FROM = 1024  # batch from which tiles take less time than whole matrices (benchmarks/losses.md)

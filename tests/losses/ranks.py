@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 
 from mclip import losses
-from mclip.kernels import clusters, tiled
 from mclip.losses import ClusterLoss, sharding
 from mclip.losses.cluster import part
 from mclip.losses.objective import gather
+from mclip.losses.tiled import clusters
+from mclip.losses.tiled import pairs as tiled
 
 from .reference import unit
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mclip import losses
-from mclip.kernels import tiled
+from mclip.losses.tiled import pairs as tiled
 
 from . import reference
 from .reference import unit

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mclip.kernels import clusters
-from mclip.kernels.tiled import How
 from mclip.losses import ClusterLoss
+from mclip.losses.tiled import clusters
+from mclip.losses.tiled.pairs import How
 
 from .reference import unit
 

@@ -26,7 +26,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(difference):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
-    from mclip.kernels import triton_tiles
+    from mclip.losses.tiled import triton_tiles
 
     fixed = {"_add": {"scale": 1.5, "difference": difference, "N": 32, "M": 128},
              "_softmax": {"weight": -1 / 3, "scale": 1.0, "has_row": True, "has_column": difference, "onto": True,

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from mclip import losses
-from mclip.kernels import clusters, tiled, tiles, torch_tiles
 from mclip.losses import ClusterLoss
+from mclip.losses.tiled import clusters, tiles, torch_tiles
+from mclip.losses.tiled import pairs as tiled
 
 from . import reference
 from .reference import unit
@@ -123,7 +124,7 @@ def test_one_tile_as_plain_torch_does_it():
 
 
 def test_which_back_end(monkeypatch):
-    from mclip.kernels import triton_tiles
+    from mclip.losses.tiled import triton_tiles
 
     assert tiles.backend("torch", torch.device("cpu")) is torch_tiles
     assert tiles.backend("auto", torch.device("cpu")) is torch_tiles

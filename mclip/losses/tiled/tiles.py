@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mclip.kernels import torch_tiles
+from mclip.losses.tiled import torch_tiles
 
 BACKENDS = ("auto", "torch", "triton")
 HALF = (torch.bfloat16, torch.float16)
@@ -25,7 +25,7 @@ def backend(name: str, device: torch.device) -> ModuleType:
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(f"backend 'triton' needs CUDA tensors, found {device.type}; use 'auto' or 'torch'")
         try:
-            from mclip.kernels import triton_tiles
+            from mclip.losses.tiled import triton_tiles
         except ImportError as err:
             if name == "triton":
                 raise ValueError(f"backend 'triton': the package triton can't be imported ({err})") from err

@@ -26,12 +26,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mclip.kernels import tiles
-from mclip.kernels.ring import Ring
-from mclip.kernels.tiles import cuts
 from mclip.losses.affinity import check_teachers
 from mclip.losses.contrastive import check_ids, check_pair
 from mclip.losses.instance import cross
+from mclip.losses.tiled import tiles
+from mclip.losses.tiled.ring import Ring
+from mclip.losses.tiled.tiles import cuts
 
 
 def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *, ids: Tensor | None = None,

@@ -6,7 +6,7 @@ With rows x_j = a_i.w_j of the student and y_j = t_i.w_j of the teacher over the
     L_KL = mean_i [ E_i[(y - x) / tau] - lse_j(y_j / tau) + lse_j(x_j / tau) ]
 
 (E_i: mean under softmax(y / tau)). Forward keeps the log-sum-exps and the mean of each row online, backward makes the
-tiles again (see mclip.kernels.tiled). W's rows are fetched a tile at a time, so its sample is never copied as a whole.
+tiles again (see mclip.losses.tiled.pairs). W's rows are fetched a tile at a time, so its sample is never copied as a whole.
 
 Over several processes each holds its part of the batch and its part of W (`ClusterLoss.shard`, PartialFC's model
 parallelism): the samples go around the ranks with their statistics and gradients, W stays where it is.
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mclip.kernels import tiles
-from mclip.kernels.ring import Ring
-from mclip.kernels.tiled import How
-from mclip.kernels.tiles import cuts
 from mclip.losses.cluster import ClusterLoss
+from mclip.losses.tiled import tiles
+from mclip.losses.tiled.pairs import How
+from mclip.losses.tiled.ring import Ring
+from mclip.losses.tiled.tiles import cuts
 
 SHARP, SOFT, TEACHER = range(3)  # log-sum-exps of g x, of x / tau, of y / tau
 
