@@ -10,7 +10,7 @@ import argparse
 
 import torch
 
-from mclip import latency
+from mclip.models import latency
 
 MODELS = ["MobileCLIP-S0", "MobileCLIP-S1", "MobileCLIP-S2", "MobileCLIP-B", "ViT-B-16", "ViT-B-32"]
 REFERENCE = "ViT-B-16"

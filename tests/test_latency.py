@@ -1,11 +1,12 @@
-"""mclip.latency: every case is timed in turn, runtimes say what they compute, what is missing is said."""
+"""mclip.models.latency: every case is timed in turn, runtimes say what they compute, what is missing is said."""
 
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mclip import export, latency, models
+from mclip import export, models
+from mclip.models import latency
 
 torch.set_num_threads(1)
 
