@@ -39,12 +39,11 @@ import open_clip
 import torch
 
 from mclip import probe
-from mclip.data import registry
 from mclip.data.evalsets import ANSWER, EvalError, Split, read_split
 from mclip.features import class_features, image_features, once, prompts
 from mclip.metrics import caption_pairs, classification, classification_chance, retrieval, retrieval_chance
 from mclip.models import ModelError, create, decoders, encode_texts, for_inference, logit_scale
-from mclip.params import EvalSet
+from mclip.params import EvalSet, registry
 from mclip.scores import Result, confusion, headline, predictions, summary, write
 from mclip.system.files import write_whole
 from mclip.system.progress import bar

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from mclip import params
-from mclip.data import emoji, fetch, registry, shards, tars
+from mclip.data import emoji, fetch, shards, tars
 from mclip.data.packages import EMOJI_STYLES, UNSEEN_STYLES, Item, packages_of, read_images, tables
+from mclip.params import registry
 from mclip.system.files import whole_folder, write_json
 
 NONE = "none.txt"  # what lies in the evaluation folder where the pairs are not the demo's

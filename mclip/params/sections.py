@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from mclip.data.registry import filled
+from mclip.params.registry import filled
 from mclip.params.tree import Section
 
 Metric = Literal["l2", "sql2", "cosine"]
@@ -214,7 +214,7 @@ EvalMetric = Literal["top1", "mean_per_class", "mean_r1", "f1_macro", "worst_gro
 
 
 class EvalSet(Section):
-    """A set of `evaluate.sets`: what it does not say is the registry's (mclip/data/registry.py), found by its name."""
+    """A set of `evaluate.sets`: what it does not say is the registry's (mclip/params/registry.py), found by its name."""
 
     path: str
     task: Literal["classification", "retrieval"] = "classification"

@@ -1,4 +1,4 @@
-"""mclip.data.registry, the sets of params.yaml by name, missing sets, and the command `python -m mclip.evaluate`."""
+"""mclip.params.registry, the sets of params.yaml by name, missing sets, and the command `python -m mclip.evaluate`."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from mclip import evaluate, models, params
-from mclip.data import registry
 from mclip.data.evalsets import read_split
-from mclip.params import EvalSet, ParamsError
+from mclip.params import EvalSet, ParamsError, registry
 
 from .sets import png, write_classification, write_split
 
@@ -93,7 +92,7 @@ def test_the_command_line(model, tmp_path, capsys):
     multilabel.mkdir()
     (multilabel / "dataset_type.txt").write_text("multilabel\n")
     for wrong, message in [
-        ([model, "--sets", "pest"], "error: pest: not in the registry (mclip/data/registry.py); did you mean 'pets'"),
+        ([model, "--sets", "pest"], "error: pest: not in the registry (mclip/params/registry.py); did you mean 'pets'"),
         (["ViT-B-33", "--sets", "demo"], "error: ViT-B-33: "),
         ([model, "--sets", str(tmp_path)], "nshards.txt is missing"),
         ([model, "--sets", str(multilabel)], "dataset_type.txt: 'multilabel' is none of classification, retrieval"),

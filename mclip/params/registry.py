@@ -2,7 +2,7 @@
 
     registry.get("pets")            # Entry(title="Oxford-IIIT Pet", metric="mean_per_class", classes=37, ...)
     registry.SUITES["clip-cid"]     # the names of its 14 sets; also robustness (5), datacomp (38), demo (5)
-    python -m mclip.data.registry   # all of them as a table, and which are here
+    python -m mclip.params.registry   # all of them as a table, and which are here
 
 Suites: `clip-cid`, the 14 sets of zero-shot and linear probe (arXiv 2408.09441, Tables 1, 2), and `robustness` (Table
 3); `datacomp`, the 38 that MobileCLIP averages over; `demo`, what the `data` stage writes.
@@ -173,7 +173,7 @@ def filled(name: str, values: Mapping[str, Any] | str | None, root: str | Path =
         if "path" not in values:
             near = difflib.get_close_matches(name, SETS, 1)
             hint = f"; did you mean {near[0]!r}" if near else ""
-            raise ValueError(f"{name}: not in the registry (mclip/data/registry.py){hint}; any other set needs a path")
+            raise ValueError(f"{name}: not in the registry (mclip/params/registry.py){hint}; any other set needs a path")
         return values
     known = {"path": entry.place(root), "task": entry.task, "metric": entry.metric, "kind": entry.kind,
              "groups": entry.groups, "captions": entry.captions}
