@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from mclip import params
-from mclip.data import demo, emoji, fetch, packages, shards
+from mclip.data import fetch, shards
+from mclip.data.demo import build as demo
+from mclip.data.demo import emoji, packages
 
 ROOT = Path(__file__).parents[1]
 

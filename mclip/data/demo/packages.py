@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from mclip.data import emoji, fetch, shards
+from mclip.data import fetch, shards
+from mclip.data.demo import emoji
 from mclip.system.progress import bar
 
 # style: package, and the folder in it that has one picture an emoji

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from mclip import params
-from mclip.data import emoji, fetch, shards, tars
-from mclip.data.packages import EMOJI_STYLES, UNSEEN_STYLES, Item, packages_of, read_images, tables
+from mclip.data import fetch, shards, tars
+from mclip.data.demo import emoji
+from mclip.data.demo.packages import EMOJI_STYLES, UNSEEN_STYLES, Item, packages_of, read_images, tables
 from mclip.params import registry
 from mclip.system.files import whole_folder, write_json
 
