@@ -31,7 +31,9 @@ def keys(start: int, stop: int) -> np.ndarray:
 def write(root: Path, n: int, shards: int) -> None:
     import pandas as pd
 
-    from mclip.data import balanced, clustered, embedded
+    from mclip.data.stores import balance as balanced
+    from mclip.data.stores import clusters as clustered
+    from mclip.data.stores import embeddings as embedded
 
     rng = np.random.default_rng(0)
     names, keep = keys(0, n), rng.random(n) < 0.563
@@ -82,7 +84,9 @@ def case(root: Path, what: str) -> dict:
     times = []
     with Peak() as peak:
         if what == "whole":
-            from mclip.data import balanced, clustered, embedded
+            from mclip.data.stores import balance as balanced
+            from mclip.data.stores import clusters as clustered
+            from mclip.data.stores import embeddings as embedded
 
             start = time.perf_counter()
             embeddings = embedded.load(Path(spec.embeddings) / "t")

@@ -29,8 +29,8 @@ import torch
 from mclip import forest
 from mclip.cells import threads
 from mclip.components import StateError, components
-from mclip.data.balanced import METRICS, Balance, BalanceError, convert, read, write
-from mclip.rows import Rows, RowsError, check_keys, read_folder
+from mclip.data.stores.balance import METRICS, Balance, BalanceError, convert, read, write
+from mclip.data.stores.rows import Rows, RowsError, check_keys, read_folder
 from mclip.system import workers as engine
 
 CHUNK = 512  # rows read at once for the centroids

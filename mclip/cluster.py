@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import faiss
 import numpy as np
 
-from mclip.data.clustered import ClusterError, Clusters, read, write
-from mclip.rows import Rows, RowsError, check_keys
+from mclip.data.stores.clusters import ClusterError, Clusters, read, write
+from mclip.data.stores.rows import Rows, RowsError, check_keys
 
 BLOCK = 65536  # rows held at once
 FEW = 10  # images a cluster below which a warning is due: such centres are hardly more than single images

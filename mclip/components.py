@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from mclip import links
+from mclip.data.stores.rows import Rows
 from mclip.prepared import PARTS, Prepared, load, prepare, save
-from mclip.rows import Rows
 from mclip.system import progress
 from mclip.system import workers as engine
 from mclip.system.files import whole

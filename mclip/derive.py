@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from mclip import balance, closure, cluster, prune
-from mclip.data import embedded, reinforced, shards
+from mclip.data import shards
+from mclip.data.stores import embeddings as embedded
+from mclip.data.stores import reinforced
 from mclip.params import Balance, Cluster, KeptPairs, Recipe, Selection, Variant
 from mclip.runs import in_part
 from mclip.system.files import digest, whole_folder

@@ -1,4 +1,4 @@
-"""Image and text embeddings of every pair, in clip-retrieval's layout (mclip.data.embedded, which also reads it).
+"""Image and text embeddings of every pair, in clip-retrieval's layout (mclip.data.stores.embeddings, which also reads it).
 
 `run` writes a shard's three files whole, so an interrupted run goes on where it stopped; a shard is embedded
 again when the model's weights, the precision or the shard's bytes have changed.
@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from mclip.data import shards
-from mclip.data.embedded import PARTS, Embeddings, EmbeddingsError, load, part_file, read_meta
+from mclip.data.stores.embeddings import PARTS, Embeddings, EmbeddingsError, load, part_file, read_meta
 from mclip.system import progress
 from mclip.system import workers as engine
 from mclip.system.files import write_json, write_whole

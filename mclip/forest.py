@@ -11,8 +11,8 @@ import numpy as np
 
 from mclip import links
 from mclip.components import given, parts_of, spread
+from mclip.data.stores.rows import Rows
 from mclip.prepared import Prepared, prepare
-from mclip.rows import Rows
 from mclip.system import workers as engine
 from mclip.unionfind import Sets, minimum_forest
 

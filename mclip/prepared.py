@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from mclip.cells import assign, extents, kmeans, threads
-from mclip.rows import Rows
+from mclip.data.stores.rows import Rows
 from mclip.system import progress
 
 AXES = 63  # with the residual's norm 64 coordinates: a twentieth of the bytes of 1,280 fp16 numbers

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from mclip.cluster import Clusters, cluster
-from mclip.rows import Rows
+from mclip.data.stores.rows import Rows
 
 ORDERS = ("hard", "easy", "random")
 

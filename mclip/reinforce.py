@@ -18,8 +18,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mclip import models
-from mclip.data import augment, balanced, reinforced, shards
-from mclip.data.reinforced import Shard
+from mclip.data import augment, shards
+from mclip.data.stores import balance as balanced
+from mclip.data.stores import reinforced
+from mclip.data.stores.reinforced import Shard
 from mclip.params import Reinforce
 from mclip.runs import in_part
 from mclip.system import workers as engine

@@ -23,8 +23,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mclip import checkpoint, models
-from mclip.data import clustered, loaders, reinforced, training
+from mclip.data import loaders, training
 from mclip.data.pixels import pixel_cache
+from mclip.data.stores import clusters as clustered
+from mclip.data.stores import reinforced
 from mclip.losses import sharding
 from mclip.losses.objective import Objective, chosen
 from mclip.models.pointwise import sidestep

@@ -18,7 +18,9 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from mclip import embed, models, params, reinforce, teachers  # noqa: E402
-from mclip.data import balanced, reinforced, shards  # noqa: E402
+from mclip.data import shards
+from mclip.data.stores import balance as balanced  # noqa: E402
+from mclip.data.stores import reinforced
 
 TEACHER, CAPTIONER = "ViT-B-32/laion2b_s34b_b79k", "coca_ViT-B-32/mscoco_finetuned_laion2b_s13b_b90k"
 

@@ -20,7 +20,7 @@ from mclip.balance import (
     spanning_forest,
     write,
 )
-from mclip.rows import Rows, RowsError
+from mclip.data.stores.rows import Rows, RowsError
 from mclip.system import workers as engine
 
 DISTANCE = {

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from mclip.cluster import ClusterError, assign, cluster, read, write
-from mclip.data import clustered
-from mclip.rows import RowsError
+from mclip.data.stores import clusters as clustered
+from mclip.data.stores.rows import RowsError
 
 
 def blobs(n=400, k=5, d=8, seed=0):

@@ -14,7 +14,8 @@ from PIL import Image
 from test_models import CONFIG, tiny
 
 from mclip import embed, models
-from mclip.data import embedded, shards
+from mclip.data import shards
+from mclip.data.stores import embeddings as embedded
 
 torch.set_num_threads(1)
 

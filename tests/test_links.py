@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mclip import bounds, links
+from mclip.data.stores.rows import Rows
 from mclip.prepared import prepare
-from mclip.rows import Rows
 
 
 def spectrum(n=900, d=48, seed=0, exponent=1.0, dtype=np.float16):

@@ -1,11 +1,11 @@
-"""mclip.data.lookup: a number for each of many keys, found in a mapped file."""
+"""mclip.data.stores.lookup: a number for each of many keys, found in a mapped file."""
 
 import os
 
 import numpy as np
 import pytest
 
-from mclip.data import lookup
+from mclip.data.stores import lookup
 
 
 def made(folder, keys, values=None, pieces=3):

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mclip.data import lookup, shards, tars
+from mclip.data import shards, tars
 from mclip.data.check import check_shards, expand
 from mclip.data.shards import Sample, ShardError
+from mclip.data.stores import lookup
 
 
 def picture(seed: int = 0, fmt: str = "PNG", size: int = 16) -> bytes:

@@ -113,7 +113,7 @@ def _stamp(source: str) -> list[int] | None:
 
 def _gathered(results: dict[str, Path], folder: Path) -> tuple[list[dict], list[dict]]:
     """The manifest's shards and what they skip, in order: a duplicate key is known by all that comes before it."""
-    from mclip.data import lookup  # here: the workers do without pandas
+    from mclip.data.stores import lookup  # here: the workers do without pandas
 
     twice = _twice(lookup.hashes(_Found.read(result).keys) for result in results.values())
     shards, skipped, seen = [], [], set()

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from mclip.data import reinforced, shards
+from mclip.data import shards
 from mclip.data.captions import Tokenizer
 from mclip.data.pixels import light_rows, views_of
+from mclip.data.stores import reinforced
 from mclip.data.training import ShardSides, Side, add_tokens, pair_count, select
 from mclip.runs import TrainingSet
 

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from mclip.data import augment, reinforced, shards
+from mclip.data import augment, shards
+from mclip.data.stores import reinforced
 from mclip.runs import TrainingSet
 from mclip.system.files import made_once
 from mclip.system.progress import bar

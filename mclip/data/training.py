@@ -2,7 +2,7 @@
 
 It ties together what the stages wrote: the pairs, which of them `balance` kept, cluster labels, teacher embeddings, the
 reinforced set. `load_side` reads all of it, for sets that are held in memory; `ShardSides` one shard's part, for sets
-that are not: it finds a shard's keys in mapped tables (`mclip.data.lookup`) and opens that shard's files only.
+that are not: it finds a shard's keys in mapped tables (`mclip.data.stores.lookup`) and opens that shard's files only.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,8 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mclip.data import balanced, clustered, embedded, lookup, reinforced, shards
+from mclip.data import shards
 from mclip.data.captions import Tokenizer, caption_id, read_captions, tokenise
+from mclip.data.stores import balance as balanced
+from mclip.data.stores import clusters as clustered
+from mclip.data.stores import embeddings as embedded
+from mclip.data.stores import lookup, reinforced
 from mclip.runs import TrainingSet, in_part
 
 Kept = Callable[[list[str]], np.ndarray]  # (n,) bool

@@ -15,7 +15,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from mclip import balance, cluster
-from mclip.data import augment, embedded, reinforced, shards
+from mclip.data import augment, shards
+from mclip.data.stores import embeddings as embedded
+from mclip.data.stores import reinforced
 from mclip.data.training import TrainingSet
 from mclip.params import Recipe, Train
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mclip import ablate, balance, closure, cluster, derive, distill, embed
-from mclip.data import reinforced, training
+from mclip.data import training
+from mclip.data.stores import reinforced
 from mclip.params import Balance, Cluster, EvalSet, Learning, Study, Variant, varied
 from mclip.runs import in_part
 

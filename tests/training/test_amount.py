@@ -8,7 +8,7 @@ import torch
 
 from mclip import ablate, amount, balance, published
 from mclip.compare import HELD_OUT
-from mclip.data import reinforced
+from mclip.data.stores import reinforced
 from mclip.params import Amount, Balance, Cluster, Reinforce
 from mclip.runs import in_part
 

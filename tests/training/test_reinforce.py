@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from mclip import models, reinforce
-from mclip.data import augment, balanced, reinforced, shards, training
+from mclip.data import augment, shards, training
+from mclip.data.stores import balance as balanced
+from mclip.data.stores import reinforced
 from mclip.params import Reinforce
 from mclip.runs import TrainingSet, in_part
 

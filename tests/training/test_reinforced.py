@@ -1,4 +1,4 @@
-"""mclip.data.reinforced: what is written is read; broken parts are named; the published layout is read."""
+"""mclip.data.stores.reinforced: what is written is read; broken parts are named; the published layout is read."""
 
 import gzip
 import io
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mclip.data import reinforced
+from mclip.data.stores import reinforced
 
 
 def shard(n=3):

@@ -8,9 +8,11 @@ import open_clip
 import pytest
 import torch
 
-from mclip.data import augment, clustered, loaders, reinforced, shards, training
+from mclip.data import augment, loaders, shards, training
 from mclip.data.captions import caption_id
 from mclip.data.pixels import pixel_cache
+from mclip.data.stores import clusters as clustered
+from mclip.data.stores import reinforced
 from mclip.runs import in_part
 
 from .conftest import PX, N

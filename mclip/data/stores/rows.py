@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from mclip.data.balanced import as_keys
+from mclip.data.stores.balance import as_keys
 
 SPARE = 256  # descriptors for everything else
 

@@ -8,7 +8,7 @@
 Of clip-retrieval's: no zero padding or any, files in natural order, metadata and text optional, rows normalised if they
 are not. Apart from how embeddings are made, so that who only reads them is not made anew when a model's code changes.
 
-    embeddings = mclip.data.embedded.load("data/embeddings/large")
+    embeddings = mclip.data.stores.embeddings.load("data/embeddings/large")
     embeddings.image        # (n, d) fp16
 
 Web sets are too large for that: `index` has their keys and files and reads no row, `load_shard` reads one shard.
@@ -50,7 +50,7 @@ class Embeddings:
 @dataclass(frozen=True)
 class Index:
     """A folder without its rows: row i of the files in `image`, one after the other, belongs to `keys[i]` and comes
-    from the file numbered `shard[i]`. What takes a list of files (`mclip.rows.Rows`) reads them block by block."""
+    from the file numbered `shard[i]`. What takes a list of files (`mclip.data.stores.rows.Rows`) reads them block by block."""
 
     keys: np.ndarray
     image: list[Path]

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mclip.data import lookup
+from mclip.data.stores import lookup
 from mclip.system.files import whole
 
 METRICS = ("l2", "sql2", "cosine")
