@@ -64,7 +64,7 @@ def rows(kind: str, n: int, d: int, exponent: float, seed: int = 0) -> np.ndarra
 
 
 def products(x: np.ndarray, limit: float, block: int = 4096) -> np.ndarray:
-    from mclip.unionfind import Sets
+    from mclip.balance.unionfind import Sets
 
     unit = torch.from_numpy(x).float()
     unit /= unit.norm(dim=1, keepdim=True)
@@ -84,7 +84,7 @@ def range_search(x: np.ndarray, limit: float, block: int = 4096, share: float = 
     as long."""
     import faiss
 
-    from mclip.unionfind import Sets
+    from mclip.balance.unionfind import Sets
 
     unit = x.astype(np.float32)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mclip import balance, closure, cluster, prune
+from mclip import balance, closure, cluster
+from mclip.balance import prune
 from mclip.data import shards
 from mclip.data.stores import embeddings as embedded
 from mclip.data.stores import reinforced

@@ -8,11 +8,13 @@ import pandas as pd
 import pytest
 import torch
 
-from mclip import components, forest, links
 from mclip.balance import (
     BalanceError,
     balance,
+    components,
     convert,
+    forest,
+    links,
     main,
     read,
     removed_curve,

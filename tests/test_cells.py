@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from mclip import cells
+from mclip.balance import cells
 
 
 def test_runs_are_neighbours():

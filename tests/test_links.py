@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from mclip import bounds, links
+from mclip.balance import bounds, links
+from mclip.balance.prepared import prepare
 from mclip.data.stores.rows import Rows
-from mclip.prepared import prepare
 
 
 def spectrum(n=900, d=48, seed=0, exponent=1.0, dtype=np.float16):

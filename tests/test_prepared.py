@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from mclip.balance.prepared import LEAST, load, prepare, save
 from mclip.data.stores.rows import Rows
-from mclip.prepared import LEAST, load, prepare, save
 
 
 def power_law(n=700, d=128, exponent=1.0, seed=0):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mclip import prune
+from mclip.balance import prune
 from mclip.cluster import cluster
 
 

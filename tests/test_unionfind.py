@@ -3,7 +3,7 @@ import pytest
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from mclip.unionfind import Sets, minimum_forest
+from mclip.balance.unionfind import Sets, minimum_forest
 
 
 @pytest.mark.parametrize("batch", [1, 7, 1000])

@@ -136,7 +136,7 @@ def test_an_edit_reruns_what_stands_on_it(clone, first):
     assert ran(edited("mclip/plots/charts.py")) == {"code"}
     waiting = call(clone, "dvc", "status", check=False)
     assert "data/code" not in waiting
-    assert ran(edited("mclip/links.py")) == {"code"}
+    assert ran(edited("mclip/balance/links.py")) == {"code"}
     waiting = call(clone, "dvc", "status", check=False)
     assert "data/code/balance" in waiting and not re.search(r"data/code/(distill|cluster|reinforce|evaluate)\b", waiting)
 

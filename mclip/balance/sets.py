@@ -12,13 +12,11 @@ The paper doesn't say which distance its 0.07 is, so the metric is explicit, on 
 "l2" = |x - y|, "sql2" = |x - y|^2 (faiss's convention), "cosine" = 1 - x.y. They order pairs alike and
 convert exactly: sql2 = l2^2 = 2 cosine.
 
-How: `mclip.links` finds the links without measuring most pairs, and decides each as float64 would; they are joined
-as they are found (`mclip.unionfind`). Beside the embeddings, which stay where they are, memory is about 270 bytes a row
+How: `mclip.balance.links` finds the links without measuring most pairs, and decides each as float64 would; they are joined
+as they are found (`mclip.balance.unionfind`). Beside the embeddings, which stay where they are, memory is about 270 bytes a row
 of 1,280 columns, at most 130 MB for cells, and some blocks (figures: benchmarks/balance.md).
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -26,12 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mclip import forest
-from mclip.cells import threads
-from mclip.components import StateError, components
-from mclip.data.stores.balance import METRICS, Balance, BalanceError, convert, read, write
-from mclip.data.stores.rows import Rows, RowsError, check_keys, read_folder
-from mclip.system import workers as engine
+from mclip.balance import forest
+from mclip.balance.cells import threads
+from mclip.balance.components import components
+from mclip.data.stores.balance import Balance, BalanceError, convert
+from mclip.data.stores.rows import Rows, check_keys
 
 CHUNK = 512  # rows read at once for the centroids
 
@@ -173,36 +170,3 @@ def _nearest(distance: np.ndarray, set_id: np.ndarray, order: np.ndarray) -> np.
     keep = np.zeros(len(set_id), bool)
     keep[ties[np.unique(set_id[ties], return_index=True)[1]]] = True
     return keep
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mclip.balance", description=__doc__.split("\n")[0])
-    parser.add_argument("embeddings", help="folder in clip-retrieval's layout: img_emb/, metadata/")
-    parser.add_argument("out", help="folder for balance.parquet (and kept_uids.npy for DataComp uids)")
-    parser.add_argument("--threshold", type=float, required=True, help="largest distance that links images")
-    parser.add_argument("--metric", choices=METRICS, required=True, help="what the threshold is measured in")
-    parser.add_argument("--key", help="metadata column that names a sample (default: uid, key or image_path)")
-    parser.add_argument("--workers", type=int, default=1, help="processes (default: this one, with threads)")
-    parser.add_argument("--backend", choices=engine.BACKENDS, default="processes", help="of several workers")
-    args = parser.parse_args(argv)
-    try:
-        convert(args.threshold, args.metric)
-        files, keys = read_folder(args.embeddings, args.key)
-        if keys is None:
-            print(f"{args.embeddings}/metadata: none; samples are named by row number", file=sys.stderr)
-        result = balance(files, keys, threshold=args.threshold, metric=args.metric,
-                         state=Path(args.out) / ".balance-state.npz", workers=args.workers, backend=args.backend,
-                         scratch=args.out)
-        write(args.out, result)
-    except (BalanceError, RowsError, StateError, engine.EngineError) as err:
-        print(err, file=sys.stderr)
-        return 2
-    print(result.summary())
-    return 0
-
-
-__all__ = ["METRICS", "Balance", "BalanceError", "balance", "convert", "read", "removed_curve",
-           "representative_distance", "spanning_forest", "write"]
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,8 @@
 """All pairs of rows within a distance, without measuring most pairs: exact, in a few bytes a row.
 
-Bounds (`mclip.bounds`) rule pairs out before their full rows are read:
+Bounds (`mclip.balance.bounds`) rule pairs out before their full rows are read:
 
-1. `mclip.cells` tells which cells of short rows (`mclip.prepared`), and which rows of them, can have a pair at all: one
+1. `mclip.balance.cells` tells which cells of short rows (`mclip.balance.prepared`), and which rows of them, can have a pair at all: one
    product of 64 numbers for each row and cell, once for all limits.
 2. Short rows of such a row and cell are multiplied.
 3. What passes both is held against the coordinates that follow, a thirty-second of the width.
@@ -24,11 +24,11 @@ from functools import cache
 import numpy as np
 import torch
 
-from mclip import bounds
-from mclip.cells import threads
-from mclip.prepared import Prepared
+from mclip.balance import bounds
+from mclip.balance.cells import threads
+from mclip.balance.prepared import Prepared
+from mclip.balance.unionfind import minimum_forest
 from mclip.system import progress
-from mclip.unionfind import minimum_forest
 
 GROUP = 256  # short rows that are multiplied by a chunk at once where cells rule little out
 WIDE = 512  # full rows, the same; also columns of a cell that is larger

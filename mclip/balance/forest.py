@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mclip import links
-from mclip.components import given, parts_of, spread
+from mclip.balance import links
+from mclip.balance.components import given, parts_of, spread
+from mclip.balance.prepared import Prepared, prepare
+from mclip.balance.unionfind import Sets, minimum_forest
 from mclip.data.stores.rows import Rows
-from mclip.prepared import Prepared, prepare
 from mclip.system import workers as engine
-from mclip.unionfind import Sets, minimum_forest
 
 LINKS = 2_000_000  # links of a forest collected before they are merged
 STEPS = 15  # thresholds on the way to the largest at which it is known what is joined already

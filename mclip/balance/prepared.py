@@ -3,7 +3,7 @@
 1. Rows are rotated to the principal axes of a sample and cut to the leading AXES coordinates y and the norm r of what
    is left. For unit rows `|x - x'| >= |z - z'|` with z = (y, r), itself a unit vector: one product of 64 numbers a
    pair instead of the full width.
-2. These short rows are sorted into cells, which `mclip.cells` tells apart.
+2. These short rows are sorted into cells, which `mclip.balance.cells` tells apart.
 3. The coordinates that follow, a thirty-second of the width, are kept beside them for a second look.
 
 Both are fp16, a sixth of the bytes of 1,280 fp16 columns; what they are rounded by is part of the bounds.
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mclip.cells import assign, extents, kmeans, threads
+from mclip.balance.cells import assign, extents, kmeans, threads
 from mclip.data.stores.rows import Rows
 from mclip.system import progress
 
@@ -35,7 +35,7 @@ ROUNDED = 2.0**-10 + 2.0**-17  # what a product of unit rows is off by when both
 
 @dataclass
 class Prepared:
-    """Rows prepared for `mclip.links.search`, sorted by cell; tiles of cells.
+    """Rows prepared for `mclip.balance.links.search`, sorted by cell; tiles of cells.
 
     order : (n,) row at each place. z : (n, k) fp16, the short rows in that order; tail : (n, m) fp16, the coordinates
     that follow and the norm of what is left then. starts : (cells + 1,) first place of each cell. centres : (cells, k).

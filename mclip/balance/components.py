@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from mclip import links
+from mclip.balance import links
+from mclip.balance.prepared import PARTS, Prepared, load, prepare, save
+from mclip.balance.unionfind import Sets
 from mclip.data.stores.rows import Rows
-from mclip.prepared import PARTS, Prepared, load, prepare, save
 from mclip.system import progress
 from mclip.system import workers as engine
 from mclip.system.files import whole
-from mclip.unionfind import Sets
 
 SAVE_EVERY = 30  # seconds
 

@@ -1,4 +1,4 @@
-"""What `mclip.links` decides pairs by: which rows and cells can have any, a bound from a few coordinates more, and the
+"""What `mclip.balance.links` decides pairs by: which rows and cells can have any, a bound from a few coordinates more, and the
 distance itself, in float64 where float32 can't tell.
 """
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from mclip.prepared import ROUNDED, Prepared
+from mclip.balance.prepared import ROUNDED, Prepared
 
 PIECE = 1024  # rows whose scores for all cells are held at once
 STRIP = 32  # cells held against all others at once
