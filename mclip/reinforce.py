@@ -231,7 +231,7 @@ def reinforce_samples(samples: Sequence[shards.Sample], settings: Reinforce, ens
         done(len(part))
     captions = [[] for _ in samples]
     if writer is not None:
-        from mclip.captioner import generate
+        from mclip.teachers.captioner import generate
 
         seed = int.from_bytes(hashlib.sha256(f"{settings.seed}\0{samples[0].key}".encode()).digest()[:4], "big")
         shape = models.image_size(writer), *_normalisation(writer)

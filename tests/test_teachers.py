@@ -1,4 +1,4 @@
-"""mclip.teachers and mclip.captioner on stand-ins: random towers in wheels of the same layout, a few pairs."""
+"""mclip.teachers and mclip.teachers.captioner on stand-ins: random towers in wheels of the same layout, a few pairs."""
 
 import io
 import json
@@ -15,8 +15,10 @@ from PIL import Image
 from safetensors.torch import save
 from test_models import CONFIG, tiny
 
-from mclip import captioner, models, params, teachers
+from mclip import models, params
 from mclip.data import fetch, shards
+from mclip.teachers import align as teachers
+from mclip.teachers import captioner
 
 torch.set_num_threads(1)
 ALIGN = params.Align(embed_dim=16, image_components=24, steps=12, batch_size=16, lr=0.01, text_lr_ratio=0.1,

@@ -135,7 +135,7 @@ def test_nothing_kept_is_said(world, teachers, tmp_path):
 
 def test_captions_come_from_the_captioner(world, teachers, tmp_path, monkeypatch):
     """n_syn captions an image, in its row; the captioner itself is tested in test_teachers."""
-    from mclip import captioner
+    from mclip.teachers import captioner
 
     def generate(model, images, *, n, top_p, seed, prepare, done):
         images = prepare(images)

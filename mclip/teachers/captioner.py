@@ -29,11 +29,12 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, process
 from tokenizers import models as tokenizer_models
 from torch import Tensor, nn
 
-from mclip import models, params, teachers
+from mclip import models, params
 from mclip.data import fetch, shards
 from mclip.models.factory import preprocessing
 from mclip.system import progress
 from mclip.system.files import whole_folder, write_json, write_whole
+from mclip.teachers import align as teachers
 
 PAD, START, END = "<pad>", "<start>", "<end>"  # ids 0, 1, 2
 
