@@ -76,8 +76,9 @@ class Peak:
 
 
 def case(root: Path, what: str) -> dict:
-    from mclip.data import shards, training
-    from mclip.runs import TrainingSet
+    from mclip.data import shards
+    from mclip.distill import targets as training
+    from mclip.distill.runs import TrainingSet
 
     folders = {name: str(root / name) for name in ("balance", "clusters", "embeddings", "cache")}
     spec = TrainingSet("kept", teacher="t", **folders)

@@ -4,7 +4,7 @@
     python benchmarks/training.py --model ViT-B-32 --batch-size 16 --steps 4 --pictures 400
     python benchmarks/training.py --pairs data/pairs --workers 2
 
-Peers: open_clip_train.main as it comes (webdataset, decoding and tokenising as it goes), and mclip.train with the same
+Peers: open_clip_train.main as it comes (webdataset, decoding and tokenising as it goes), and mclip.distill.trainer with the same
 loss, batch, optimizer and precision, both data paths: pixels streamed from the shards as they are read, and pixels
 decoded once into a cache (which is made before the clock starts; what that took is shown). Every case is a process of
 its own with all cores; its figure is the rate from the end of step --warm to the end of the last, so that reading,
@@ -53,9 +53,10 @@ def open_clip_rate(args) -> dict[str, float]:
 
 
 def mclip_rate(args, cached: bool) -> dict[str, float]:
-    from mclip import params, train
-    from mclip.data import pixels
-    from mclip.runs import Run, TrainingSet
+    from mclip import params
+    from mclip.distill import pixels
+    from mclip.distill import trainer as train
+    from mclip.distill.runs import Run, TrainingSet
 
     settings = params.load().distill.train.model_copy(update={
         "samples": args.steps * args.batch_size, "batch_size": args.batch_size, "accumulate": 1, "ema": None,

@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 import pandas as pd
 from filelock import FileLock
 
-from mclip import closure, compare, derive, distill, evaluate, models
+from mclip import closure, compare, derive, evaluate, models
 from mclip import scores as tables
+from mclip.distill import plan as distill
+from mclip.distill.runs import Run
 from mclip.params import Balance, Cluster, EvalSet, Learning, Recipe, Study, Train, varied
-from mclip.runs import Run
 from mclip.system.files import digest, write_whole
 
 CACHE = Path("data/cache/ablations")
@@ -143,7 +144,7 @@ def identity(run: Run) -> str:
         "seed": run.seed,
         "set": spec,
         "data": {name: derive.fingerprint(folder) for name, folder in reads.items()},
-        "code": closure.code("mclip.train"),
+        "code": closure.code("mclip.distill.trainer"),
         "versions": [version(name) for name in PACKAGES],
     })
 

@@ -21,8 +21,8 @@ from typing import Any
 import pandas as pd
 
 from mclip import ablate, claims, closure, derive, models, reinforce
+from mclip.distill.runs import Run
 from mclip.params import Amount, Recipe, Reinforce, Selection, varied
-from mclip.runs import Run
 from mclip.system.files import digest
 
 ALL, AUG, SYN = "all", "aug", "syn"

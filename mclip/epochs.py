@@ -17,10 +17,11 @@ from collections.abc import Mapping
 import pandas as pd
 import torch
 
-from mclip import models, reinforce, train
+from mclip import models, reinforce
 from mclip.data import shards
+from mclip.distill import trainer as train
+from mclip.distill.runs import Run
 from mclip.params import Reinforce
-from mclip.runs import Run
 from mclip.system.timing import interleaved
 
 KINDS = ("plain", "reinforced", "teachers online", "everything online")

@@ -22,8 +22,8 @@ from mclip.data import augment, shards
 from mclip.data.stores import balance as balanced
 from mclip.data.stores import reinforced
 from mclip.data.stores.reinforced import Shard
+from mclip.distill.runs import in_part
 from mclip.params import Reinforce
-from mclip.runs import in_part
 from mclip.system import workers as engine
 from mclip.system.files import write_json
 from mclip.system.progress import bar

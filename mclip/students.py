@@ -18,9 +18,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from mclip import ablate, models, train
+from mclip import ablate, models
+from mclip.distill import trainer as train
+from mclip.distill.runs import Run
 from mclip.params import Recipe, Train
-from mclip.runs import Run
 from mclip.system.timing import interleaved
 
 WARM_STEPS = 2  # of each student before the clock starts

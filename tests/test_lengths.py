@@ -1,10 +1,10 @@
-"""mclip.models.lengths: a text tower that skips what no caption reaches has the same features and gradients."""
+"""mclip.distill.lengths: a text tower that skips what no caption reaches has the same features and gradients."""
 
 import pytest
 import torch
 
 from mclip import models
-from mclip.models import lengths
+from mclip.distill import lengths
 
 CAPTIONS = ["a", "a photo of a red apple on a wooden table in the garden", "grinning face", "a cat", "flag of a country"]
 

@@ -1,4 +1,4 @@
-"""mclip.models.vocabulary: a token table cut to the captions' rows says what the whole one says."""
+"""mclip.distill.vocabulary: a token table cut to the captions' rows says what the whole one says."""
 
 import copy
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mclip import models
-from mclip.models import vocabulary
+from mclip.distill import vocabulary
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 
 from mclip import losses
-from mclip.losses import ClusterLoss, sharding
+from mclip.distill import sharding
+from mclip.distill.objective import gather
+from mclip.losses import ClusterLoss
 from mclip.losses.cluster import part
-from mclip.losses.objective import gather
 from mclip.losses.tiled import clusters
 from mclip.losses.tiled import pairs as tiled
 

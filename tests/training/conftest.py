@@ -18,7 +18,7 @@ from mclip import balance, cluster
 from mclip.data import augment, shards
 from mclip.data.stores import embeddings as embedded
 from mclip.data.stores import reinforced
-from mclip.data.training import TrainingSet
+from mclip.distill.targets import TrainingSet
 from mclip.params import Recipe, Train
 
 N, SHARD, PX, WIDTHS = 24, 8, 16, (6, 5)

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from mclip import ablate, balance, closure, cluster, derive, distill, embed
-from mclip.data import training
+from mclip import ablate, balance, closure, cluster, derive, embed
 from mclip.data.stores import reinforced
+from mclip.distill import plan as distill
+from mclip.distill import targets as training
+from mclip.distill.runs import in_part
 from mclip.params import Balance, Cluster, EvalSet, Learning, Study, Variant, varied
-from mclip.runs import in_part
 
 from .conftest import PX, RECIPES, TRAIN, WIDTHS
 
@@ -77,7 +78,7 @@ def test_seed_settings_data_and_code_are_part_of_a_run(shared, world, tmp_path, 
     clip = plan(shared, "clip", a={})["a"][0].out
     assert plan(moved, "clip", a={})["a"][0].out == clip  # which reads no embeddings
     code = closure.code
-    monkeypatch.setattr(closure, "code", lambda module: code(module) + "edited" * (module == "mclip.train"))
+    monkeypatch.setattr(closure, "code", lambda module: code(module) + "edited" * (module == "mclip.distill.trainer"))
     assert plan(shared, a={})["a"][0].out != base[0].out
 
 
@@ -95,7 +96,7 @@ def test_a_study_trains_and_scores_what_no_other_has(shared, tmp_path, monkeypat
 
     def train_all(runs):
         started.extend(run.out for run in runs)
-        from mclip import train
+        from mclip.distill import trainer as train
 
         for run in runs:
             train.train(run)

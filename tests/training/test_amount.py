@@ -9,8 +9,8 @@ import torch
 from mclip import ablate, amount, balance, published
 from mclip.compare import HELD_OUT
 from mclip.data.stores import reinforced
+from mclip.distill.runs import in_part
 from mclip.params import Amount, Balance, Cluster, Reinforce
-from mclip.runs import in_part
 
 from .conftest import PX, RECIPES, TRAIN, N
 

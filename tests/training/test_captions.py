@@ -1,4 +1,4 @@
-"""mclip.data.captions: what is kept says what was read and tokenised, and is read and tokenised once."""
+"""mclip.distill.captions: what is kept says what was read and tokenised, and is read and tokenised once."""
 
 import json
 
@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from mclip import models
-from mclip.data import captions, shards, training
+from mclip.data import shards
+from mclip.distill import captions
+from mclip.distill import targets as training
 
 TOKENIZER = open_clip.get_tokenizer("ViT-B-32", context_length=8)
 TEXTS = ["a red apple", "two cats, on a mat; with more words than it holds", "\N{GRINNING FACE}"]

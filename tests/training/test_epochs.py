@@ -6,7 +6,8 @@ Real teachers and a captioner go through it in tests/notebooks.
 import pandas as pd
 import pytest
 
-from mclip import distill, epochs, published
+from mclip import epochs, published
+from mclip.distill import plan as distill
 from mclip.params import Reinforce
 
 from .conftest import RECIPES, TRAIN

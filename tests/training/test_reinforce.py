@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from mclip import models, reinforce
-from mclip.data import augment, shards, training
+from mclip.data import augment, shards
 from mclip.data.stores import balance as balanced
 from mclip.data.stores import reinforced
+from mclip.distill import targets as training
+from mclip.distill.runs import TrainingSet, in_part
 from mclip.params import Reinforce
-from mclip.runs import TrainingSet, in_part
 
 from .conftest import PX, N
 

@@ -1,4 +1,4 @@
-"""mclip.train and mclip.distill: every recipe learns, resumes to the same bytes, and splits without changing."""
+"""mclip.distill.trainer and mclip.distill: every recipe learns, resumes to the same bytes, and splits without changing."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,8 @@ import open_clip
 import pytest
 import torch
 
-from mclip import distill, train
+from mclip.distill import plan as distill
+from mclip.distill import trainer as train
 from mclip.params import Recipe
 
 from .conftest import RECIPES, TRAIN

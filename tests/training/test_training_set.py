@@ -1,4 +1,4 @@
-"""mclip.data.training: both loaders serve the same content; rows of all the parts belong together."""
+"""mclip.distill.targets: both loaders serve the same content; rows of all the parts belong together."""
 
 import dataclasses
 import shutil
@@ -8,12 +8,14 @@ import open_clip
 import pytest
 import torch
 
-from mclip.data import augment, loaders, shards, training
-from mclip.data.captions import caption_id
-from mclip.data.pixels import pixel_cache
+from mclip.data import augment, shards
 from mclip.data.stores import clusters as clustered
 from mclip.data.stores import reinforced
-from mclip.runs import in_part
+from mclip.distill import loaders
+from mclip.distill import targets as training
+from mclip.distill.captions import caption_id
+from mclip.distill.pixels import pixel_cache
+from mclip.distill.runs import in_part
 
 from .conftest import PX, N
 

@@ -1,6 +1,6 @@
 """The trainer: one student, one recipe, one seed; one process or several under torchrun.
 
-    python -m mclip.train RUN.json          # RUN.json is written by mclip.distill; see Run
+    python -m mclip.distill.trainer RUN.json          # RUN.json is written by mclip.distill; see Run
 
 Every recipe of both papers goes through this one loop; a recipe is a set of loss weights and data choices
 (`Objective`). A killed run goes on at its last checkpoint with the same batches; the model folder appears at the end.
@@ -22,18 +22,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mclip import checkpoint, models
-from mclip.data import loaders, training
-from mclip.data.pixels import pixel_cache
+from mclip import models
 from mclip.data.stores import clusters as clustered
 from mclip.data.stores import reinforced
-from mclip.losses import sharding
-from mclip.losses.objective import Objective, chosen
+from mclip.distill import checkpoint, loaders, sharding
+from mclip.distill import targets as training
+from mclip.distill.objective import Objective, chosen
+from mclip.distill.pixels import pixel_cache
+from mclip.distill.runs import Run
+from mclip.distill.step import Together, averaged_over_ranks, backward
+from mclip.distill.vocabulary import Kept, shrink
 from mclip.models.pointwise import sidestep
-from mclip.models.vocabulary import Kept, shrink
 from mclip.params import Train
-from mclip.runs import Run
-from mclip.step import Together, averaged_over_ranks, backward
 from mclip.system.files import whole, write_whole
 from mclip.system.progress import bar
 
@@ -221,7 +221,7 @@ def _finish(run: Run, student: nn.Module, history: list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m mclip.train", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m mclip.distill.trainer", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="RUN.json, written by mclip.distill")
     train(Run.load(parser.parse_args(argv).run))
 

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from mclip import models
 from mclip.data.augment import to_input
-from mclip.losses import sharding
-from mclip.losses.objective import Objective
-from mclip.models.lengths import text_encoder
+from mclip.distill import sharding
+from mclip.distill.lengths import text_encoder
+from mclip.distill.objective import Objective
 
 
 class Together(nn.Module):

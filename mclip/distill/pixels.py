@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mclip.data import augment, shards
 from mclip.data.stores import reinforced
-from mclip.runs import TrainingSet
+from mclip.distill.runs import TrainingSet
 from mclip.system.files import made_once
 from mclip.system.progress import bar
 

@@ -1,4 +1,4 @@
-"""What a training run is: `mclip.distill` writes it as RUN.json, `mclip.train` reads it. Imports nothing heavy."""
+"""What a training run is: `mclip.distill` writes it as RUN.json, `mclip.distill.trainer` reads it. Imports nothing heavy."""
 
 import hashlib
 import json

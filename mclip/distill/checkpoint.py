@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from mclip.losses import sharding
+from mclip.distill import sharding
 from mclip.system.files import whole
 
 FILE = "checkpoint.pt"

@@ -1,4 +1,4 @@
-"""Batches of a training set (`mclip.data.training`). Two loaders give the same content:
+"""Batches of a training set (`mclip.distill.targets`). Two loaders give the same content:
 
 - `CachedLoader`: every view decoded and augmented once into a memory-mapped uint8 file under data/cache, shared by
   all recipes and seeds; for sets that fit on a local disk. Batches are a function of (seed, step): resuming is exact.
@@ -20,11 +20,11 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from mclip.data import shards
-from mclip.data.captions import Tokenizer
-from mclip.data.pixels import light_rows, views_of
 from mclip.data.stores import reinforced
-from mclip.data.training import ShardSides, Side, add_tokens, pair_count, select
-from mclip.runs import TrainingSet
+from mclip.distill.captions import Tokenizer
+from mclip.distill.pixels import light_rows, views_of
+from mclip.distill.runs import TrainingSet
+from mclip.distill.targets import ShardSides, Side, add_tokens, pair_count, select
 
 SHUFFLE_BUFFER = 2000
 

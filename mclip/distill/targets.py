@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from mclip.data import shards
-from mclip.data.captions import Tokenizer, caption_id, read_captions, tokenise
 from mclip.data.stores import balance as balanced
 from mclip.data.stores import clusters as clustered
 from mclip.data.stores import embeddings as embedded
 from mclip.data.stores import lookup, reinforced
-from mclip.runs import TrainingSet, in_part
+from mclip.distill.captions import Tokenizer, caption_id, read_captions, tokenise
+from mclip.distill.runs import TrainingSet, in_part
 
 Kept = Callable[[list[str]], np.ndarray]  # (n,) bool
 

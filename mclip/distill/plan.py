@@ -1,6 +1,6 @@
 """Train the student with one recipe, a run a seed (papers.md 1.5, 2.2, 2.3).
 
-`plan` says what to run, `run_recipe` starts `mclip.train` for each: torchrun with `distill.train.processes` processes,
+`plan` says what to run, `run_recipe` starts `mclip.distill.trainer` for each: torchrun with `distill.train.processes` processes,
 `parallel_runs` of them side by side. A run that was finished by a killed stage is not trained again; one that was under
 way goes on at its checkpoint. This module imports neither torch nor open_clip: the training processes do.
 """
@@ -18,8 +18,8 @@ import pandas as pd
 
 from mclip import warm
 from mclip.data import shards
+from mclip.distill.runs import Run, TrainingSet
 from mclip.params import Recipe, Train
-from mclip.runs import Run, TrainingSet
 
 SCRATCH = Path("data/cache/runs")
 CHECKPOINTS = 2  # their layout; one of another layout is not gone on with
@@ -116,7 +116,7 @@ def _start(run: Run) -> subprocess.Popen:
     scratch = Path(run.scratch)
     scratch.mkdir(parents=True, exist_ok=True)
     run.save(scratch / "run.json")
-    arguments = ["mclip.train", str(scratch / "run.json")]
+    arguments = ["mclip.distill.trainer", str(scratch / "run.json")]
     command = warm.command(*arguments)
     if run.train.processes > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
