@@ -219,7 +219,7 @@ class EvalSet(Section):
     path: str
     task: Literal["classification", "retrieval"] = "classification"
     metric: EvalMetric | None = None  # the one that stands for the set; None: see `main`
-    captions: Literal["each", "distinct"] = "each"  # retrieval: what is an entry, see mclip.metrics.caption_pairs
+    captions: Literal["each", "distinct"] = "each"  # retrieval: what is an entry, see mclip.evaluate.metrics.caption_pairs
     groups: NonNegativeInt | None = None  # the column of KEY.npy that worst_group metrics group by
     probe: bool = False
     kind: str = ""

@@ -1,4 +1,4 @@
-"""mclip.evaluate and mclip.metrics against plain loops, on a tiny set in CLIP_benchmark's layout."""
+"""mclip.evaluate and mclip.evaluate.metrics against plain loops, on a tiny set in CLIP_benchmark's layout."""
 
 import io
 import json
@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision import transforms
 
-from mclip import evaluate, fewshot, metrics
+from mclip import evaluate
 from mclip.data import evalsets
+from mclip.evaluate import fewshot, metrics
 from mclip.params import EvalSet
 
 from .sets import png, write_tar

@@ -1,4 +1,4 @@
-"""mclip.fewshot against plain float64 loops."""
+"""mclip.evaluate.fewshot against plain float64 loops."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mclip import fewshot
+from mclip.evaluate import fewshot
 
 
 def unit(rng, n, d):

@@ -1,11 +1,11 @@
-"""mclip.probe: CLIP's search for C, and that its range is wide enough."""
+"""mclip.evaluate.probe: CLIP's search for C, and that its range is wide enough."""
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from mclip import probe
+from mclip.evaluate import probe
 
 
 def unit(rng, n, d=8):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mclip.compare import COLUMNS, IN_DOMAIN
 from mclip.data.evalsets import Split
-from mclip.metrics import nearest
+from mclip.evaluate.metrics import nearest
 from mclip.params import EvalSet
 from mclip.system.files import write_whole
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mclip.scores import Result
+from mclip.evaluate.scores import Result
 from mclip.system.progress import bar
 
 SHOTS = (1, 2, 4, 8, 16)

@@ -1,0 +1,17 @@
+"""Zero-shot classification, linear probe, few-shot and retrieval of image-text models.
+
+    from mclip import evaluate, models, params
+    model, _, preprocess, tokenizer = models.create("local-dir:models/teachers/large")
+    evaluate.evaluate(model, preprocess, tokenizer, params.load().evaluate.sets)
+
+    python -m mclip.evaluate ViT-B-32/laion2b_s34b_b79k --sets imagenet1k robustness my/folder --out scores.json
+
+Metrics and how they are measured: `mclip.evaluate.suite`.
+"""
+
+from mclip.evaluate.features import class_features, image_features, prompts
+from mclip.evaluate.scores import Result, confusion, headline, predictions, summary, write
+from mclip.evaluate.suite import evaluate, evaluate_many, load_students
+
+__all__ = ["Result", "class_features", "confusion", "evaluate", "evaluate_many", "headline", "image_features",
+           "load_students", "predictions", "prompts", "summary", "write"]
