@@ -20,9 +20,10 @@ from typing import Any
 
 import pandas as pd
 
-from mclip import ablate, claims, closure, derive, models, reinforce
+from mclip import ablate, closure, derive, models, reinforce
 from mclip.distill.runs import Run
 from mclip.params import Amount, Recipe, Reinforce, Selection, varied
+from mclip.report import claims
 from mclip.system.files import digest
 
 ALL, AUG, SYN = "all", "aug", "syn"

@@ -1,4 +1,4 @@
-"""mclip.compare: the metrics files as one table, and what a difference allows to say."""
+"""mclip.report.compare: the metrics files as one table, and what a difference allows to say."""
 
 import json
 import math
@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from mclip import compare
 from mclip.params import EvalSet
+from mclip.report import compare
 
 SETS = {
     "home": EvalSet(path="a", task="classification", kind="in domain"),

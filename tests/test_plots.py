@@ -1,4 +1,4 @@
-"""mclip.plots: titles, units, fixed colours, the same bytes for the same numbers."""
+"""mclip.report.plots: titles, units, fixed colours, the same bytes for the same numbers."""
 
 import io
 
@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from mclip import compare, plots
-from mclip.plots import theme
+from mclip.report import compare, plots
+from mclip.report.plots import theme
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mclip import ablate, compare, params
+from mclip import ablate, params
+from mclip.report import compare
 
 ROOT = Path(__file__).parents[1]
 SETS = ["cifar10", "emoji-unseen", "emoji-subgroup", "openmoji-color", "openmoji-black", compare.HELD_OUT]  # README's order

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from mclip.compare import COLUMNS, IN_DOMAIN
 from mclip.data.evalsets import Split
 from mclip.evaluate.metrics import nearest
 from mclip.params import EvalSet
+from mclip.report.compare import COLUMNS, IN_DOMAIN
 from mclip.system.files import write_whole
 
 

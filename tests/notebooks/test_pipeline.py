@@ -133,7 +133,7 @@ def test_an_edit_reruns_what_stands_on_it(clone, first):
             file.write("\n# edited\n")
         return call(clone, "dvc", "repro", "code")
 
-    assert ran(edited("mclip/plots/charts.py")) == {"code"}
+    assert ran(edited("mclip/report/plots/charts.py")) == {"code"}
     waiting = call(clone, "dvc", "status", check=False)
     assert "data/code" not in waiting
     assert ran(edited("mclip/balance/links.py")) == {"code"}

@@ -6,11 +6,12 @@ import pandas as pd
 import pytest
 import torch
 
-from mclip import ablate, amount, balance, published
-from mclip.compare import HELD_OUT
+from mclip import ablate, amount, balance
 from mclip.data.stores import reinforced
 from mclip.distill.runs import in_part
 from mclip.params import Amount, Balance, Cluster, Reinforce
+from mclip.report import published
+from mclip.report.compare import HELD_OUT
 
 from .conftest import PX, RECIPES, TRAIN, N
 

@@ -1,4 +1,4 @@
-"""mclip.claims: pooled spreads and intervals against scipy's, verdicts at their borders, learning curves by hand."""
+"""mclip.report.claims: pooled spreads and intervals against scipy's, verdicts at their borders, learning curves by hand."""
 
 import math
 
@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from mclip import claims
-from mclip.claims import Claim
-from mclip.compare import HELD_OUT
+from mclip.report import claims
+from mclip.report.claims import Claim
+from mclip.report.compare import HELD_OUT
 
 
 def frame(values: dict[str, list[float]], name: str = HELD_OUT) -> pd.DataFrame:

@@ -6,9 +6,10 @@ Real teachers and a captioner go through it in tests/notebooks.
 import pandas as pd
 import pytest
 
-from mclip import epochs, published
+from mclip import epochs
 from mclip.distill import plan as distill
 from mclip.params import Reinforce
+from mclip.report import published
 
 from .conftest import RECIPES, TRAIN
 

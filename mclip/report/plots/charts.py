@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mclip.plots.theme import COLOURS, INK, MUTED, WIDTH, palette
+from mclip.report.plots.theme import COLOURS, INK, MUTED, WIDTH, palette
 
 
 def curves(

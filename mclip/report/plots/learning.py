@@ -8,8 +8,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mclip.plots.charts import curves
-from mclip.plots.theme import COLOURS, MUTED, SPARE, WIDTH
+from mclip.report.plots.charts import curves
+from mclip.report.plots.theme import COLOURS, MUTED, SPARE, WIDTH
 
 
 def learning(main: pd.DataFrame, level: pd.DataFrame, *, title: str, labels: Mapping[str, str]) -> Figure:

@@ -66,7 +66,7 @@ def table(
 
 
 def verdicts(found: pd.DataFrame, titles: Mapping[str, str], *, caption: str = "") -> None:
-    """Show what `mclip.compare.verdicts` found, in points; titles: recipe -> what to call it."""
+    """Show what `mclip.report.compare.verdicts` found, in points; titles: recipe -> what to call it."""
     points = {name: 100 * found[column] for name, column in
               (("difference, points", "difference"), ("from", "low"), ("to", "high"))}
     shown = pd.DataFrame({"recipe": found["recipe"].map(titles), "set": found["set"], "kind": found["kind"], **points,

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from mclip.plots.theme import COLOURS, GRID, INK, WIDTH
+from mclip.report.plots.theme import COLOURS, GRID, INK, WIDTH
 
 RIGHT = COLOURS["combined"]
 

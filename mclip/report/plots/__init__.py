@@ -10,11 +10,11 @@ standard deviations, never bootstrapped). A figure's text form in the executed n
 picture's alternative text in the report.
 """
 
-from mclip.plots.charts import bars, curves, differences, estimates, heatmap, radar, tradeoff
-from mclip.plots.learning import amounts, learning
-from mclip.plots.sheets import gallery, grid, ranked, wrap
-from mclip.plots.tables import table, verdicts
-from mclip.plots.theme import COLOURS, DPI, GRID, INK, MUTED, SPARE, WIDTH, describe, palette, style
+from mclip.report.plots.charts import bars, curves, differences, estimates, heatmap, radar, tradeoff
+from mclip.report.plots.learning import amounts, learning
+from mclip.report.plots.sheets import gallery, grid, ranked, wrap
+from mclip.report.plots.tables import table, verdicts
+from mclip.report.plots.theme import COLOURS, DPI, GRID, INK, MUTED, SPARE, WIDTH, describe, palette, style
 
 __all__ = ["COLOURS", "DPI", "GRID", "INK", "MUTED", "SPARE", "WIDTH", "amounts", "bars", "curves", "describe",
            "differences", "estimates", "gallery", "grid", "heatmap", "learning", "palette", "radar", "ranked", "style",

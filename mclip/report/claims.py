@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from mclip.compare import HELD_OUT
+from mclip.report.compare import HELD_OUT
 
 HOLDS, REVERSED, OPEN = "holds", "does not hold", "can't be told"
 SIGNS = {"=": "", ">=": "≥\N{NO-BREAK SPACE}", "<": "<\N{NO-BREAK SPACE}"}  # of a factor in a table

@@ -1,6 +1,6 @@
 """The report: every executed notebook as a self-contained page, and an index that says what came out.
 
-    python -m mclip.report                  # reports/**/*.ipynb -> reports/site/index.html and a page a notebook
+    python -m mclip.report.build                  # reports/**/*.ipynb -> reports/site/index.html and a page a notebook
 
 In a notebook, `report.answer("...")` shows the result in one sentence; the index repeats it beside the notebook's
 key figure (the first picture of the cell tagged "key-figure") and its title (the first heading).
@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from mclip import params
-from mclip.compare import HELD_OUT, Row, chance_rows, main_rows, read_metrics, read_seeds
-from mclip.pages import ABLATIONS, GROUPS, OF_RECIPES, STAGES, TEMPLATES, body, read_pages
+from mclip.report.compare import HELD_OUT, Row, chance_rows, main_rows, read_metrics, read_seeds
+from mclip.report.pages import ABLATIONS, GROUPS, OF_RECIPES, STAGES, TEMPLATES, body, read_pages
 from mclip.system.files import whole_folder
 
 ASKED = (
@@ -182,7 +182,7 @@ def _code_style() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mclip.report", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m mclip.report.build", description=__doc__.split("\n")[0])
     parser.add_argument("--reports", default="reports", help="folder of executed notebooks, metrics, times")
     parser.add_argument("--out", default="reports/site")
     args = parser.parse_args(argv)
