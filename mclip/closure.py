@@ -7,7 +7,7 @@ A line is a file of mclip: a module that the notebook imports or that one of tho
 function. A string that is a module's name counts as an import of it: so are processes started. A package brings what
 lies in it that isn't Python. An edit then reruns the stages that stand on it and no others, with no list kept by hand.
 
-`code("mclip.distill.trainer")` names by the same rule what `mclip.ablate` and `mclip.derive` keep. Imports nothing heavy.
+`code("mclip.distill.trainer")` names by the same rule what `mclip.studies.ablate` and `mclip.studies.derive` keep. Imports nothing heavy.
 """
 
 import ast

@@ -172,6 +172,6 @@ def test_the_names_of_cached_runs_have_all_the_code_that_makes_them():
 
     assert {"train.py", "kernels/tiled.py", "models/configs/demo-student.json"} <= below("mclip.distill.trainer")
     assert not below("mclip.distill.trainer") & (ALGORITHM | {"cluster.py", "evaluate.py"})
-    assert {*ALGORITHM, "cluster.py", "prune.py", "derive.py", "data/reinforced.py"} <= below("mclip.derive")
+    assert {*ALGORITHM, "cluster.py", "prune.py", "derive.py", "data/reinforced.py"} <= below("mclip.studies.derive")
     assert {"evaluate.py", "features.py", "metrics.py", "models/inference.py"} <= below("mclip.evaluate")
-    assert closure.code("mclip.distill.trainer") == closure.code("mclip.distill.trainer") != closure.code("mclip.derive")
+    assert closure.code("mclip.distill.trainer") == closure.code("mclip.distill.trainer") != closure.code("mclip.studies.derive")

@@ -1,10 +1,11 @@
-"""mclip.histograms: the right layer, densities that add up, and widths against what they are made of."""
+"""mclip.studies.histograms: the right layer, densities that add up, and widths against what they are made of."""
 
 import numpy as np
 import pytest
 import torch
 
-from mclip import histograms, models
+from mclip import models
+from mclip.studies import histograms
 
 
 @pytest.mark.parametrize(("name", "image", "text"), [

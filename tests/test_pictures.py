@@ -1,4 +1,4 @@
-"""mclip.pictures: the map is what the tower pools, components repeat, and the masks are those of the pictures."""
+"""mclip.studies.pictures: the map is what the tower pools, components repeat, and the masks are those of the pictures."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from sklearn.decomposition import PCA
 
-from mclip import models, pictures
+from mclip import models
+from mclip.studies import pictures
 
 
 def drawing(colour: str = "red", at: int = 8) -> Image.Image:

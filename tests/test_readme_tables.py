@@ -6,8 +6,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mclip import ablate, params
+from mclip import params
 from mclip.report import compare
+from mclip.studies import ablate
 
 ROOT = Path(__file__).parents[1]
 SETS = ["cifar10", "emoji-unseen", "emoji-subgroup", "openmoji-color", "openmoji-black", compare.HELD_OUT]  # README's order

@@ -1,12 +1,13 @@
-"""mclip.search: what is found for a text, against every cosine by itself."""
+"""mclip.studies.search: what is found for a text, against every cosine by itself."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mclip import models, search
+from mclip import models
 from mclip.data.evalsets import Split, read_image
+from mclip.studies import search
 
 
 @pytest.fixture(scope="module")

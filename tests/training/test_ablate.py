@@ -1,4 +1,4 @@
-"""mclip.ablate, mclip.derive: a run is known by what its bytes depend on, and shared; derived data are what they say."""
+"""mclip.studies.ablate, mclip.studies.derive: a run is known by what its bytes depend on, and shared; derived data are what they say."""
 
 import json
 
@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from mclip import ablate, balance, closure, cluster, derive, embed
+from mclip import balance, closure, cluster, embed
 from mclip.data.stores import reinforced
 from mclip.distill import plan as distill
 from mclip.distill import targets as training
 from mclip.distill.runs import in_part
 from mclip.params import Balance, Cluster, EvalSet, Learning, Study, Variant, varied
+from mclip.studies import ablate, derive
 
 from .conftest import PX, RECIPES, TRAIN, WIDTHS
 

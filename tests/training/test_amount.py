@@ -1,4 +1,4 @@
-"""mclip.amount: a part of the pairs is reinforced once, variants take the first few, the verdict follows the numbers."""
+"""mclip.studies.amount: a part of the pairs is reinforced once, variants take the first few, the verdict follows the numbers."""
 
 import shutil
 
@@ -6,12 +6,13 @@ import pandas as pd
 import pytest
 import torch
 
-from mclip import ablate, amount, balance
+from mclip import balance
 from mclip.data.stores import reinforced
 from mclip.distill.runs import in_part
 from mclip.params import Amount, Balance, Cluster, Reinforce
 from mclip.report import published
 from mclip.report.compare import HELD_OUT
+from mclip.studies import ablate, amount
 
 from .conftest import PX, RECIPES, TRAIN, N
 

@@ -1,4 +1,4 @@
-"""mclip.epochs: parts add up, runs that are too short are told, the verdict follows the numbers.
+"""mclip.studies.epochs: parts add up, runs that are too short are told, the verdict follows the numbers.
 
 Real teachers and a captioner go through it in tests/notebooks.
 """
@@ -6,10 +6,10 @@ Real teachers and a captioner go through it in tests/notebooks.
 import pandas as pd
 import pytest
 
-from mclip import epochs
 from mclip.distill import plan as distill
 from mclip.params import Reinforce
 from mclip.report import published
+from mclip.studies import epochs
 
 from .conftest import RECIPES, TRAIN
 

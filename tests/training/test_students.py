@@ -1,11 +1,12 @@
-"""mclip.students: the others are trained like the default, costs are those of real steps, the verdict follows the numbers."""
+"""mclip.studies.students: the others are trained like the default, costs are those of real steps, the verdict follows the numbers."""
 
 
 import pandas as pd
 import pytest
 import torch
 
-from mclip import ablate, models, students
+from mclip import models
+from mclip.studies import ablate, students
 
 from .conftest import RECIPES, TRAIN
 

@@ -20,10 +20,11 @@ from typing import Any
 
 import pandas as pd
 
-from mclip import ablate, closure, derive, models, reinforce
+from mclip import closure, models, reinforce
 from mclip.distill.runs import Run
 from mclip.params import Amount, Recipe, Reinforce, Selection, varied
 from mclip.report import claims
+from mclip.studies import ablate, derive
 from mclip.system.files import digest
 
 ALL, AUG, SYN = "all", "aug", "syn"

@@ -1,6 +1,6 @@
 """Students side by side: trained alike, scored alike, and what each costs (notebooks/ablations/students.ipynb).
 
-Their runs lie in the studies' cache, where the default student's is that of the study of its recipe (mclip/ablate.py).
+Their runs lie in the studies' cache, where the default student's is that of the study of its recipe (mclip/studies/ablate.py).
 Accuracy is the same in every run, costs are measured and are not: milliseconds of the fastest form of each tower
 (`models.for_inference`), one picture or one caption on one thread, and of a whole training step of the recipe with its
 real batches. All students take turns, so that a machine that slows down slows all of them; medians.
@@ -18,10 +18,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from mclip import ablate, models
+from mclip import models
 from mclip.distill import trainer as train
 from mclip.distill.runs import Run
 from mclip.params import Recipe, Train
+from mclip.studies import ablate
 from mclip.system.timing import interleaved
 
 WARM_STEPS = 2  # of each student before the clock starts
