@@ -11,7 +11,7 @@ help:    ## list these commands
 
 repro: $(STAMP)    ## run what is missing or changed, data to report; OVERLAY=smoke: with params/smoke.yaml
 	@if [ -n "$(OVERLAY)" ]; then python -m mclip.params apply params/$(OVERLAY).yaml; fi
-	python -m mclip.warm dvc repro
+	python -m mclip.pipeline.warm dvc repro
 	@echo "The report: $(CURDIR)/reports/site/index.html"
 
 test: $(STAMP)    ## ruff and all tests, the small pipeline included
@@ -27,7 +27,7 @@ report: $(STAMP)    ## the report's pages only, from the notebooks executed so f
 
 lint: $(STAMP)    ## ruff, and are the source notebooks stripped?
 	ruff check .
-	python -m mclip.strip --check
+	python -m mclip.pipeline.strip --check
 
 bench: $(STAMP)    ## every benchmark, one after the other
 	@for script in benchmarks/*.py; do echo "== $$script"; python "$$script" || exit 1; done

@@ -1,4 +1,4 @@
-"""mclip.closure: what a notebook stands on is found whole, and an edit changes the checksums of those it concerns."""
+"""mclip.pipeline.code: what a notebook stands on is found whole, and an edit changes the checksums of those it concerns."""
 
 import ast
 import hashlib
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import mclip
-from mclip import closure, strip
+from mclip.pipeline import code as closure
+from mclip.pipeline import strip
 
 ROOT = Path(__file__).parents[1]
 MODULES = {
@@ -20,7 +21,7 @@ MODULES = {
     "bytes": "",
     "plots/__init__": "from mclip import unseen",
     "unseen": "",
-    "alone": "from mclip.needs import check",
+    "alone": "from mclip.pipeline.needs import check",
     "needs": "from .unseen import x",
     "cycle": "from . import cycle_back",
     "cycle_back": "from . import cycle",
@@ -79,7 +80,7 @@ def test_the_files_are_sorted_checksums_that_sha256sum_reads(root):
 
 @pytest.mark.parametrize("edited, changes", [
     ("mclip/top.py", {"first", "third"}), ("mclip/pack/configs/x.json", {"first", "third"}), ("mclip/c.py", {"first"}),
-    ("mclip/alone.py", {"studies/second"}), ("mclip/plots/__init__.py", set()), ("mclip/needs.py", set()),
+    ("mclip/alone.py", {"studies/second"}), ("mclip/plots/__init__.py", set()), ("mclip/pipeline/needs.py", set()),
     ("mclip/unseen.py", set()), ("mclip/__init__.py", set()), ("notebooks/first.ipynb", set()),
 ])
 def test_an_edit_changes_exactly_what_stands_on_it(root, edited, changes):

@@ -9,8 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from mclip import needs, strip
 from mclip.params import ParamsError
+from mclip.pipeline import needs, strip
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = {str(path.relative_to(ROOT / "notebooks").with_suffix("")): path
@@ -118,7 +118,7 @@ def checked(path: Path) -> list[tuple[int, str]]:
 def test_a_notebook_checks_its_own_stage_before_it_reads(name):
     runs = {stage: entry for stage, entry in needs.stages(ROOT).items()
             for words in [shlex.split(entry["cmd"] if isinstance(entry["cmd"], str) else entry["cmd"][0])]
-            if words[:4] == ["python", "-m", "mclip.run", name]}
+            if words[:4] == ["python", "-m", "mclip.pipeline.run", name]}
     if not runs:
         pytest.skip("no stage runs it")
     found = checked(NOTEBOOKS[name])
@@ -135,7 +135,7 @@ def test_a_notebook_checks_its_own_stage_before_it_reads(name):
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_what_a_notebook_names_is_what_its_stage_depends_on_or_writes(name):
     for stage, entry in needs.stages(ROOT).items():
-        if f"mclip.run {name} " not in " ".join(str(entry["cmd"]).split()) + " ":
+        if f"mclip.pipeline.run {name} " not in " ".join(str(entry["cmd"]).split()) + " ":
             continue
         known = needs.reads(entry) + needs.outs(entry)
         named = {found.rstrip("/") for source in code(NOTEBOOKS[name])

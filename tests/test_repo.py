@@ -9,7 +9,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from mclip import closure, needs, params, run, strip
+from mclip import params
+from mclip.pipeline import code as closure
+from mclip.pipeline import needs, run, strip
 
 ROOT = Path(__file__).parents[1]
 STAGES = needs.stages(ROOT)
@@ -20,7 +22,7 @@ OVERLAYS = sorted(ROOT.glob("params/*.yaml"))
 def call(entry) -> list[str]:
     first = entry["cmd"] if isinstance(entry["cmd"], str) else entry["cmd"][0]
     words = shlex.split(first)
-    assert words[:3] == ["python", "-m", "mclip.run"]
+    assert words[:3] == ["python", "-m", "mclip.pipeline.run"]
     return words[3:]
 
 
@@ -50,13 +52,13 @@ def test_a_stage_depends_on_the_code_that_its_notebook_stands_on(name):
     notebook, deps = call(STAGES[name])[0], STAGES[name]["deps"]
     assert [d for d in deps if d.startswith("data/code")] == [f"data/code/{notebook}"]
     listed = [d for d in deps if d.startswith("mclip")]
-    assert all(Path(d).stem in closure.SHOWING | {"site"} for d in listed), "mclip.closure knows of it"
+    assert all(Path(d).stem in closure.SHOWING | {"site"} for d in listed), "mclip.pipeline.code knows of it"
 
 
 def test_the_first_stage_writes_what_notebooks_stand_on():
     name, entry = next(iter(STAGES.items()))
     assert (name, entry["cmd"], entry["deps"], entry["outs"]) == (
-        "code", "python -m mclip.closure", ["mclip", "notebooks"], [closure.FOLDER])
+        "code", "python -m mclip.pipeline.code", ["mclip", "notebooks"], [closure.FOLDER])
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -68,7 +70,7 @@ def test_dependencies_in_the_repository_exist(name):
 
 @pytest.mark.parametrize("path", strip.notebooks(ROOT / "notebooks"), ids=lambda p: p.stem)
 def test_source_notebooks_are_stripped_and_take_parameters(path):
-    assert path.read_text() == strip.stripped(path.read_text()), "run `python -m mclip.strip`"
+    assert path.read_text() == strip.stripped(path.read_text()), "run `python -m mclip.pipeline.strip`"
     nb = nbformat.read(path, as_version=4)
     nbformat.validate(nb)
     assert run._parameter_names(nb, path)

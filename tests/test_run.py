@@ -13,7 +13,8 @@ import psutil
 import pytest
 from nbformat import v4
 
-from mclip import closure, kernel, run, strip
+from mclip.pipeline import code as closure
+from mclip.pipeline import kernel, run, strip
 
 ROOT = Path(__file__).parents[1]
 PARAMETERS = "sections = None\nrecipe = 'none'"
@@ -61,7 +62,7 @@ def write_notebook(path: Path, *cells: str) -> None:
 class Run:
     """A runner in the background; `said` is what its terminal shows so far."""
 
-    def __init__(self, repo: Path, name: str, *args: str, module: str = "mclip.run"):
+    def __init__(self, repo: Path, name: str, *args: str, module: str = "mclip.pipeline.run"):
         self.log = repo / f"{name}.log"
         env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
             "EXPECTED_PYTHON": sys.executable, "EXPECTED_CWD": str(repo), "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT),
@@ -224,7 +225,7 @@ def test_nothing_goes_on_when_dvc_itself_is_killed(repo, tmp_path, monkeypatch):
     for name in ("params.yaml", "notebooks/child.ipynb"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text((repo / name).read_text())
-    (tmp_path / "dvc.yaml").write_text("stages:\n  child:\n    cmd: python -m mclip.run child\n")
+    (tmp_path / "dvc.yaml").write_text("stages:\n  child:\n    cmd: python -m mclip.pipeline.run child\n")
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=tmp_path, check=True)
     started = Run(tmp_path, "dvc", "repro", module="dvc")
     started.wait_for("started")
@@ -257,9 +258,9 @@ def package(tmp_path, monkeypatch):
     for name in ("mclip/models/b.py", "mclip/models/c.json", "mclip/other.py", "mclip/shown.py", "data/d.json"):
         files[name] = ""
     files["params.yaml"] = (ROOT / "params.yaml").read_text()
-    files["dvc.yaml"] = ("stages:\n  y: {foreach: [1], do: {cmd: python -m mclip.run x -s k=1,"
+    files["dvc.yaml"] = ("stages:\n  y: {foreach: [1], do: {cmd: python -m mclip.pipeline.run x -s k=1,"
                          " deps: [notebooks/x.ipynb, data/code/x, mclip/shown.py, data]}}\n"
-                         "  z: {cmd: python -m mclip.run z -p x, deps: [mclip]}\n")
+                         "  z: {cmd: python -m mclip.pipeline.run z -p x, deps: [mclip]}\n")
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)

@@ -5,7 +5,7 @@ import json
 import nbformat
 from nbformat import v4
 
-from mclip import strip
+from mclip.pipeline import strip
 
 
 def dirty_notebook() -> str:
@@ -50,7 +50,7 @@ def test_check_lists_offenders_and_changes_nothing(tmp_path, monkeypatch, capsys
     checkpoint.write_text(dirty_notebook())
     before = path.read_text()
     assert strip.main(["--check"]) == 1
-    assert capsys.readouterr().out == "notebooks/ablations/x.ipynb: not stripped: run `python -m mclip.strip`\n"
+    assert capsys.readouterr().out == "notebooks/ablations/x.ipynb: not stripped: run `python -m mclip.pipeline.strip`\n"
     assert path.read_text() == before
     assert strip.main([]) == 0
     assert strip.main(["--check"]) == 0

@@ -1,4 +1,4 @@
-"""mclip.warm: forks of one process that has the libraries, and nothing left when the command ends."""
+"""mclip.pipeline.warm: forks of one process that has the libraries, and nothing left when the command ends."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ import psutil
 import pytest
 from nbformat import v4
 
-from mclip import strip, warm
+from mclip.pipeline import strip, warm
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or Path("/dev/nvidiactl").exists(),
                                 reason="forks are for Linux without a GPU")
@@ -50,7 +50,7 @@ def folder(tmp_path):
 
 def started(folder, *argv, **env):
     env = os.environ | {"PYTHONPATH": str(ROOT), "WAIT": "1"} | env
-    return subprocess.Popen([sys.executable, "-m", "mclip.warm", "--import", "wave", sys.executable, "outer.py", *argv],
+    return subprocess.Popen([sys.executable, "-m", "mclip.pipeline.warm", "--import", "wave", sys.executable, "outer.py", *argv],
                             cwd=folder, env=env, stdout=subprocess.PIPE, text=True)
 
 
@@ -144,11 +144,11 @@ def test_a_notebook_is_the_same_bytes_with_and_without(tmp_path):
     (tmp_path / "wait.py").write_text(
         "import os, subprocess, sys, time\nfrom mclip import warm\n"
         "while not warm.is_on():\n    time.sleep(0.1)\n"
-        "sys.exit(subprocess.call([sys.executable, '-m', 'mclip.run', 'figure']))\n")
+        "sys.exit(subprocess.call([sys.executable, '-m', 'mclip.pipeline.run', 'figure']))\n")
     env = {k: v for k, v in os.environ.items() if k != warm.SOCKET} | {"PYTHONPATH": str(ROOT)}
     report, bytes_ = tmp_path / "reports/figure.ipynb", []
     memory = []
-    for start in (["-m", "mclip.warm", sys.executable, "wait.py"], ["-m", "mclip.run", "figure"]):
+    for start in (["-m", "mclip.pipeline.warm", sys.executable, "wait.py"], ["-m", "mclip.pipeline.run", "figure"]):
         done = subprocess.run([sys.executable, *start], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         bytes_.append(report.read_bytes())

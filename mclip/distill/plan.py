@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from mclip import warm
 from mclip.data import shards
 from mclip.distill.runs import Run, TrainingSet
 from mclip.params import Recipe, Train
+from mclip.pipeline import warm
 
 SCRATCH = Path("data/cache/runs")
 CHECKPOINTS = 2  # their layout; one of another layout is not gone on with

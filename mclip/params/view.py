@@ -43,7 +43,7 @@ class _Entries(dict):
 def stage(injected: dict[str, Any] | None) -> Any:
     """The parameters of a stage's notebook, as attributes.
 
-    injected: what `mclip.run` put into the notebook: the part of params.yaml that the stage picks, nested
+    injected: what `mclip.pipeline.run` put into the notebook: the part of params.yaml that the stage picks, nested
     as there; None, when the notebook is opened by hand: all of params.yaml (the kernel then goes to the
     repository's root, where every stage runs). A whole section is its validated model.
     """

@@ -11,7 +11,7 @@ security policy keeps it so. The same notebooks, metrics and times give the same
 
 from __future__ import annotations
 
-from mclip import warm
+from mclip.pipeline import warm
 
 if __name__ == "__main__":
     warm.hand_over("mclip.report")

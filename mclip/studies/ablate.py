@@ -23,11 +23,12 @@ from typing import Any, NamedTuple
 import pandas as pd
 from filelock import FileLock
 
-from mclip import closure, evaluate, models
+from mclip import evaluate, models
 from mclip.distill import plan as distill
 from mclip.distill.runs import Run
 from mclip.evaluate import scores as tables
 from mclip.params import Balance, Cluster, EvalSet, Learning, Recipe, Study, Train, varied
+from mclip.pipeline import code as closure
 from mclip.report import compare
 from mclip.studies import derive
 from mclip.system.files import digest, write_whole

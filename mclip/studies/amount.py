@@ -20,9 +20,10 @@ from typing import Any
 
 import pandas as pd
 
-from mclip import closure, models, reinforce
+from mclip import models, reinforce
 from mclip.distill.runs import Run
 from mclip.params import Amount, Recipe, Reinforce, Selection, varied
+from mclip.pipeline import code as closure
 from mclip.report import claims
 from mclip.studies import ablate, derive
 from mclip.system.files import digest

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from mclip import balance, closure, cluster
+from mclip import balance, cluster
 from mclip.balance import prune
 from mclip.data import shards
 from mclip.data.stores import embeddings as embedded
 from mclip.data.stores import reinforced
 from mclip.distill.runs import in_part
 from mclip.params import Balance, Cluster, KeptPairs, Recipe, Selection, Variant
+from mclip.pipeline import code as closure
 from mclip.system.files import digest, whole_folder
 
 FOLDERS = {name: f"data/{name}" for name in ("pairs", "balance", "clusters", "embeddings", "reinforced")}

@@ -1,6 +1,6 @@
 """Progress bars that reach the terminal and never a notebook's output.
 
-`bar` is tqdm with a rate and the time left. A stage run by `mclip.run` points MCLIP_PROGRESS at a file
+`bar` is tqdm with a rate and the time left. A stage run by `mclip.pipeline.run` points MCLIP_PROGRESS at a file
 that the runner copies to its terminal; elsewhere the bar goes to stderr, or to JupyterLab's widget-free bar.
 """
 

@@ -58,7 +58,7 @@ def clone(tmp_path_factory):
 @pytest.fixture(scope="module")
 def first(clone):
     start = time.monotonic()
-    output = call(clone, "python", "-m", "mclip.warm", "dvc", "repro")  # as `make repro` does
+    output = call(clone, "python", "-m", "mclip.pipeline.warm", "dvc", "repro")  # as `make repro` does
     print(f"smoke pipeline: {time.monotonic() - start:.0f} s")
     return output
 
@@ -96,7 +96,7 @@ def test_ablations_costs_and_pictures(clone, first):
     path = clone / "params.yaml"
     before = path.read_text()
     params.apply_overlay(Path(__file__).parent / "ablations.yaml", path)
-    output = call(clone, "python", "-m", "mclip.warm", "dvc", "repro")
+    output = call(clone, "python", "-m", "mclip.pipeline.warm", "dvc", "repro")
     assert ran(output) == {"ablate@terms", "ablate-learning@few-pairs", "students@combined", "latency@cpu", "amount@combined", "epoch@combined",
                            "pca@combined", "weights@clip", "search@combined", "report"}
     for name in ("terms", "few-pairs", "students", "latency", "amount", "epoch", "pca", "weights", "search"):
@@ -146,7 +146,7 @@ def test_an_unknown_parameter_stops_at_once(clone, first):
     before = path.read_text()
     path.write_text(before.replace("threshold:", "treshold:", 1))
     try:
-        output = call(clone, "python", "-m", "mclip.run", "balance", "-p", "balance", check=False)
+        output = call(clone, "python", "-m", "mclip.pipeline.run", "balance", "-p", "balance", check=False)
     finally:
         path.write_text(before)
     assert "params.yaml: balance.treshold: unknown key; did you mean 'threshold'?" in output

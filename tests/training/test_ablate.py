@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from mclip import balance, closure, cluster, embed
+from mclip import balance, cluster, embed
 from mclip.data.stores import reinforced
 from mclip.distill import plan as distill
 from mclip.distill import targets as training
 from mclip.distill.runs import in_part
 from mclip.params import Balance, Cluster, EvalSet, Learning, Study, Variant, varied
+from mclip.pipeline import code as closure
 from mclip.studies import ablate, derive
 
 from .conftest import PX, RECIPES, TRAIN, WIDTHS

@@ -1,8 +1,8 @@
 """Run a notebook as a stage: typed parameters in, a byte-stable executed notebook out.
 
-    python -m mclip.run balance -p balance
-    python -m mclip.run distill -s recipe=clip -p distill.train -p distill.recipes.clip
-    python -m mclip.run ablations/threshold -p balance
+    python -m mclip.pipeline.run balance -p balance
+    python -m mclip.pipeline.run distill -s recipe=clip -p distill.train -p distill.recipes.clip
+    python -m mclip.pipeline.run ablations/threshold -p balance
 
 STAGE       executes notebooks/STAGE.ipynb and writes reports/STAGE[/value...].ipynb
 -p KEY      a part of params.yaml that the notebook may see (what the stage lists under `params:` in dvc.yaml)
@@ -16,10 +16,10 @@ notebook must add none. Wall time and peak memory go to reports/times/STAGE[/val
 Exit codes: 0 done, 1 the notebook failed, 2 wrong call or parameters, 128 + n stopped by signal n.
 """
 
-from mclip import warm
+from mclip.pipeline import warm
 
 if __name__ == "__main__":
-    warm.hand_over("mclip.run")
+    warm.hand_over("mclip.pipeline.run")
 
 import argparse
 import ast
@@ -38,8 +38,10 @@ from typing import Any
 
 import nbformat
 
-from mclip import closure, params, strip
+from mclip import params
 from mclip.params import ParamsError
+from mclip.pipeline import code as closure
+from mclip.pipeline import strip
 from mclip.system.files import write_whole
 
 SOURCE_SUFFIXES = {".py", ".ipynb", ".json", ".css", ".cu", ".cpp"}
@@ -118,7 +120,7 @@ def sources(stage: Stage, package: closure.Package | None = None) -> dict[str, s
     """What must not change while the stage runs: sha256 of its source files, and of what it picks.
 
     DVC records its dependencies as they are after a stage, so an edit during it would go down as what
-    produced the outputs. The files are the notebook, what it stands on (mclip.closure), and what dvc.yaml
+    produced the outputs. The files are the notebook, what it stands on (mclip.pipeline.code), and what dvc.yaml
     names of mclip beside that. package: one whose modules have been read just now.
     """
     deps = [stage.notebook, *_dependencies(stage)]
@@ -140,7 +142,7 @@ def _dependencies(stage: Stage) -> list[Path]:
     for entry in stages.values():
         entry = entry.get("do", entry)
         words = str(entry.get("cmd", "")).replace("${key}", stage.name.rpartition("/")[2]).split()
-        if ("mclip.run", stage.name) in pairwise(words):
+        if ("mclip.pipeline.run", stage.name) in pairwise(words):
             deps = [Path(next(iter(d)) if isinstance(d, dict) else d) for d in entry.get("deps", [])]
             return [d for d in deps if d.parts[0] in ("mclip", "notebooks") and d.exists()]
     return []
@@ -241,7 +243,10 @@ def run(stage: Stage) -> Path:
         raise StageError(f"{stage.title}: {edited[0]} was edited after DVC's stage `code`: run `dvc repro` again")
     before = sources(stage, package)
     nb, injected = prepare(stage)
-    from mclip.kernel import Terminal, execute  # here: importing papermill takes seconds, in which files change
+    from mclip.pipeline.kernel import (  # here: importing papermill takes seconds, in which files change
+        Terminal,
+        execute,
+    )
 
     terminal = Terminal()
     terminal.write(f"{stage.title}: running {stage.notebook}\n")
@@ -264,7 +269,7 @@ def run(stage: Stage) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mclip.run", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m mclip.pipeline.run", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage")
     parser.add_argument("-p", dest="keys", metavar="KEY", action="append", default=[])

@@ -13,7 +13,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mclip import closure, params
+from mclip import params
+from mclip.pipeline import code as closure
 
 READ = ("data/", "models/", "reports/metrics")
 CODE = f"{closure.FOLDER}/"  # says what a notebook stands on; no notebook reads it

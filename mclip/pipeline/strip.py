@@ -1,7 +1,7 @@
 """Source notebooks are stored without outputs, so that running one by hand never changes a stage.
 
-    python -m mclip.strip             # strip every notebook in notebooks/, in place
-    python -m mclip.strip --check     # list those that aren't stripped; exit code 1 if there are any
+    python -m mclip.pipeline.strip             # strip every notebook in notebooks/, in place
+    python -m mclip.pipeline.strip --check     # list those that aren't stripped; exit code 1 if there are any
 
 What stays of a notebook: its cells' source and tags, the kernel's name, and ordinal cell ids. The reports
 (executed notebooks in reports/) are left alone.
@@ -46,7 +46,7 @@ def notebooks(folder: str | Path = "notebooks") -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mclip.strip", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m mclip.pipeline.strip", description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if one isn't stripped")
     parser.add_argument("files", nargs="*", type=Path, help="notebooks (default: all in notebooks/)")
     args = parser.parse_args(argv)
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         if before == after:
             continue
-        print(f"{path}: {'not stripped: run `python -m mclip.strip`' if args.check else 'stripped'}")
+        print(f"{path}: {'not stripped: run `python -m mclip.pipeline.strip`' if args.check else 'stripped'}")
         if args.check:
             dirty += 1
         else:

@@ -1,6 +1,6 @@
 """The code that each notebook stands on, as checksums: what a stage depends on besides its notebook and its data.
 
-    python -m mclip.closure         # data/code/NAME for each notebooks/NAME.ipynb: the first stage of dvc.yaml
+    python -m mclip.pipeline.code         # data/code/NAME for each notebooks/NAME.ipynb: the first stage of dvc.yaml
     sha256sum -c data/code/distill  # what has changed since
 
 A line is a file of mclip: a module that the notebook imports or that one of those imports, at any depth, also within a

@@ -1,6 +1,6 @@
-"""The warm process of `mclip.warm`: it imports libraries, then forks at every request.
+"""The warm process of `mclip.pipeline.warm`: it imports libraries, then forks at every request.
 
-    python -m mclip.forks SOCKET LIBRARY...
+    python -m mclip.pipeline.forks SOCKET LIBRARY...
 
 A request is a message with argv, environment, working folder and the three standard streams of a process that stands
 for the fork (`warm.attach`); the answers are the fork's process id and, when it has ended, its exit status. When that
@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from mclip.warm import FORK, NEEDLESS, note, stop
+from mclip.pipeline.warm import FORK, NEEDLESS, note, stop
 
 
 @dataclass

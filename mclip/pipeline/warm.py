@@ -1,6 +1,6 @@
 """A command whose notebooks and trainings need not import torch, open_clip and the like each for itself.
 
-    python -m mclip.warm dvc repro
+    python -m mclip.pipeline.warm dvc repro
 
 Beside the command one process imports the big libraries, once; every kernel and every training of one process that
 the stages start is then a fork of it, which takes milliseconds where the imports take 8-12 s a process on two small
@@ -161,7 +161,7 @@ def run(argv: list[str], libraries: list[str]) -> int:
         Path(folder, "of").write_text(_whose())
         # the kernels' own backend, which IPython would set too late for a matplotlib that is there already
         env = environment(Path(folder)) | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-        warm = subprocess.Popen([sys.executable, "-m", "mclip.forks", address, *libraries], env=env,
+        warm = subprocess.Popen([sys.executable, "-m", "mclip.pipeline.forks", address, *libraries], env=env,
                                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                 start_new_session=True)
         process = subprocess.Popen(argv, env=os.environ | {SOCKET: address})
