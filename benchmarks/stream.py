@@ -31,27 +31,27 @@ def keys(start: int, stop: int) -> np.ndarray:
 def write(root: Path, n: int, shards: int) -> None:
     import pandas as pd
 
-    from mclip.data.stores import balance as balanced
-    from mclip.data.stores import clusters as clustered
-    from mclip.data.stores import embeddings as embedded
+    from mclip.data.stores import balance as balance_store
+    from mclip.data.stores import clusters as cluster_store
+    from mclip.data.stores import embeddings as embedding_store
 
     rng = np.random.default_rng(0)
     names, keep = keys(0, n), rng.random(n) < 0.563
-    balanced.write(root / "balance", balanced.Balance(np.arange(n), keep, np.zeros(n), names, 0.07, "sql2"))
+    balance_store.write(root / "balance", balance_store.Balance(np.arange(n), keep, np.zeros(n), names, 0.07, "sql2"))
     centres = rng.standard_normal((CENTRES, WIDTH)).astype(np.float32)
     labels = rng.integers(0, CENTRES, int(keep.sum()))
     similarity = np.zeros(len(labels), np.float32)
-    clustered.write(root / "clusters", clustered.Clusters(centres, labels, similarity, np.zeros(1), names[keep]))
+    cluster_store.write(root / "clusters", cluster_store.Clusters(centres, labels, similarity, np.zeros(1), names[keep]))
     folder = root / "embeddings" / "t"
-    for part in embedded.PARTS:
+    for part in embedding_store.PARTS:
         (folder / part).mkdir(parents=True)
     for i in range(shards):
         for part in ("img_emb", "text_emb"):
             rows = rng.standard_normal((SHARD, WIDTH)).astype(np.float32)
             rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-            np.save(embedded.part_file(folder, part, i), rows.astype(np.float16))
+            np.save(embedding_store.part_file(folder, part, i), rows.astype(np.float16))
         table = pd.DataFrame({"key": names[i * SHARD:(i + 1) * SHARD], "caption": "c"})
-        table.to_parquet(embedded.part_file(folder, "metadata", i))
+        table.to_parquet(embedding_store.part_file(folder, "metadata", i))
 
 
 def anonymous() -> int:
@@ -77,7 +77,7 @@ class Peak:
 
 def case(root: Path, what: str) -> dict:
     from mclip.data import shards
-    from mclip.distill import targets as training
+    from mclip.distill import targets
     from mclip.distill.runs import TrainingSet
 
     folders = {name: str(root / name) for name in ("balance", "clusters", "embeddings", "cache")}
@@ -85,18 +85,18 @@ def case(root: Path, what: str) -> dict:
     times = []
     with Peak() as peak:
         if what == "whole":
-            from mclip.data.stores import balance as balanced
-            from mclip.data.stores import clusters as clustered
-            from mclip.data.stores import embeddings as embedded
+            from mclip.data.stores import balance as balance_store
+            from mclip.data.stores import clusters as cluster_store
+            from mclip.data.stores import embeddings as embedding_store
 
             start = time.perf_counter()
-            embeddings = embedded.load(Path(spec.embeddings) / "t")
-            held = balanced.read(spec.balance), clustered.read(spec.clusters), embeddings
+            embeddings = embedding_store.load(Path(spec.embeddings) / "t")
+            held = balance_store.read(spec.balance), cluster_store.read(spec.clusters), embeddings
             times.append(time.perf_counter() - start)
             del held, embeddings
         else:
             start = time.perf_counter()
-            sides = training.ShardSides(spec)
+            sides = targets.ShardSides(spec)
             if what == "tables":
                 times.append(time.perf_counter() - start)
             else:

@@ -20,8 +20,8 @@ import pandas as pd
 from mclip.data import shards
 from mclip.data.stores.embeddings import PARTS, Embeddings, EmbeddingsError, load, part_file, read_meta
 from mclip.system import progress
-from mclip.system import workers as engine
 from mclip.system.files import write_json, write_whole
+from mclip.system.workers import is_alone, run_tasks, worker_device
 
 
 def run(teachers: dict[str, str], *, pairs: str | Path = "data/pairs", out: str | Path = "data/embeddings",
@@ -47,7 +47,7 @@ def run(teachers: dict[str, str], *, pairs: str | Path = "data/pairs", out: str 
 
     manifest = shards.read_manifest(pairs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    alone = engine.alone(workers, backend)
+    alone = is_alone(workers, backend)
     own = [_Teacher.begin(name, model, manifest, Path(out) / name, precision, device, load=alone)
            for name, model in teachers.items()]
     todo = {i: [teacher for teacher in own if i in teacher.todo] for i in sorted({i for t in own for i in t.todo})}
@@ -61,7 +61,7 @@ def run(teachers: dict[str, str], *, pairs: str | Path = "data/pairs", out: str 
         else:
             tasks = [(i, [(t.meta["model"], t.folder) for t in wanted], Path(pairs), options)
                      for i, wanted in todo.items()]
-            for count in engine.run(_embed_elsewhere, tasks, workers=workers, backend=backend, gpu=device == "cuda"):
+            for count in run_tasks(_embed_elsewhere, tasks, workers=workers, backend=backend, gpu=device == "cuda"):
                 bar.update(count)
     return {teacher.name: teacher.meta for teacher in own}
 
@@ -121,7 +121,7 @@ class _Teacher:
 
 def _embed_elsewhere(i: int, teachers: list[tuple[str, Path]], pairs: Path, options: dict) -> int:
     """A worker's task: the shard by teachers that it loads itself; how many embeddings that were."""
-    device = engine.share()
+    device = worker_device()
     counts: list[int] = []
     loaded = [(_loaded_once(model, device), folder) for model, folder in teachers]
     _embed_shard(i, loaded, pairs, done=counts.append, device=device, **options)

@@ -19,14 +19,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from mclip import models
 from mclip.data import augment, shards
-from mclip.data.stores import balance as balanced
+from mclip.data.stores import balance as balance_store
 from mclip.data.stores import reinforced
 from mclip.data.stores.reinforced import Shard
 from mclip.distill.runs import in_part
 from mclip.params import Reinforce
-from mclip.system import workers as engine
 from mclip.system.files import write_json
 from mclip.system.progress import bar
+from mclip.system.workers import is_alone, run_tasks, worker_device
 
 
 class _Views(Dataset):
@@ -79,7 +79,7 @@ class _Job(NamedTuple):
 
     def make(self, index: int, makers: _Makers, done: Callable[[int], object]) -> int:
         """Write a shard; how many pairs it has."""
-        kept = balanced.lookup_kept(self.balance, self.cache)
+        kept = balance_store.lookup_kept(self.balance, self.cache)
         samples = list(shards.iter_samples(self.pairs, shards=[index]))
         there = kept.find([s.key for s in samples]) >= 0
         samples = [s for s, found in zip(samples, there, strict=True) if found and in_part(s.key, self.fraction)]
@@ -90,7 +90,7 @@ class _Job(NamedTuple):
 
     def elsewhere(self, index: int) -> int:
         """A worker's task: `make` with models that it loads itself."""
-        makers = _makers_once(self.teachers, self.captioner, engine.share())
+        makers = _makers_once(self.teachers, self.captioner, worker_device())
         return self.make(index, makers, lambda passes: None)
 
 
@@ -132,7 +132,7 @@ def run(
                Path(cache), decoders)
     job.out.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    alone = engine.alone(settings.workers, settings.backend)
+    alone = is_alone(settings.workers, settings.backend)
     makers = _Makers.of(chosen, job.captioner if alone else None, device if alone else "cpu")
     identity = {
         "settings": settings.identity(),
@@ -153,7 +153,7 @@ def run(
                 job.make(index, makers, progress.update)
         else:
             tasks = [(index,) for index in todo]
-            for count in engine.run(job.elsewhere, tasks, workers=settings.workers, backend=settings.backend,
+            for count in run_tasks(job.elsewhere, tasks, workers=settings.workers, backend=settings.backend,
                                     gpu=device == "cuda"):
                 progress.update(passes * count)
     total = sum(reinforced.count(out, index) for index in range(len(manifest["shards"])))
@@ -170,7 +170,7 @@ class _Kept(NamedTuple):
 def _kept(balance: str | Path, fraction: float) -> _Kept:
     """Which pairs are kept, as a digest of their keys, and how many; no more than a piece of them is held."""
     found, count = hashlib.sha256(), 0
-    for piece in balanced.kept(balance):
+    for piece in balance_store.kept(balance):
         keys = [key for key in map(str, piece.tolist()) if in_part(key, fraction)]
         found.update("".join(f"{key}\n" for key in keys).encode())
         count += len(keys)

@@ -19,9 +19,9 @@ from safetensors.torch import save_file  # noqa: E402
 
 from mclip import embed, models, params, reinforce
 from mclip.data import shards
-from mclip.data.stores import balance as balanced  # noqa: E402
+from mclip.data.stores import balance as balance_store  # noqa: E402
 from mclip.data.stores import reinforced
-from mclip.teachers import align as teachers  # noqa: E402
+from mclip.teachers import align  # noqa: E402
 
 TEACHER, CAPTIONER = "ViT-B-32/laion2b_s34b_b79k", "coca_ViT-B-32/mscoco_finetuned_laion2b_s13b_b90k"
 
@@ -50,7 +50,7 @@ def main() -> None:
     put(CAPTIONER, 1)
     section = params.Teachers(models={"big": TEACHER}, assemble={}, captioner=CAPTIONER, captioner_train=None,
                               align=params.load(Path(__file__).parents[1] / "params.yaml").teachers.align)
-    entry = teachers.assemble(section, out=ROOT / "models")["big"]
+    entry = align.assemble(section, out=ROOT / "models")["big"]
     embed.run({"big": TEACHER}, pairs=ROOT / "pairs", out=ROOT / "embeddings", batch_size=2)
     table = embed.load(ROOT / "embeddings" / "big")
     model, _, preprocess, _ = models.create(TEACHER)
@@ -60,7 +60,7 @@ def main() -> None:
     settings = params.Reinforce(ensemble=["big"], n_aug=1, n_syn=1, image_px=224, scale_min=0.5, randaugment_ops=2,
                                 randaugment_magnitude=9, caption_top_p=0.9, batch_size=2, precision="fp32", seed=0)
     n = len(table.keys)
-    balanced.write(ROOT / "balance", balanced.Balance(np.arange(n), np.ones(n, bool), np.zeros(n), np.array(table.keys),
+    balance_store.write(ROOT / "balance", balance_store.Balance(np.arange(n), np.ones(n, bool), np.zeros(n), np.array(table.keys),
                                                       0.1, "sql2"))
     meta = reinforce.run(settings, {"big": TEACHER}, CAPTIONER, pairs=ROOT / "pairs", balance=ROOT / "balance",
                          out=ROOT / "reinforced", cache=ROOT / "cache")

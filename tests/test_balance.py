@@ -23,7 +23,7 @@ from mclip.balance import (
     write,
 )
 from mclip.data.stores.rows import Rows, RowsError
-from mclip.system import workers as engine
+from mclip.system.workers import WorkerError, run_tasks
 
 DISTANCE = {
     "l2": lambda x, y: np.sqrt(((x - y) ** 2).sum()),
@@ -389,7 +389,7 @@ def test_many_workers_find_the_same_sets(workers, files, tmp_path):
 
 
 def test_what_workers_share_lies_where_it_is_told(tmp_path, monkeypatch):
-    rows, told, plain = np.concatenate([clumps(n=300, seed=s) for s in range(4)]), [], engine.run
+    rows, told, plain = np.concatenate([clumps(n=300, seed=s) for s in range(4)]), [], run_tasks
     monkeypatch.setattr(engine, "run", lambda f, tasks, **options: (told.extend(tasks), plain(f, tasks, **options))[1])
     options = {"metric": "sql2", "tile": 64, "workers": 2, "scratch": tmp_path / "shared"}
     got, (_, _, square) = balance(rows, threshold=0.1, **options), spanning_forest(rows, 0.1, **options)
@@ -399,12 +399,12 @@ def test_what_workers_share_lies_where_it_is_told(tmp_path, monkeypatch):
 
 
 def test_wrong_workers(monkeypatch):
-    with pytest.raises(engine.EngineError, match="workers: expected at least 1, found 0"):
+    with pytest.raises(WorkerError, match="workers: expected at least 1, found 0"):
         balance(clumps(), threshold=0.1, metric="sql2", workers=0)
-    with pytest.raises(engine.EngineError, match="backend: expected one of processes, ray, found 'spark'"):
+    with pytest.raises(WorkerError, match="backend: expected one of processes, ray, found 'spark'"):
         balance(clumps(), threshold=0.1, metric="sql2", workers=2, backend="spark")
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(engine.EngineError, match="ray is not installed"):
+    with pytest.raises(WorkerError, match="ray is not installed"):
         balance(clumps(), threshold=0.1, metric="sql2", workers=2, backend="ray")
 
 

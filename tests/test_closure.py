@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 import mclip
-from mclip.pipeline import code as closure
-from mclip.pipeline import strip
+from mclip.pipeline import code, strip
 
 ROOT = Path(__file__).parents[1]
 MODULES = {
@@ -58,11 +57,11 @@ def root(tmp_path):
 
 
 def stands_on(root, name):
-    return set(closure.recorded(name, root))
+    return set(code.recorded(name, root))
 
 
 def test_imports_at_any_depth_and_names_of_modules_are_followed(root):
-    closure.write(root)
+    code.write(root)
     below = {"mclip/pack/inner.py", "mclip/pack/deep/__init__.py", "mclip/pack/deep/below.py", "mclip/up.py", "mclip/top.py"}
     assert stands_on(root, "first") == {"mclip/a.py", "mclip/b.py", "mclip/c.py", "mclip/process.py",
                                         "mclip/pack/other.py"} | PACK | below
@@ -71,7 +70,7 @@ def test_imports_at_any_depth_and_names_of_modules_are_followed(root):
 
 
 def test_the_files_are_sorted_checksums_that_sha256sum_reads(root):
-    closure.write(root)
+    code.write(root)
     text = (root / "data/code/studies/second").read_text()
     assert text == f"{hashlib.sha256(MODULES['alone'].encode()).hexdigest()}  mclip/alone.py\n"
     lines = (root / "data/code/first").read_text().splitlines()
@@ -84,19 +83,19 @@ def test_the_files_are_sorted_checksums_that_sha256sum_reads(root):
     ("mclip/unseen.py", set()), ("mclip/__init__.py", set()), ("notebooks/first.ipynb", set()),
 ])
 def test_an_edit_changes_exactly_what_stands_on_it(root, edited, changes):
-    assert len(closure.write(root)) == 3
+    assert len(code.write(root)) == 3
     (root / edited).write_text((root / edited).read_text() + "\n")
-    assert {str(path.relative_to(root / "data/code")) for path in closure.write(root)} == changes
+    assert {str(path.relative_to(root / "data/code")) for path in code.write(root)} == changes
 
 
 def test_what_has_not_changed_is_not_written_and_what_is_gone_is_removed(root):
-    closure.write(root)
+    code.write(root)
     files = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (root / "data/code").rglob("*") if path.is_file()}
-    assert closure.write(root) == []
+    assert code.write(root) == []
     assert files == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
     (root / "notebooks/studies/second.ipynb").unlink()
     notebook(root / "notebooks/.ipynb_checkpoints/first.ipynb", "import mclip.a")
-    closure.write(root)
+    code.write(root)
     assert {path.name for path in (root / "data/code").rglob("*") if path.is_file()} == {"first", "third"}
 
 
@@ -105,7 +104,7 @@ def test_code_that_cannot_be_read_takes_no_stage_down(root):
     notebook(root / "notebooks/third.ipynb", "files = !ls")
     (root / "notebooks/fourth.ipynb").write_text("")
     (root / "mclip/alone.py").write_text("def (")
-    closure.write(root)
+    code.write(root)
     assert {"mclip/a.py", "mclip/bytes.py", "mclip/alone.py"} | PACK <= stands_on(root, "third") == stands_on(root, "fourth")
     assert stands_on(root, "studies/second") == {"mclip/alone.py"}
 
@@ -115,7 +114,7 @@ def test_code_that_cannot_be_read_takes_no_stage_down(root):
 
 @pytest.fixture(scope="module")
 def here():
-    package = closure.Package(ROOT)
+    package = code.Package(ROOT)
     return {str(path.relative_to(ROOT / "notebooks").with_suffix("")): {
         file.as_posix().removeprefix("mclip/") for file in package.notebook(path.relative_to(ROOT))}
         for path in strip.notebooks(ROOT / "notebooks")}
@@ -143,7 +142,7 @@ def test_balance_stands_on_its_algorithm_and_on_no_model(here):
 
 def test_what_only_shows_is_in_none(here):
     for name, files in here.items():
-        assert not {file for file in files if file.split("/")[0].removesuffix(".py") in closure.SHOWING}, name
+        assert not {file for file in files if file.split("/")[0].removesuffix(".py") in code.SHOWING}, name
         assert "__init__.py" not in files, name
     assert here["report"] == {"compare.py"}
 
@@ -161,12 +160,12 @@ def test_nothing_runs_where_closures_do_not_look():
 
 
 def test_every_module_that_shows_exists():
-    for name in closure.SHOWING:
+    for name in code.SHOWING:
         assert (ROOT / "mclip" / f"{name}.py").exists() or (ROOT / "mclip" / name / "__init__.py").exists()
 
 
 def test_the_names_of_cached_runs_have_all_the_code_that_makes_them():
-    package = closure.Package(ROOT)
+    package = code.Package(ROOT)
 
     def below(module):
         return {file.as_posix().removeprefix("mclip/") for file in package.files([module])}
@@ -175,4 +174,4 @@ def test_the_names_of_cached_runs_have_all_the_code_that_makes_them():
     assert not below("mclip.distill.trainer") & (ALGORITHM | {"cluster.py", "evaluate.py"})
     assert {*ALGORITHM, "cluster.py", "prune.py", "derive.py", "data/reinforced.py"} <= below("mclip.studies.derive")
     assert {"evaluate.py", "features.py", "metrics.py", "models/inference.py"} <= below("mclip.evaluate")
-    assert closure.code("mclip.distill.trainer") == closure.code("mclip.distill.trainer") != closure.code("mclip.studies.derive")
+    assert code.code("mclip.distill.trainer") == code.code("mclip.distill.trainer") != code.code("mclip.studies.derive")

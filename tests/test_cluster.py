@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mclip.cluster import ClusterError, assign, cluster, read, write
-from mclip.data.stores import clusters as clustered
+from mclip.data.stores import clusters as cluster_store
 from mclip.data.stores.rows import RowsError
 
 
@@ -89,7 +89,7 @@ def test_a_negative_label_fails(tmp_path):
     rows, _ = blobs()
     result = cluster(rows, 5, iterations=3, seed=0)
     write(tmp_path, dataclasses.replace(result, labels=np.where(np.arange(400) == 7, -1, result.labels)))
-    for reader in (read, lambda folder: list(clustered.labels(folder))):
+    for reader in (read, lambda folder: list(cluster_store.labels(folder))):
         with pytest.raises(ClusterError, match="label -1, but there are 5 centres"):
             reader(tmp_path)
 

@@ -15,7 +15,7 @@ from test_models import CONFIG, tiny
 
 from mclip import embed, models
 from mclip.data import shards
-from mclip.data.stores import embeddings as embedded
+from mclip.data.stores import embeddings as embedding_store
 
 torch.set_num_threads(1)
 
@@ -140,17 +140,17 @@ def test_missing_and_truncated(tmp_path):
 
 def test_an_index_has_the_keys_and_no_row(world):
     run(world)
-    index = embedded.index(world / "emb/t")
+    index = embedding_store.index(world / "emb/t")
     assert index.keys.tolist() == [f"k{i}" for i in range(7)] and index.shard.tolist() == [0, 0, 0, 1, 1, 1, 2]
     assert np.array_equal(np.concatenate([np.load(path) for path in index.image]), embed.load(world / "emb/t").image)
     shutil.rmtree(world / "emb/t/metadata")
-    assert embedded.index(world / "emb/t").keys.tolist() == [f"{i:09d}" for i in range(7)]
+    assert embedding_store.index(world / "emb/t").keys.tolist() == [f"{i:09d}" for i in range(7)]
 
 
 def test_a_shard_and_a_few_of_them(world):
     run(world)
     whole = embed.load(world / "emb/t")
-    keys, image, text = embedded.load_shard(world / "emb/t", 1)
+    keys, image, text = embedding_store.load_shard(world / "emb/t", 1)
     assert keys == ["k3", "k4", "k5"] and np.array_equal(image, whole.image[3:6]) and np.array_equal(text, whole.text[3:6])
     some = embed.load(world / "emb/t", limit=6)
     assert some.keys == ["k0", "k1", "k2", "k6"] and some.shard.tolist() == [0, 0, 0, 2]
@@ -159,7 +159,7 @@ def test_a_shard_and_a_few_of_them(world):
     assert embed.load(world / "emb/t", limit=7).keys == whole.keys and len(embed.load(world / "emb/t", limit=1).keys) == 3
     (world / "emb/t/text_emb/text_emb_0001.npy").unlink()
     with pytest.raises(embed.EmbeddingsError, match=r"text_emb_0001.npy is missing: run `dvc repro embed` first"):
-        embedded.load_shard(world / "emb/t", 1)
+        embedding_store.load_shard(world / "emb/t", 1)
 
 
 def test_no_file_of_a_folder_stays_open(tmp_path):

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from mclip import models
-from mclip.system import workers as engine
+from mclip.system.workers import WorkerError, run_tasks, worker_device
 
 
 def about(number):
-    return number, os.getpid(), engine.share(), torch.get_num_threads(), os.getcwd()
+    return number, os.getpid(), worker_device(), torch.get_num_threads(), os.getcwd()
 
 
 def test_processes_share_the_machine():
-    found = sorted(engine.run(about, [(n,) for n in range(6)], workers=2))
+    found = sorted(run_tasks(about, [(n,) for n in range(6)], workers=2))
     assert [number for number, *_ in found] == list(range(6))
     assert os.getpid() not in {pid for _, pid, *_ in found}
     if not torch.cuda.is_available():
@@ -26,7 +26,7 @@ def test_processes_share_the_machine():
 
 def test_one_worker_is_this_process_with_all_its_threads():
     threads = torch.get_num_threads()
-    (found,) = engine.run(about, [(0,)], workers=1)
+    (found,) = run_tasks(about, [(0,)], workers=1)
     assert found[1] == os.getpid() and found[3] == threads
 
 
@@ -36,7 +36,7 @@ def test_gpus_are_dealt_out(monkeypatch):
     devices = []
     for place in range(4):
         monkeypatch.setattr(engine, "_place", place)
-        devices.append(engine.share())
+        devices.append(worker_device())
     assert devices == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
 
 
@@ -63,7 +63,7 @@ def test_ray_tasks_start_where_this_process_is(gpu, tmp_path, monkeypatch):
     ray = types.SimpleNamespace(remote=remote, get=get, wait=lambda waiting, num_returns: (waiting[-1:], waiting[:-1]))
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.chdir(tmp_path)
-    found = list(engine.run(about, [(n,) for n in range(3)], workers=1, backend="ray", gpu=gpu))
+    found = list(run_tasks(about, [(n,) for n in range(3)], workers=1, backend="ray", gpu=gpu))
     assert [number for number, *_ in found] == [2, 1, 0] and {cwd for *_, cwd in found} == {str(tmp_path)}
     assert asked == [{"num_cpus": 1, "num_gpus": int(gpu)}]
 
@@ -75,7 +75,7 @@ def fails(number):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_task_that_fails_says_why(workers):
     with pytest.raises(ValueError, match="task 0 can't be done"):
-        list(engine.run(fails, [(0,)], workers=workers))
+        list(run_tasks(fails, [(0,)], workers=workers))
 
 
 def is_killed(number):
@@ -83,5 +83,5 @@ def is_killed(number):
 
 
 def test_a_worker_that_is_killed_is_said():
-    with pytest.raises(engine.EngineError, match="one of 2 workers was killed"):
-        list(engine.run(is_killed, [(0,), (1,)], workers=2))
+    with pytest.raises(WorkerError, match="one of 2 workers was killed"):
+        list(run_tasks(is_killed, [(0,), (1,)], workers=2))

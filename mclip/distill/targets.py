@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from mclip.data import shards
-from mclip.data.stores import balance as balanced
-from mclip.data.stores import clusters as clustered
-from mclip.data.stores import embeddings as embedded
+from mclip.data.stores import balance as balance_store
+from mclip.data.stores import clusters as cluster_store
+from mclip.data.stores import embeddings as embedding_store
 from mclip.data.stores import lookup, reinforced
 from mclip.distill.captions import Tokenizer, caption_id, read_captions, tokenise
 from mclip.distill.runs import TrainingSet, in_part
@@ -53,7 +53,7 @@ def pair_count(spec: TrainingSet) -> int:
     if spec.pairs_kind == "reinforced":
         return reinforced.read_meta(spec.reinforced)["samples"]
     if spec.pairs_kind == "kept":
-        return balanced.count_kept(spec.balance)
+        return balance_store.count_kept(spec.balance)
     return shards.read_manifest(spec.pairs)["samples"]
 
 
@@ -63,7 +63,7 @@ def _keys(spec: TrainingSet) -> Iterator[str]:
         for index in range(len(shards.read_manifest(spec.pairs)["shards"])):
             yield from reinforced.read_keys(spec.reinforced, index)
     elif spec.pairs_kind == "kept":
-        for keys in balanced.kept(spec.balance):
+        for keys in balance_store.kept(spec.balance):
             yield from map(str, keys)
     else:
         yield from read_captions(spec.pairs, spec.cache)[0]
@@ -80,13 +80,13 @@ def load_side(spec: TrainingSet) -> Side:
     else:
         kept = None
         if spec.pairs_kind == "kept":
-            names = {str(key) for keys in balanced.kept(spec.balance) for key in keys}
+            names = {str(key) for keys in balance_store.kept(spec.balance) for key in keys}
             kept = lambda keys: np.array([key in names for key in keys], bool)  # noqa: E731
         side = _plain(spec, *read_captions(spec.pairs, spec.cache), kept)
     if not side.keys:
         raise ValueError(f"no pair to train on ({spec.pairs_kind} pairs of {spec.pairs})")
     if spec.teacher is not None:
-        clusters, table = clustered.read(spec.clusters), embedded.load(Path(spec.embeddings) / spec.teacher)
+        clusters, table = cluster_store.read(spec.clusters), embedding_store.load(Path(spec.embeddings) / spec.teacher)
         label_of = dict(zip(map(str, clusters.keys), clusters.labels.tolist(), strict=True))
         labels = np.array([label_of.get(key, -1) for key in side.keys], np.int64)
         side.arrays |= _taught(spec, side.keys, labels, table.keys, table.image, table.text)
@@ -103,10 +103,10 @@ class ShardSides:
         self.spec = spec
         self.kept = self.labels = None
         if spec.pairs_kind == "kept":
-            self.kept = balanced.lookup_kept(spec.balance, spec.cache)
+            self.kept = balance_store.lookup_kept(spec.balance, spec.cache)
         if spec.teacher is not None:
-            self.labels = lookup.make(spec.cache, "labels", clustered.table(spec.clusters),
-                                      lambda: clustered.labels(spec.clusters))
+            self.labels = lookup.make(spec.cache, "labels", cluster_store.table(spec.clusters),
+                                      lambda: cluster_store.labels(spec.clusters))
 
     def __call__(self, index: int, samples: list[shards.Sample]) -> tuple[Side, reinforced.Shard | None]:
         """The shard's side, which may have no pair, and where it is reinforced what is stored of it.
@@ -121,7 +121,7 @@ class ShardSides:
             kept = (lambda keys: self.kept.find(keys) >= 0) if self.kept is not None else None
             side = _plain(spec, [s.key for s in samples], [s.caption for s in samples], kept)
         if side.keys and self.labels is not None:
-            table = embedded.load_shard(Path(spec.embeddings) / spec.teacher, index)
+            table = embedding_store.load_shard(Path(spec.embeddings) / spec.teacher, index)
             side.arrays |= _taught(spec, side.keys, self.labels.find(side.keys), *table)
         return side, stored
 

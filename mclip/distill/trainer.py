@@ -23,10 +23,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mclip import models
-from mclip.data.stores import clusters as clustered
+from mclip.data.stores import clusters as cluster_store
 from mclip.data.stores import reinforced
-from mclip.distill import checkpoint, loaders, sharding
-from mclip.distill import targets as training
+from mclip.distill import checkpoint, loaders, sharding, targets
 from mclip.distill.objective import Objective, chosen
 from mclip.distill.pixels import pixel_cache
 from mclip.distill.runs import Run
@@ -156,15 +155,15 @@ def steps(run: Run) -> Iterator[int]:
 def _objective(run: Run, student: nn.Module, ensemble: list[dict], kernel: str = "plain") -> Objective:
     w, centres = run.recipe.weight, None
     if w.cluster or w.instance:
-        centres = torch.from_numpy(clustered.read_centres(run.data.clusters))
+        centres = torch.from_numpy(cluster_store.read_centres(run.data.clusters))
     width = student.mclip["config"]["embed_dim"]
     return Objective(run.recipe, width, ensemble=ensemble, centres=centres, seed=run.seed, kernel=kernel)
 
 
-def _side(run: Run, student: nn.Module, tokenizer) -> tuple[training.Side, Kept | None]:
+def _side(run: Run, student: nn.Module, tokenizer) -> tuple[targets.Side, Kept | None]:
     """What the set has beside pixels, its tokens those of the student, whose vocabulary is cut to them."""
-    side = training.load_side(run.data)
-    training.add_tokens(side, tokenizer, synthetic=run.recipe.synthetic, cache=run.data.cache)
+    side = targets.load_side(run.data)
+    targets.add_tokens(side, tokenizer, synthetic=run.recipe.synthetic, cache=run.data.cache)
     captions = {name: side.arrays[name] for name in ("tokens", "syn_tokens") if name in side.arrays}
     vocabulary = shrink(student, list(captions.values()))
     if vocabulary is not None:
@@ -172,7 +171,7 @@ def _side(run: Run, student: nn.Module, tokenizer) -> tuple[training.Side, Kept 
     return side, vocabulary
 
 
-def _loader(run: Run, tokenizer, ensemble: list[dict], side: training.Side | None, *, start: int, rank: int,
+def _loader(run: Run, tokenizer, ensemble: list[dict], side: targets.Side | None, *, start: int, rank: int,
             world: int):
     """The batches from step `start` on; side: None to stream the shards."""
     # where the cluster teacher is one of the ensemble: its slice, for its embedding of the augmented picture
@@ -210,7 +209,7 @@ def _finish(run: Run, student: nn.Module, history: list[dict]) -> None:
     out = Path(run.out)
     models.export(student, out)
     image = sum(p.numel() for p in student.visual.parameters())
-    facts = {"pairs": training.pair_count(run.data), "image_params": image,
+    facts = {"pairs": targets.pair_count(run.data), "image_params": image,
              "text_params": sum(p.numel() for p in student.parameters()) - image}
     write_whole(out / "training.json", json.dumps(facts, indent=1) + "\n")
     with whole(out / "history.csv") as draft, open(draft, "w", newline="") as file:

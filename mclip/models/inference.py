@@ -24,7 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mclip.system import workers as engine
+from mclip.system.workers import worker_cores
 
 T, R = TypeVar("T"), TypeVar("R")
 SCALES = (LayerScale2d, fastvit.LayerScale2d)  # x -> gamma x, a factor a channel
@@ -195,7 +195,7 @@ def decoders(device: str | torch.device, workers: int | None = None) -> int:
     On few CPU cores that is none: this thread decodes while others encode (see `side_by_side`), and ten per cent are
     gained that processes spend on handing pictures over.
     """
-    cores = engine.cores()
+    cores = worker_cores()
     return workers if workers is not None else min(8, cores) if torch.device(device).type == "cuda" else cores // 8
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from mclip import params
-from mclip.pipeline import code as closure
+from mclip.pipeline import code
 
 READ = ("data/", "models/", "reports/metrics")
-CODE = f"{closure.FOLDER}/"  # says what a notebook stands on; no notebook reads it
+CODE = f"{code.FOLDER}/"  # says what a notebook stands on; no notebook reads it
 
 
 class MissingInput(FileNotFoundError):

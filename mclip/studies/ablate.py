@@ -28,7 +28,7 @@ from mclip.distill import plan as distill
 from mclip.distill.runs import Run
 from mclip.evaluate import scores as tables
 from mclip.params import Balance, Cluster, EvalSet, Learning, Recipe, Study, Train, varied
-from mclip.pipeline import code as closure
+from mclip.pipeline import code
 from mclip.report import compare
 from mclip.studies import derive
 from mclip.system.files import digest, write_whole
@@ -147,7 +147,7 @@ def identity(run: Run) -> str:
         "seed": run.seed,
         "set": spec,
         "data": {name: derive.fingerprint(folder) for name, folder in reads.items()},
-        "code": closure.code("mclip.distill.trainer"),
+        "code": code.code("mclip.distill.trainer"),
         "versions": [version(name) for name in PACKAGES],
     })
 
@@ -178,7 +178,7 @@ def scores(runs: Iterable[Run], sets: Mapping[str, EvalSet], *, batch_size: int,
     """
     sets = {name: spec.model_copy(update={"probe": False}) for name, spec in sets.items()}
     asked = [batch_size, [(name, spec.model_dump(), _test_files(spec.path)) for name, spec in sets.items()],
-             closure.code("mclip.evaluate"), [version(name) for name in (*PACKAGES, "torchvision", "pillow")]]
+             code.code("mclip.evaluate"), [version(name) for name in (*PACKAGES, "torchvision", "pillow")]]
     files = {}
     for out in dict.fromkeys(run.out for run in runs):
         weights = models.weights_sha256(f"local-dir:{out}"), (Path(out) / "open_clip_config.json").read_text()

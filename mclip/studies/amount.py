@@ -23,7 +23,7 @@ import pandas as pd
 from mclip import models, reinforce
 from mclip.distill.runs import Run
 from mclip.params import Amount, Recipe, Reinforce, Selection, varied
-from mclip.pipeline import code as closure
+from mclip.pipeline import code
 from mclip.report import claims
 from mclip.studies import ablate, derive
 from mclip.system.files import digest
@@ -57,7 +57,7 @@ def reinforced_part(study: Amount, settings: Reinforce, teachers: dict[str, str]
     if wanted.n_syn:
         weights.append(models.weights_sha256(captioner))
     made_of = [wanted.identity(), weights, study.fraction,
-               derive.fingerprint(own["pairs"]), derive.fingerprint(own["balance"]), closure.code("mclip.reinforce")]
+               derive.fingerprint(own["pairs"]), derive.fingerprint(own["balance"]), code.code("mclip.reinforce")]
     folder = Path(cache) / "data" / f"reinforced-{digest(made_of)}"
     if not folder.exists():
         draft = folder.with_name(f"{folder.name}.part")  # not whole_folder's: its shards are kept over a killed run

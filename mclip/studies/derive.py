@@ -14,11 +14,11 @@ import torch
 from mclip import balance, cluster
 from mclip.balance import prune
 from mclip.data import shards
-from mclip.data.stores import embeddings as embedded
+from mclip.data.stores import embeddings as embedding_store
 from mclip.data.stores import reinforced
 from mclip.distill.runs import in_part
 from mclip.params import Balance, Cluster, KeptPairs, Recipe, Selection, Variant
-from mclip.pipeline import code as closure
+from mclip.pipeline import code
 from mclip.system.files import digest, whole_folder
 
 FOLDERS = {name: f"data/{name}" for name in ("pairs", "balance", "clusters", "embeddings", "reinforced")}
@@ -68,7 +68,7 @@ def _kept(wanted: KeptPairs, settings: Balance, clusters: Cluster, data: dict[st
     folder = _named(cache, "balance", made_of)
     if folder.exists():
         return folder
-    table = embedded.index(embeddings)
+    table = embedding_store.index(embeddings)
     if wanted.threshold is not None:
         found = balance.balance(table.image, table.keys, threshold=wanted.threshold, metric=settings.metric,
                                 workers=settings.workers, backend=settings.backend, scratch=cache)
@@ -93,7 +93,7 @@ def _clusters(settings: Cluster, data: dict[str, str], cache: Path, fraction: fl
     folder = _named(cache, "clusters", made_of)
     if folder.exists():
         return folder
-    table, balanced = embedded.index(embeddings), balance.read(data["balance"])
+    table, balanced = embedding_store.index(embeddings), balance.read(data["balance"])
     kept = np.isin(table.keys, balanced.keys[balanced.keep].astype(str))
     if fraction < 1:
         kept &= [in_part(key, fraction) for key in table.keys]
@@ -127,7 +127,7 @@ def _plain_pictures(data: dict[str, str]) -> reinforced.Plain:
 
     def plain(keys: list[str], names: list[str]) -> tuple[np.ndarray, torch.Tensor]:
         for name in [name for name in names if name not in tables]:
-            table = embedded.load(Path(data["embeddings"]) / name)
+            table = embedding_store.load(Path(data["embeddings"]) / name)
             tables[name] = {key: i for i, key in enumerate(table.keys)}, table.image
         crops = np.array([(0, 0, sizes[key][1], sizes[key][0]) for key in keys], np.float32).reshape(-1, 4)
         parts = [torch.from_numpy(np.asarray(image[[row[key] for key in keys]], np.float32))
@@ -158,4 +158,4 @@ def fingerprint(folder: str | Path) -> str:
 
 
 def _named(cache: Path, kind: str, made_of: list) -> Path:
-    return cache / "data" / f"{kind}-{digest([made_of, closure.code(__name__)])}"
+    return cache / "data" / f"{kind}-{digest([made_of, code.code(__name__)])}"

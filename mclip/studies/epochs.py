@@ -19,7 +19,7 @@ import torch
 
 from mclip import models, reinforce
 from mclip.data import shards
-from mclip.distill import trainer as train
+from mclip.distill import trainer
 from mclip.distill.runs import Run
 from mclip.params import Reinforce
 from mclip.system.timing import interleaved
@@ -59,7 +59,7 @@ def per_sample(plain: Run, reinforced: Run, settings: Reinforce, teachers: Mappi
         one = settings.model_copy(update={"n_aug": 1, "n_syn": 1, "batch_size": batch})
         samples = list(itertools.islice(shards.iter_samples(reinforced.data.pairs), batch))
         captions = [sample.caption for sample in samples]
-        with train.started((plain, reinforced)) as steps:
+        with trainer.started((plain, reinforced)) as steps:
             found = interleaved({
                 "plain": lambda: next(steps[0]),
                 "reinforced": lambda: next(steps[1]),

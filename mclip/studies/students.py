@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from mclip import models
-from mclip.distill import trainer as train
+from mclip.distill import trainer
 from mclip.distill.runs import Run
 from mclip.params import Recipe, Train
 from mclip.studies import ablate
@@ -91,7 +91,7 @@ def _towers(model: torch.nn.Module, tokenizer) -> dict[str, Callable]:
 def _step_seconds(runs: Mapping[str, Run], steps: int) -> dict[str, float]:
     """Median seconds of a training step of each run, taking turns; nothing is trained to the end."""
     most = min(run.train.samples // run.train.batch_size for run in runs.values()) - 1  # the last one would export
-    with train.started(runs.values()) as going:
+    with trainer.started(runs.values()) as going:
         found = interleaved({name: lambda each=each: next(each) for name, each in zip(runs, going, strict=True)},
                             max(1, min(steps, most - WARM_STEPS)), min(WARM_STEPS, most - 1))
     return {name: statistics.median(seconds) for name, seconds in found.items()}

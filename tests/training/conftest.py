@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mclip import balance, cluster
 from mclip.data import augment, shards
-from mclip.data.stores import embeddings as embedded
+from mclip.data.stores import embeddings as embedding_store
 from mclip.data.stores import reinforced
 from mclip.distill.targets import TrainingSet
 from mclip.params import Recipe, Train
@@ -48,11 +48,11 @@ def world(tmp_path_factory):
     for part, seed in (("img_emb", 1), ("text_emb", 2)):
         (emb / part).mkdir(parents=True)
         for i, rows in enumerate(unit(N, WIDTHS[1], seed=seed).half().split(SHARD)):
-            np.save(embedded.part_file(emb, part, i), rows.numpy())
+            np.save(embedding_store.part_file(emb, part, i), rows.numpy())
     (emb / "metadata").mkdir()
     table = pd.DataFrame({"key": keys, "caption": captions})
     for i in range(N // SHARD):
-        table[i * SHARD:(i + 1) * SHARD].to_parquet(embedded.part_file(emb, "metadata", i))
+        table[i * SHARD:(i + 1) * SHARD].to_parquet(embedding_store.part_file(emb, "metadata", i))
     rows = unit(N, WIDTHS[1], seed=1).half().numpy()
     rows[5] = rows[4]  # one duplicate: k005 goes
     result = balance.balance(rows, keys, threshold=1e-3, metric="sql2")

@@ -9,7 +9,7 @@ import torch
 from mclip import balance, cluster, embed
 from mclip.data.stores import reinforced
 from mclip.distill import plan as distill
-from mclip.distill import targets as training
+from mclip.distill import targets
 from mclip.distill.runs import in_part
 from mclip.params import Balance, Cluster, EvalSet, Learning, Study, Variant, varied
 from mclip.pipeline import code as closure
@@ -98,10 +98,10 @@ def test_a_study_trains_and_scores_what_no_other_has(shared, tmp_path, monkeypat
 
     def train_all(runs):
         started.extend(run.out for run in runs)
-        from mclip.distill import trainer as train
+        from mclip.distill import trainer
 
         for run in runs:
-            train.train(run)
+            trainer.train(run)
 
     monkeypatch.setattr(distill, "train_all", train_all)
     runs = plan(shared, a={}, b={"recipe": {"weight": {"instance": 0.0}}}, same={"title": "a again"}, seeds=[0, 1])
@@ -216,8 +216,8 @@ def test_pruned_pairs_are_as_many_and_have_clusters(shared, method):
     assert kept.keep.sum() == default.keep.sum() and set(kept.keys) == set(default.keys)
     found = cluster.read(data["clusters"])
     assert len(found.centres) == 3 and sorted(found.keys) == sorted(kept.keys[kept.keep])
-    spec = training.TrainingSet("kept", image_px=PX, teacher="large", **data)
-    side = training.load_side(spec)
+    spec = targets.TrainingSet("kept", image_px=PX, teacher="large", **data)
+    side = targets.load_side(spec)
     assert set(side.keys) == set(kept.keys[kept.keep]) and "label" in side.arrays
 
 

@@ -8,8 +8,7 @@ import torch
 
 from mclip import models
 from mclip.data import shards
-from mclip.distill import captions
-from mclip.distill import targets as training
+from mclip.distill import captions, targets
 
 TOKENIZER = open_clip.get_tokenizer("ViT-B-32", context_length=8)
 TEXTS = ["a red apple", "two cats, on a mat; with more words than it holds", "\N{GRINNING FACE}"]
@@ -64,8 +63,8 @@ def test_the_student_s_own_tokenizer_is_one_whose_tokens_are_kept():
 def test_kept_tokens_are_those_of_the_captions(kind, training_set, tmp_path):
     spec = training_set(kind)
     for _ in range(2):
-        side = training.load_side(spec)
-        training.add_tokens(side, TOKENIZER, synthetic=False, cache=str(tmp_path))
+        side = targets.load_side(spec)
+        targets.add_tokens(side, TOKENIZER, synthetic=False, cache=str(tmp_path))
         assert torch.equal(side.arrays["tokens"][:, 0], TOKENIZER(side.captions).int())
         assert side.arrays["ids"][:, 0].tolist() == [captions.caption_id(c) for c in side.captions]
     assert len(list(tmp_path.glob("tokens-*.npy"))) == 1

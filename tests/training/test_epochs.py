@@ -6,7 +6,7 @@ Real teachers and a captioner go through it in tests/notebooks.
 import pandas as pd
 import pytest
 
-from mclip.distill import plan as distill
+from mclip.distill import plan
 from mclip.params import Reinforce
 from mclip.report import published
 from mclip.studies import epochs
@@ -23,7 +23,7 @@ def runs(student, training_set, tmp_path):
         spec = training_set("reinforced")
         folders = {k: getattr(spec, k) for k in ("pairs", "balance", "clusters", "embeddings", "reinforced", "cache")}
         train = TRAIN.model_copy(update={"samples": samples, "batch_size": 8, "warmup_steps": 1})
-        return [distill.plan(name, RECIPES[name], student, train, [0], teacher="large", data=folders, out=tmp_path)[0]
+        return [plan.plan(name, RECIPES[name], student, train, [0], teacher="large", data=folders, out=tmp_path)[0]
                 for name in ("clip", "mobileclip")]
 
     return make

@@ -9,9 +9,9 @@ import torch
 
 from mclip import models, reinforce
 from mclip.data import augment, shards
-from mclip.data.stores import balance as balanced
+from mclip.data.stores import balance as balance_store
 from mclip.data.stores import reinforced
-from mclip.distill import targets as training
+from mclip.distill import targets
 from mclip.distill.runs import TrainingSet, in_part
 from mclip.params import Reinforce
 
@@ -44,7 +44,7 @@ def run(world, out, teachers, *, balance=None, captioner="", fraction=1.0, **cha
 
 def keeping(folder, keys):
     """A balance folder that keeps all of some keys."""
-    balanced.write(folder, balanced.Balance(np.arange(len(keys)), np.ones(len(keys), bool), np.zeros(len(keys)),
+    balance_store.write(folder, balance_store.Balance(np.arange(len(keys)), np.ones(len(keys), bool), np.zeros(len(keys)),
                                             np.array(keys), 0.1, "sql2"))
     return folder
 
@@ -126,7 +126,7 @@ def test_a_shard_of_which_nothing_is_kept_is_as_wide_as_the_others(world, teache
     reinforced.select(tmp_path / "r", tmp_path / "out", n_aug=1, ensemble=["b"])
     assert reinforced.read_shard(tmp_path / "out", 1).image_emb.shape == (0, 1, 6)
     spec = TrainingSet("reinforced", image_px=PX, pairs=str(world / "pairs"), reinforced=str(tmp_path / "r"))
-    assert training.load_side(spec).keys == keys
+    assert targets.load_side(spec).keys == keys
 
 
 def test_nothing_kept_is_said(world, teachers, tmp_path):

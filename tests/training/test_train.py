@@ -11,30 +11,29 @@ import open_clip
 import pytest
 import torch
 
-from mclip.distill import plan as distill
-from mclip.distill import trainer as train
+from mclip.distill import plan, trainer
 from mclip.params import Recipe
 
 from .conftest import RECIPES, TRAIN
 
 
-def make_run(student, training_set, tmp_path, name="clip", **changes) -> train.Run:
+def make_run(student, training_set, tmp_path, name="clip", **changes) -> trainer.Run:
     recipe = RECIPES[name]
     needs = recipe.weight.cluster or recipe.weight.instance
     spec = training_set(recipe.pairs, teacher="large" if needs else None, synthetic=recipe.synthetic, light_views=2)
-    return train.Run(name=name, seed=0, student=student, train=TRAIN.model_copy(update=changes), recipe=recipe,
+    return trainer.Run(name=name, seed=0, student=student, train=TRAIN.model_copy(update=changes), recipe=recipe,
                      data=spec, out=str(tmp_path / "out"), scratch=str(tmp_path / "scratch"))
 
 
-def weights(run: train.Run) -> bytes:
+def weights(run: trainer.Run) -> bytes:
     return (Path(run.out) / "open_clip_model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_trains_and_the_loss_falls(name, student, training_set, tmp_path):
     run = make_run(student, training_set, tmp_path, name, samples=480, lr=3e-3)
-    train.train(run)
-    history = distill.history([run])
+    trainer.train(run)
+    history = plan.history([run])
     assert history["loss"].iloc[-1] < history["loss"].iloc[0]
     expected = {"clip": {"clip"}, "clip-cid": {"clip", "cluster", "instance"},
                 "mobileclip": {"affinity", "affinity_syn"},
@@ -49,9 +48,9 @@ def test_every_recipe_trains_and_the_loss_falls(name, student, training_set, tmp
 ], ids=["plain", "ema", "accumulate", "bf16-checkpoint"])
 def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(changes, student, training_set, tmp_path, monkeypatch):
     run = make_run(student, training_set, tmp_path / "a", "combined", samples=240, **changes)
-    train.train(run)
+    trainer.train(run)
     other = dataclasses.replace(run, out=str(tmp_path / "b"), scratch=str(tmp_path / "b-scratch"))
-    step = train.backward
+    step = trainer.backward
     calls = iter(range(100))
 
     def dies(*args):
@@ -59,12 +58,12 @@ def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(changes, student,
             raise KeyboardInterrupt
         return step(*args)
 
-    monkeypatch.setattr(train, "backward", dies)
+    monkeypatch.setattr(trainer, "backward", dies)
     with pytest.raises(KeyboardInterrupt):
-        train.train(other)
+        trainer.train(other)
     assert not (tmp_path / "b").exists()  # nothing that looks whole
-    monkeypatch.setattr(train, "backward", step)
-    train.train(other)
+    monkeypatch.setattr(trainer, "backward", step)
+    trainer.train(other)
     assert weights(other) == weights(run)
     assert (Path(other.out) / "history.csv").read_text() == (Path(run.out) / "history.csv").read_text()
 
@@ -72,16 +71,16 @@ def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(changes, student,
 def one_step(run, **options):
     """Gradients, terms, student and bytes kept for the backward pass after the first step of a run."""
     torch.manual_seed(0)
-    model, _, _, tokenizer = train.models.create(run.student)
+    model, _, _, tokenizer = trainer.models.create(run.student)
     model.train()
     if options.get("grad_checkpoint"):
         model.set_grad_checkpointing()
-    run = dataclasses.replace(run, data=dataclasses.replace(run.data, image_px=train.models.image_size(model)))
-    ensemble = train.reinforced.read_meta(run.data.reinforced)["teachers"]
-    side, _ = train._side(run, model, tokenizer)
-    loader = train._loader(run, tokenizer, ensemble, side, start=0, rank=0, world=1)
-    objective = train._objective(run, model, ensemble)
-    together = train.Together(model, objective)
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, image_px=trainer.models.image_size(model)))
+    ensemble = trainer.reinforced.read_meta(run.data.reinforced)["teachers"]
+    side, _ = trainer._side(run, model, tokenizer)
+    loader = trainer._loader(run, tokenizer, ensemble, side, start=0, rank=0, world=1)
+    objective = trainer._objective(run, model, ensemble)
+    together = trainer.Together(model, objective)
     generator = torch.Generator().manual_seed(1)
     for p in objective.parameters():
         if p.shape != objective.cluster.weight.shape:
@@ -89,7 +88,7 @@ def one_step(run, **options):
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(
             lambda t: kept.update({t.data_ptr(): t.numel() * t.element_size()}) or t, lambda t: t):
-        terms = train.backward(together, together, loader.batch(0), (0.5,) * 3, (0.5,) * 3, torch.float32,
+        terms = trainer.backward(together, together, loader.batch(0), (0.5,) * 3, (0.5,) * 3, torch.float32,
                                **({"accumulate": 1} | options))
     return {n: p.grad for n, p in together.named_parameters() if p.grad is not None}, terms, model, sum(kept.values())
 
@@ -127,46 +126,46 @@ def test_rows_that_no_caption_uses_are_trained_by_weight_decay_alone(name, chang
                                                                      monkeypatch):
     """A table cut to the captions' tokens ends as the whole table, trained, does."""
     run = make_run(student, training_set, tmp_path / "cut", name, samples=160, weight_decay=20.0, **changes)
-    tables, cut = [], train.shrink
+    tables, cut = [], trainer.shrink
 
     def watched(model, captions):
         kept = cut(model, captions)
         tables.append(len(model.token_embedding.weight))
         return kept
 
-    monkeypatch.setattr(train, "shrink", watched)
-    train.train(run)
-    monkeypatch.setattr(train, "shrink", lambda model, captions: None)
+    monkeypatch.setattr(trainer, "shrink", watched)
+    trainer.train(run)
+    monkeypatch.setattr(trainer, "shrink", lambda model, captions: None)
     whole = dataclasses.replace(run, out=str(tmp_path / "whole"), scratch=str(tmp_path / "whole-scratch"))
-    train.train(whole)
+    trainer.train(whole)
     assert tables[0] < 50
-    (one, *_), (other, *_) = (train.models.create(f"local-dir:{r.out}") for r in (run, whole))
-    before = train.models.create(student)[0].token_embedding.weight
+    (one, *_), (other, *_) = (trainer.models.create(f"local-dir:{r.out}") for r in (run, whole))
+    before = trainer.models.create(student)[0].token_embedding.weight
     assert other.token_embedding.weight[1000:2000].norm() < 0.9 * before[1000:2000].norm()  # it decayed
     for name, value in other.state_dict().items():
         torch.testing.assert_close(one.state_dict()[name], value, rtol=2e-4, atol=2e-6, msg=name)
 
 
 def test_the_averaged_weights_are_those_that_are_kept(student, training_set, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "shrink", lambda model, captions: None)  # what is averaged is what is kept
+    monkeypatch.setattr(trainer, "shrink", lambda model, captions: None)  # what is averaged is what is kept
     seen = []
-    update = train.AveragedModel.update_parameters
-    monkeypatch.setattr(train.AveragedModel, "update_parameters", lambda self, m: (
+    update = trainer.AveragedModel.update_parameters
+    monkeypatch.setattr(trainer.AveragedModel, "update_parameters", lambda self, m: (
         seen.append({k: v.double().clone() for k, v in m.state_dict().items()}), update(self, m))[1])
     run = make_run(student, training_set, tmp_path, samples=40, ema=0.8)
-    train.train(run)
+    trainer.train(run)
     assert len(seen) == 5
     expected = seen[0]
     for state in seen[1:]:
         expected = {k: 0.8 * expected[k] + 0.2 * v for k, v in state.items()}
-    found = train.models.create(f"local-dir:{run.out}")[0].state_dict()
+    found = trainer.models.create(f"local-dir:{run.out}")[0].state_dict()
     for name, value in expected.items():
         torch.testing.assert_close(found[name].double(), value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_pictures_and_weights_are_channels_last_and_the_optimizer_fused(training_set, tmp_path, monkeypatch):
     seen = {}
-    step = train.backward
+    step = trainer.backward
 
     def look(wrapped, together, *rest):
         def conv_sees(module, inputs):
@@ -179,10 +178,10 @@ def test_pictures_and_weights_are_channels_last_and_the_optimizer_fused(training
 
     made = []
     adamw = torch.optim.AdamW
-    monkeypatch.setattr(train, "backward", look)
+    monkeypatch.setattr(trainer, "backward", look)
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: made.append(adamw(*a, **k)) or made[-1])
     run = make_run("demo-student", training_set, tmp_path, samples=8, precision="bf16")
-    train.train(dataclasses.replace(run, data=dataclasses.replace(run.data, image_px=None)))
+    trainer.train(dataclasses.replace(run, data=dataclasses.replace(run.data, image_px=None)))
     assert seen == {"input": True, "weight": True, "dtype": torch.bfloat16}
     assert made[0].defaults["fused"]
 
@@ -195,12 +194,12 @@ def test_two_processes_train_like_one(changes, student, training_set, tmp_path):
     for processes in (1, 2):
         run = make_run(student, training_set, tmp_path / str(processes), "combined", samples=80, processes=processes,
                        **{"loss_kernel": "plain"} | (changes if processes == 2 else changes | {"loss_kernel": "plain"}))
-        distill.run_recipe([run])
-        model = train.models.create(f"local-dir:{run.out}")[0]
+        plan.run_recipe([run])
+        model = trainer.models.create(f"local-dir:{run.out}")[0]
         with torch.no_grad():
             outputs.append(model.encode_image(torch.linspace(-1, 1, 5 * 3 * 16 * 16).view(5, 3, 16, 16)))
         assert not Path(run.scratch).exists()
-    one, two = (distill.history([dataclasses.replace(run, out=str(tmp_path / p / "out"))]) for p in ("1", "2"))
+    one, two = (plan.history([dataclasses.replace(run, out=str(tmp_path / p / "out"))]) for p in ("1", "2"))
     assert {"clip", "clip_syn", "affinity", "affinity_syn", "cluster", "instance"} < set(one.columns)
     for column in one.columns:  # the mean of ten steps: also the gradients of the nine before the last agree
         assert one[column][0] == pytest.approx(two[column][0], rel=1e-5), column
@@ -210,27 +209,27 @@ def test_two_processes_train_like_one(changes, student, training_set, tmp_path):
 
 def test_streamed_training_runs(student, training_set, tmp_path):
     run = make_run(student, training_set, tmp_path, "mobileclip", samples=80, cache_pixels=False)
-    train.train(run)
-    assert len(distill.history([run])) == 1
+    trainer.train(run)
+    assert len(plan.history([run])) == 1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(student, training_set, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "backward", lambda *a: {"clip": float("nan")})
+    monkeypatch.setattr(trainer, "backward", lambda *a: {"clip": float("nan")})
     with pytest.raises(FloatingPointError, match="clip seed 0: the loss is nan at step 0"):
-        train.train(make_run(student, training_set, tmp_path))
+        trainer.train(make_run(student, training_set, tmp_path))
 
 
 def test_a_failing_run_is_told_with_its_log(student, training_set, tmp_path):
     run = make_run("local-dir:/nowhere", training_set, tmp_path)
-    with pytest.raises(distill.TrainingError, match=r"(?s)clip seed 0 ended with exit status 1.*log\.txt.*nowhere"):
-        distill.run_recipe([run])
+    with pytest.raises(plan.TrainingError, match=r"(?s)clip seed 0 ended with exit status 1.*log\.txt.*nowhere"):
+        plan.run_recipe([run])
 
 
 def test_finished_seeds_are_not_trained_again(student, training_set, tmp_path):
     run = make_run(student, training_set, tmp_path)
-    train.train(run)
+    trainer.train(run)
     stamp = (Path(run.out) / "history.csv").stat().st_mtime_ns
-    assert len(distill.run_recipe([run])) == 1
+    assert len(plan.run_recipe([run])) == 1
     assert (Path(run.out) / "history.csv").stat().st_mtime_ns == stamp
 
 
@@ -241,17 +240,17 @@ def test_planning_and_waiting_need_neither_torch_nor_open_clip():
 
 def test_learning_rate_warms_up_and_falls_to_its_floor():
     t = TRAIN.model_copy(update={"warmup_steps": 10, "lr_min": 1e-5})
-    lr = [train.learning_rate(i, 100, t, 1e-3) for i in range(101)]
+    lr = [trainer.learning_rate(i, 100, t, 1e-3) for i in range(101)]
     assert lr[0] == pytest.approx(1e-4) and lr[9] == pytest.approx(1e-3) and lr[100] == pytest.approx(1e-5)
     assert all(a >= b for a, b in itertools.pairwise(lr[10:]))
 
 
 def test_groups_name_every_parameter_once(student, training_set, tmp_path):
     run = make_run(student, training_set, tmp_path, "clip-cid")
-    model, _, _, _ = train.models.create(student)
-    objective = train._objective(run, model, [])
-    together = train.Together(model, objective)
-    groups = train.parameter_groups(together, TRAIN.model_copy(update={"lr_centres": 0.5}))
+    model, _, _, _ = trainer.models.create(student)
+    objective = trainer._objective(run, model, [])
+    together = trainer.Together(model, objective)
+    groups = trainer.parameter_groups(together, TRAIN.model_copy(update={"lr_centres": 0.5}))
     assert sum(len(g["params"]) for g in groups) == len(list(together.parameters()))
     assert groups[-1]["params"] == [objective.cluster.weight] and groups[-1]["peak"] == 0.5
     shutil.rmtree(tmp_path, ignore_errors=True)

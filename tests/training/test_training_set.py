@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from mclip.data import augment, shards
-from mclip.data.stores import clusters as clustered
+from mclip.data.stores import clusters as cluster_store
 from mclip.data.stores import reinforced
-from mclip.distill import loaders
-from mclip.distill import targets as training
+from mclip.distill import loaders, targets
 from mclip.distill.captions import caption_id
 from mclip.distill.pixels import pixel_cache
 from mclip.distill.runs import in_part
@@ -23,16 +22,16 @@ TOKENIZER = open_clip.get_tokenizer("ViT-B-32", context_length=8)
 
 
 def loaded(spec):
-    side = training.load_side(spec)
-    training.add_tokens(side, TOKENIZER, synthetic=spec.synthetic)
+    side = targets.load_side(spec)
+    targets.add_tokens(side, TOKENIZER, synthetic=spec.synthetic)
     return side, pixel_cache(spec, workers=0)
 
 
 def test_kinds_of_pairs(training_set):
-    assert len(training.load_side(training_set("all"))) == N
-    kept = training.load_side(training_set("kept"))
+    assert len(targets.load_side(training_set("all"))) == N
+    kept = targets.load_side(training_set("kept"))
     assert len(kept) == N - 1 and "k005" not in kept.keys
-    assert training.load_side(training_set("reinforced")).keys == kept.keys
+    assert targets.load_side(training_set("reinforced")).keys == kept.keys
 
 
 def test_pixels_are_the_replayed_augmentations(training_set, world):
@@ -95,20 +94,20 @@ def test_a_fraction_is_the_same_pairs_of_every_kind(training_set, kind):
     options = {"teacher": "large", "synthetic": kind == "reinforced"}
     side, pixels = loaded(training_set(kind, fraction=0.5, **options))
     assert side.keys == [key for key in whole.keys if in_part(key, 0.5)] and 0 < len(side) < len(whole)
-    assert training.pair_count(training_set(kind, fraction=0.5)) == len(side)
+    assert targets.pair_count(training_set(kind, fraction=0.5)) == len(side)
     assert all(len(values) == len(side) for values in side.arrays.values())
     everything, all_pixels = loaded(training_set(kind, **options))
     place = [everything.keys.index(key) for key in side.keys]
     for name in ("teacher_image", "label", "ids"):
         assert torch.equal(side.arrays[name], everything.arrays[name][place])
     assert (pixels[side.row] == all_pixels[everything.row[place]]).all()
-    smaller = training.load_side(training_set(kind, fraction=0.25))
+    smaller = targets.load_side(training_set(kind, fraction=0.25))
     assert set(smaller.keys) <= set(side.keys)
 
 
 def test_a_fraction_without_pairs_is_told(training_set):
     with pytest.raises(ValueError, match="no pair to train on"):
-        training.load_side(training_set("all", fraction=1e-9))
+        targets.load_side(training_set("all", fraction=1e-9))
 
 
 @pytest.mark.parametrize("kind, fraction", [("all", 1), ("kept", 1), ("reinforced", 1), ("reinforced", 0.6)])
@@ -135,7 +134,7 @@ def test_streamed_content_equals_cached(training_set, kind, fraction):
 @pytest.mark.parametrize("kind", ["all", "kept", "reinforced"])
 def test_more_in_a_batch_than_there_are_pairs_is_refused(training_set, kind):
     spec = training_set(kind)
-    count = len(training.load_side(spec))
+    count = len(targets.load_side(spec))
     with pytest.raises(ValueError, match=f"batch_size {count + 1} is more than the {count} pairs there are"):
         loaders.StreamedLoader(spec, TOKENIZER, count + 1, seed=0, workers=0)
     side, pixels = loaded(spec)
@@ -171,13 +170,13 @@ def test_a_stream_opens_a_shard_and_what_belongs_to_it_only(training_set, world,
     root = shutil.copytree(world, tmp_path / "world")
     folders = {k: str(root / k) for k in ("pairs", "balance", "clusters", "embeddings", "reinforced", "cache")}
     spec = training_set(kind, teacher="large", **folders)
-    whole = training.load_side(spec)
-    sides = training.ShardSides(spec)
+    whole = targets.load_side(spec)
+    sides = targets.ShardSides(spec)
     for path in [*root.glob("embeddings/large/*/*_000[02].*"), *root.glob("reinforced/*_000[02].*")]:
         path.unlink()
     for of in ("balanced.read", "balanced.kept", "clustered.read", "clustered.labels", "embedded.load"):
         monkeypatch.setattr(f"mclip.data.{of}", None)  # the tables are not read again either
-    training.ShardSides(spec)
+    targets.ShardSides(spec)
     side, stored = sides(1, list(shards.iter_samples(root / "pairs", shards=[1])))
     place = [i for i, key in enumerate(whole.keys) if key in {f"k{i:03d}" for i in range(8, 16)}]
     assert side.keys == [whole.keys[i] for i in place] and side.captions == [whole.captions[i] for i in place]
@@ -189,27 +188,27 @@ def test_a_stream_opens_a_shard_and_what_belongs_to_it_only(training_set, world,
 
 
 def test_a_pair_without_a_label_or_an_embedding_is_named(training_set, world, tmp_path):
-    few = clustered.read(world / "clusters")
-    clustered.write(tmp_path / "clusters", dataclasses.replace(few, labels=few.labels[:-2], keys=few.keys[:-2],
+    few = cluster_store.read(world / "clusters")
+    cluster_store.write(tmp_path / "clusters", dataclasses.replace(few, labels=few.labels[:-2], keys=few.keys[:-2],
                                                                similarity=few.similarity[:-2]))
     spec = training_set("all", teacher="large", clusters=str(tmp_path / "clusters"), cache=str(tmp_path))
     samples = list(shards.iter_samples(spec.pairs, shards=[2]))
-    for call in (lambda: training.load_side(spec), lambda: training.ShardSides(spec)(2, samples)):
+    for call in (lambda: targets.load_side(spec), lambda: targets.ShardSides(spec)(2, samples)):
         with pytest.raises(ValueError, match="no cluster label for 2 pairs, the first is k022; run `dvc repro cluster`"):
             call()
     strange = [samples[0]._replace(key="k001")]
     with pytest.raises(ValueError, match="no embedding of 1 pairs, the first is k001; run `dvc repro embed`"):
-        training.ShardSides(training_set("all", teacher="large", cache=str(tmp_path)))(2, strange)
+        targets.ShardSides(training_set("all", teacher="large", cache=str(tmp_path)))(2, strange)
 
 
 def test_missing_parts_are_named(training_set, tmp_path):
     with pytest.raises(FileNotFoundError, match="dvc repro reinforce"):
-        training.load_side(training_set("reinforced", reinforced=str(tmp_path)))
+        targets.load_side(training_set("reinforced", reinforced=str(tmp_path)))
     side, pixels = loaded(training_set("all"))
     with pytest.raises(ValueError, match="distill.train.batch_size 99 is more than the 24 pairs"):
         loaders.CachedLoader(side, pixels, 99, seed=0)
     with pytest.raises(ValueError, match="synthetic captions wanted"):
-        training.add_tokens(side, TOKENIZER, synthetic=True)
+        targets.add_tokens(side, TOKENIZER, synthetic=True)
 
 
 def test_the_cache_is_rebuilt_when_what_it_was_made_of_changes(training_set):
