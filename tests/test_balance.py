@@ -389,8 +389,14 @@ def test_many_workers_find_the_same_sets(workers, files, tmp_path):
 
 
 def test_what_workers_share_lies_where_it_is_told(tmp_path, monkeypatch):
-    rows, told, plain = np.concatenate([clumps(n=300, seed=s) for s in range(4)]), [], run_tasks
-    monkeypatch.setattr(engine, "run", lambda f, tasks, **options: (told.extend(tasks), plain(f, tasks, **options))[1])
+    rows, told = np.concatenate([clumps(n=300, seed=s) for s in range(4)]), []
+
+    def recorded(function, tasks, **options):
+        told.extend(tasks)
+        return run_tasks(function, tasks, **options)
+
+    for user in ("components", "forest"):
+        monkeypatch.setattr(f"mclip.balance.{user}.run_tasks", recorded)
     options = {"metric": "sql2", "tile": 64, "workers": 2, "scratch": tmp_path / "shared"}
     got, (_, _, square) = balance(rows, threshold=0.1, **options), spanning_forest(rows, 0.1, **options)
     assert len(square) == len(rows) - len(got.set_sizes)

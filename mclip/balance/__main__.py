@@ -7,9 +7,9 @@ from pathlib import Path
 from mclip.balance import sets
 from mclip.balance.components import StateError
 from mclip.balance.sets import balance
-from mclip.data.balanced import METRICS, BalanceError, convert, write
-from mclip.engine import BACKENDS, EngineError
-from mclip.rows import RowsError, read_folder
+from mclip.data.stores.balance import METRICS, BalanceError, convert, write
+from mclip.system.workers import BACKENDS, WorkerError
+from mclip.data.stores.rows import RowsError, read_folder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
                          state=Path(args.out) / ".balance-state.npz", workers=args.workers, backend=args.backend,
                          scratch=args.out)
         write(args.out, result)
-    except (BalanceError, RowsError, StateError, EngineError) as err:
+    except (BalanceError, RowsError, StateError, WorkerError) as err:
         print(err, file=sys.stderr)
         return 2
     print(result.summary())

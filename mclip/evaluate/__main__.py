@@ -11,7 +11,7 @@ import torch
 
 from mclip.data.evalsets import ANSWER
 from mclip.evaluate.suite import evaluate_many
-from mclip.files import write_whole
+from mclip.system.files import write_whole
 from mclip.models import ModelError, create, for_inference
 from mclip.params import EvalSet, registry
 

@@ -1,7 +1,7 @@
 """Map a function over independent tasks: processes of this machine, or the workers of a Ray cluster.
 
-    for result in engine.run(function, tasks, workers=4): ...
-    device = engine.share()  # in the function: its worker's part of the machine
+    for result in run_tasks(function, tasks, workers=4): ...
+    device = worker_device()  # in the function: its worker's part of the machine
 
 `function` is one of a module (it is found by name on the other side), tasks are tuples of its arguments; both and the
 results must be picklable between processes of this package, and the files that arguments name must be readable there.
@@ -20,14 +20,14 @@ from typing import Any
 BACKENDS = ("processes", "ray")
 
 
-class EngineError(ValueError):
+class WorkerError(ValueError):
     """A backend that isn't there, or a number of workers that can't be."""
 
 
 _place, _of = 0, 1  # this process among the workers
 
 
-def run(function: Callable, tasks: Iterable[tuple], *, workers: int, backend: str = "processes",
+def run_tasks(function: Callable, tasks: Iterable[tuple], *, workers: int, backend: str = "processes",
         gpu: bool = False) -> Iterator[Any]:
     """function(*task) for every task, in the order in which they are done.
 
@@ -35,9 +35,9 @@ def run(function: Callable, tasks: Iterable[tuple], *, workers: int, backend: st
     gpu : a task of Ray's needs one to itself; processes deal out those that there are.
     """
     if workers < 1:
-        raise EngineError(f"workers: expected at least 1, found {workers}")
+        raise WorkerError(f"workers: expected at least 1, found {workers}")
     if backend not in BACKENDS:
-        raise EngineError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
+        raise WorkerError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
     if backend == "ray":
         yield from _ray(function, tasks, gpu)
     elif workers == 1:
@@ -53,28 +53,28 @@ def run(function: Callable, tasks: Iterable[tuple], *, workers: int, backend: st
                 for future in as_completed(futures):
                     yield future.result()
             except BrokenProcessPool:
-                raise EngineError(f"one of {workers} workers was killed (out of memory?): try fewer") from None
+                raise WorkerError(f"one of {workers} workers was killed (out of memory?): try fewer") from None
             finally:
                 for future in futures:
                     future.cancel()
 
 
-def alone(workers: int, backend: str) -> bool:
+def is_alone(workers: int, backend: str) -> bool:
     """Is this process the only worker? What it has at hand needn't be handed over then, and all cores are its own."""
     return workers == 1 and backend == "processes"
 
 
-def cores() -> int:
+def worker_cores() -> int:
     """This worker's part of the machine's cores."""
     return max(1, (os.cpu_count() or 1) // _of)
 
 
-def share() -> str:
+def worker_device() -> str:
     """Take this worker's part of the cores, and say which device is its own: a GPU where there are any, else "cpu"."""
     import torch
 
     if _of > 1:
-        torch.set_num_threads(cores())
+        torch.set_num_threads(worker_cores())
     return f"cuda:{_place % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
@@ -92,7 +92,7 @@ def _ray(function: Callable, tasks: Iterable[tuple], gpu: bool) -> Iterator[Any]
     try:
         import ray
     except ImportError:
-        raise EngineError("backend: ray is not installed (pip install ray)") from None
+        raise WorkerError("backend: ray is not installed (pip install ray)") from None
     remote = ray.remote(num_cpus=1, num_gpus=int(gpu))(_there)
     waiting = [remote.remote(os.getcwd(), function, task) for task in tasks]
     while waiting:

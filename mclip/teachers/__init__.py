@@ -1,0 +1,1 @@
+"""The demo's teachers and captioner: pretrained towers aligned on the training pairs."""

@@ -1,0 +1,1 @@
+"""The default data: emoji and CIFAR-10 pictures from package registries, with captions."""

@@ -1,0 +1,1 @@
+"""What stages wrote: one reader and one writer a format."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mclip import models
+from mclip.system import workers
 from mclip.system.workers import WorkerError, run_tasks, worker_device
 
 
@@ -35,7 +36,7 @@ def test_gpus_are_dealt_out(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     devices = []
     for place in range(4):
-        monkeypatch.setattr(engine, "_place", place)
+        monkeypatch.setattr(workers, "_place", place)
         devices.append(worker_device())
     assert devices == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
 
@@ -43,7 +44,7 @@ def test_gpus_are_dealt_out(monkeypatch):
 @pytest.mark.parametrize(("of", "cpu", "cuda"), [(1, 2, 8), (4, 0, 4), (100, 0, 1)])
 def test_a_worker_decodes_on_its_part_of_the_cores(of, cpu, cuda, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    monkeypatch.setattr(engine, "_of", of)
+    monkeypatch.setattr(workers, "_of", of)
     assert [models.decoders("cpu"), models.decoders("cuda:1"), models.decoders("cuda", 3)] == [cpu, cuda, 3]
 
 
