@@ -17,10 +17,10 @@ import open_clip  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from mclip import embed, models, params, reinforce
-from mclip.data import shards
+from mclip import embed, models, params, reinforce  # noqa: E402
+from mclip.data import shards  # noqa: E402
 from mclip.data.stores import balance as balance_store  # noqa: E402
-from mclip.data.stores import reinforced
+from mclip.data.stores import reinforced  # noqa: E402
 from mclip.teachers import align  # noqa: E402
 
 TEACHER, CAPTIONER = "ViT-B-32/laion2b_s34b_b79k", "coca_ViT-B-32/mscoco_finetuned_laion2b_s13b_b90k"

@@ -15,13 +15,13 @@ from mclip.balance import (
     convert,
     forest,
     links,
-    main,
     read,
     removed_curve,
     representative_distance,
     spanning_forest,
     write,
 )
+from mclip.balance.__main__ import main
 from mclip.data.stores.rows import Rows, RowsError
 from mclip.system.workers import WorkerError, run_tasks
 

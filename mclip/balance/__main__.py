@@ -8,8 +8,8 @@ from mclip.balance import sets
 from mclip.balance.components import StateError
 from mclip.balance.sets import balance
 from mclip.data.stores.balance import METRICS, BalanceError, convert, write
-from mclip.system.workers import BACKENDS, WorkerError
 from mclip.data.stores.rows import RowsError, read_folder
+from mclip.system.workers import BACKENDS, WorkerError
 
 
 def main(argv: list[str] | None = None) -> int:

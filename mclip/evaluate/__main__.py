@@ -11,9 +11,9 @@ import torch
 
 from mclip.data.evalsets import ANSWER
 from mclip.evaluate.suite import evaluate_many
-from mclip.system.files import write_whole
 from mclip.models import ModelError, create, for_inference
 from mclip.params import EvalSet, registry
+from mclip.system.files import write_whole
 
 
 def named_sets(names: Sequence[str], root: str | Path = registry.ROOT, *, probe: bool = False) -> dict[str, EvalSet]:

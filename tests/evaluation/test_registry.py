@@ -9,6 +9,7 @@ import torch
 
 from mclip import evaluate, models, params
 from mclip.data.evalsets import read_split
+from mclip.evaluate.__main__ import main, named_sets
 from mclip.params import EvalSet, ParamsError, registry
 
 from .sets import png, write_classification, write_split
@@ -80,7 +81,7 @@ def test_the_command_line(model, tmp_path, capsys):
     write_classification(root / "mine", [sample(i % 3, i) for i in range(9)], ["a", "b", "c"], ["{c}"])
     out = tmp_path / "scores.json"
     argv = [model, "--sets", "pets", str(root / "mine"), "winogavil", "food101", "--root", str(root), "--out", str(out)]
-    assert evaluate.main(argv) == 0
+    assert main(argv) == 0
     said = capsys.readouterr()
     assert said.out.splitlines()[0].split()[:2] == ["pets", "mean_per_class"] and "mean of the main metric over 2" in said.out
     assert f"food101: {root}/wds_food101 is missing, not evaluated (hf download --repo-type dataset clip-benchmark/wds_food101" in said.err
@@ -97,7 +98,7 @@ def test_the_command_line(model, tmp_path, capsys):
         ([model, "--sets", str(tmp_path)], "nshards.txt is missing"),
         ([model, "--sets", str(multilabel)], "dataset_type.txt: 'multilabel' is none of classification, retrieval"),
     ]:
-        assert evaluate.main(wrong) == 2
+        assert main(wrong) == 2
         said = capsys.readouterr()
         assert message in said.err and said.err.strip().splitlines()[-1].startswith("error: ") and not said.out
 
@@ -106,10 +107,10 @@ def test_the_demo_s_part_of_a_set_counts_where_there_is_no_copy(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     for name in ("cifar10", "openmoji-color"):
         (tmp_path / "data/eval" / name).mkdir(parents=True)
-    sets = evaluate.named_sets(["cifar10", "openmoji-color", "pets"])
+    sets = named_sets(["cifar10", "openmoji-color", "pets"])
     assert [s.path for s in sets.values()] == ["data/eval/cifar10", "data/eval/openmoji-color", "data/sets/wds_vtab-pets"]
     (tmp_path / "data/sets/wds_vtab-cifar10").mkdir(parents=True)
-    assert evaluate.named_sets(["cifar10"])["cifar10"].path == "data/sets/wds_vtab-cifar10"
+    assert named_sets(["cifar10"])["cifar10"].path == "data/sets/wds_vtab-cifar10"
 
 
 def test_imagenets_names_where_a_copy_has_none(tmp_path):
