@@ -2,11 +2,12 @@
 
     python benchmarks/stream.py --pairs 100000 1000000 10000000
 
-A set of so many pairs in shards of 10,000: what `balance` and `cluster` wrote of all of them, and the embeddings
-(1,280 wide, fp16) of a few shards, as only those are opened. Each case in a process of its own: `tables` makes the
-lookups of kept pairs and labels (once a set), `shard` opens shards one after the other; the median counts. `whole` is
-what held sets do, tables and embeddings read in full, where all shards' embeddings are there (--whole). Memory is the
-peak of the process beyond what it had after its imports, without the pages of mapped files.
+A set of so many pairs in shards of 10,000: what `balance` and `cluster` wrote of all of them, and
+the embeddings (1,280 wide, fp16) of a few shards, as only those are opened. Each case in a process
+of its own: `tables` makes the lookups of kept pairs and labels (once a set), `shard` opens shards
+one after the other; the median counts. `whole` is what held sets do, tables and embeddings read in
+full, where all shards' embeddings are there (--whole). Memory is the peak of the process beyond
+what it had after its imports, without the pages of mapped files.
 """
 
 import argparse
@@ -37,11 +38,17 @@ def write(root: Path, n: int, shards: int) -> None:
 
     rng = np.random.default_rng(0)
     names, keep = keys(0, n), rng.random(n) < 0.563
-    balance_store.write(root / "balance", balance_store.Balance(np.arange(n), keep, np.zeros(n), names, 0.07, "sql2"))
+    balance_store.write(
+        root / "balance",
+        balance_store.Balance(np.arange(n), keep, np.zeros(n), names, 0.07, "sql2"),
+    )
     centres = rng.standard_normal((CENTRES, WIDTH)).astype(np.float32)
     labels = rng.integers(0, CENTRES, int(keep.sum()))
     similarity = np.zeros(len(labels), np.float32)
-    cluster_store.write(root / "clusters", cluster_store.Clusters(centres, labels, similarity, np.zeros(1), names[keep]))
+    cluster_store.write(
+        root / "clusters",
+        cluster_store.Clusters(centres, labels, similarity, np.zeros(1), names[keep]),
+    )
     folder = root / "embeddings" / "t"
     for part in embedding_store.PARTS:
         (folder / part).mkdir(parents=True)
@@ -50,13 +57,17 @@ def write(root: Path, n: int, shards: int) -> None:
             rows = rng.standard_normal((SHARD, WIDTH)).astype(np.float32)
             rows /= np.linalg.norm(rows, axis=1, keepdims=True)
             np.save(embedding_store.part_file(folder, part, i), rows.astype(np.float16))
-        table = pd.DataFrame({"key": names[i * SHARD:(i + 1) * SHARD], "caption": "c"})
+        table = pd.DataFrame({"key": names[i * SHARD : (i + 1) * SHARD], "caption": "c"})
         table.to_parquet(embedding_store.part_file(folder, "metadata", i))
 
 
 def anonymous() -> int:
     """Bytes of memory that no file holds."""
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return next(
+        int(line.split()[1]) * 1024
+        for line in open("/proc/self/status")
+        if line.startswith("RssAnon")
+    )
 
 
 class Peak:
@@ -106,14 +117,19 @@ def case(root: Path, what: str) -> dict:
                     start = time.perf_counter()
                     side, _ = sides(i, samples)
                     times.append(time.perf_counter() - start)
-                    assert set(side.arrays) == {"label", "teacher_image", "teacher_text"} and len(side) > SHARD / 2
+                    assert (
+                        set(side.arrays) == {"label", "teacher_image", "teacher_text"}
+                        and len(side) > SHARD / 2
+                    )
     return {"s": statistics.median(times), "MB": peak.most / 1e6}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, nargs="+", default=[120_000, 1_000_000, 10_000_000])
-    parser.add_argument("--whole", type=int, default=120_000, help="up to so many pairs also read in full")
+    parser.add_argument(
+        "--whole", type=int, default=120_000, help="up to so many pairs also read in full"
+    )
     parser.add_argument("--one", nargs=2, metavar=("ROOT", "CASE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:

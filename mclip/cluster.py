@@ -4,9 +4,10 @@
     result.centres      # (k, d) float32, unit norm: the first value of W in mclip.losses.ClusterLoss
     result.labels       # (n,) int64
 
-On a GPU where faiss has one. All rows take part in every iteration (faiss alone would draw 256 a centre), or as many as
-memory has room for: `points` of them a centre, 4 bytes a number. Labels are found block by block.
-The same seed gives the same bytes on the same machine, also with another number of threads.
+On a GPU where faiss has one. All rows take part in every iteration (faiss alone would draw 256 a
+centre), or as many as memory has room for: `points` of them a centre, 4 bytes a number. Labels are
+found block by block. The same seed gives the same bytes on the same machine, also with another
+number of threads.
 """
 
 from collections.abc import Iterator
@@ -18,12 +19,22 @@ from mclip.data.stores.clusters import ClusterError, Clusters, read, write
 from mclip.data.stores.rows import Rows, RowsError, check_keys
 
 BLOCK = 65536  # rows held at once
-FEW = 10  # images a cluster below which a warning is due: such centres are hardly more than single images
+# images a cluster below which a warning is due: such centres are hardly more than single images
+FEW = 10
 
 
-def cluster(embeddings, k: int, *, iterations: int, seed: int, keys=None, chosen: np.ndarray | None = None,
-            points: int | None = None) -> Clusters:
-    """Spherical k-means: k unit-norm centres, every row labelled with the centre of the largest inner product.
+def cluster(
+    embeddings,
+    k: int,
+    *,
+    iterations: int,
+    seed: int,
+    keys=None,
+    chosen: np.ndarray | None = None,
+    points: int | None = None,
+) -> Clusters:
+    """Spherical k-means: k unit-norm centres, every row labelled with the centre of the largest
+    inner product.
 
     Parameters
     ----------
@@ -40,37 +51,67 @@ def cluster(embeddings, k: int, *, iterations: int, seed: int, keys=None, chosen
     keys = check_keys(keys, len(rows))
     index = np.arange(len(rows)) if chosen is None else np.flatnonzero(chosen)
     if not 1 <= k <= len(index):
-        raise ClusterError(f"cluster.clusters: {k} clusters of {len(index)} images; "
-                           f"it must lie between 1 and {len(index)}")
+        raise ClusterError(
+            f"cluster.clusters: {k} clusters of {len(index)} images; "
+            f"it must lie between 1 and {len(index)}"
+        )
     if iterations < 1:
         raise ClusterError(f"cluster.iterations: at least 1, found {iterations}")
     drawn = index
     if points is not None and k * points < len(index):
-        drawn = index[np.sort(np.random.default_rng(seed).choice(len(index), k * points, replace=False))]
+        drawn = index[
+            np.sort(np.random.default_rng(seed).choice(len(index), k * points, replace=False))
+        ]
     unit = np.empty((len(drawn), rows.width), np.float32)
     for s, block in _blocks(rows, drawn):
-        unit[s:s + len(block)] = block
+        unit[s : s + len(block)] = block
     gpu = faiss.get_num_gpus() > 0
-    kmeans = faiss.Kmeans(rows.width, k, niter=iterations, seed=seed, spherical=True, gpu=gpu,
-                          min_points_per_centroid=1, max_points_per_centroid=len(unit))
+    kmeans = faiss.Kmeans(
+        rows.width,
+        k,
+        niter=iterations,
+        seed=seed,
+        spherical=True,
+        gpu=gpu,
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(unit),
+    )
     kmeans.train(unit)
     # faiss leaves rows that are unit norm to its own rounding
     centres = kmeans.centroids / np.linalg.norm(kmeans.centroids, axis=1, keepdims=True)
     labels, similarity = assign(rows, centres, index)
     few = len(index) / k
-    warning = "" if few >= FEW else (
-        f"cluster.clusters: {k:,} clusters of {len(index):,} images are {few:.1f} each: a centre says little that is "
-        f"common to several; take fewer clusters, say {max(1, len(index) // FEW):,}")
-    return Clusters(centres, labels, similarity, np.asarray(kmeans.obj, np.float64) / len(unit), keys[index], warning)
+    warning = (
+        ""
+        if few >= FEW
+        else (
+            f"cluster.clusters: {k:,} clusters of {len(index):,} images are {few:.1f} each: a centre says little that is "
+            f"common to several; take fewer clusters, say {max(1, len(index) // FEW):,}"
+        )
+    )
+    return Clusters(
+        centres,
+        labels,
+        similarity,
+        np.asarray(kmeans.obj, np.float64) / len(unit),
+        keys[index],
+        warning,
+    )
 
 
-def assign(embeddings, centres: np.ndarray, index: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Nearest centre of every row, or of the rows `index`: (n,) int64, and the cosine to it, (n,) float32."""
+def assign(
+    embeddings, centres: np.ndarray, index: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Nearest centre of every row, or of the rows `index`: (n,) int64, and the cosine to it, (n,)
+    float32.
+    """
     rows = embeddings if isinstance(embeddings, Rows) else Rows(embeddings)
     index = np.arange(len(rows)) if index is None else index
     if rows.width != centres.shape[1]:
-        raise ClusterError(f"embeddings are {rows.width} wide, the cluster centres {centres.shape[1]}: "
-                           "are they of the same teacher (cluster.teacher)?")
+        raise ClusterError(
+            f"embeddings are {rows.width} wide, the cluster centres {centres.shape[1]}: "
+            "are they of the same teacher (cluster.teacher)?"
+        )
     flat = faiss.IndexFlatIP(rows.width)
     flat.add(np.ascontiguousarray(centres, np.float32))
     if faiss.get_num_gpus() > 0:
@@ -78,14 +119,14 @@ def assign(embeddings, centres: np.ndarray, index: np.ndarray | None = None) -> 
     labels, similarity = np.empty(len(index), np.int64), np.empty(len(index), np.float32)
     for s, block in _blocks(rows, index):
         nearest, which = flat.search(block, 1)
-        labels[s:s + len(block)], similarity[s:s + len(block)] = which[:, 0], nearest[:, 0]
+        labels[s : s + len(block)], similarity[s : s + len(block)] = which[:, 0], nearest[:, 0]
     return labels, similarity
 
 
 def _blocks(rows: Rows, index: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Where each block of the rows `index` begins, and its rows, unit norm float32."""
     for s in range(0, len(index), BLOCK):
-        yield s, rows.unit(index[s:s + BLOCK]).astype(np.float32)
+        yield s, rows.unit(index[s : s + BLOCK]).astype(np.float32)
 
 
 __all__ = ["ClusterError", "Clusters", "RowsError", "assign", "cluster", "read", "write"]

@@ -1,7 +1,8 @@
-"""Image and text embeddings of every pair, in clip-retrieval's layout (mclip.data.stores.embeddings, which also reads it).
+"""Image and text embeddings of every pair, in clip-retrieval's layout
+(mclip.data.stores.embeddings, which also reads it).
 
-`run` writes a shard's three files whole, so an interrupted run goes on where it stopped; a shard is embedded
-again when the model's weights, the precision or the shard's bytes have changed.
+`run` writes a shard's three files whole, so an interrupted run goes on where it stopped; a shard is
+embedded again when the model's weights, the precision or the shard's bytes have changed.
 
     embeddings = mclip.embed.load("data/embeddings/large")
     embeddings.image        # (n, d) fp16
@@ -18,26 +19,44 @@ import numpy as np
 import pandas as pd
 
 from mclip.data import shards
-from mclip.data.stores.embeddings import PARTS, Embeddings, EmbeddingsError, load, part_file, read_meta
+from mclip.data.stores.embeddings import (
+    PARTS,
+    Embeddings,
+    EmbeddingsError,
+    load,
+    part_file,
+    read_meta,
+)
 from mclip.system import progress
 from mclip.system.files import write_json, write_whole
 from mclip.system.workers import is_alone, run_tasks, worker_device
 
 
-def run(teachers: dict[str, str], *, pairs: str | Path = "data/pairs", out: str | Path = "data/embeddings",
-        batch_size: int = 64, precision: str = "auto", decoders: int | None = None, workers: int = 1,
-        backend: str = "processes") -> dict[str, dict]:
-    """Embed every pair with every teacher into OUT/<teacher>; shards that are there already are kept.
+def run(
+    teachers: dict[str, str],
+    *,
+    pairs: str | Path = "data/pairs",
+    out: str | Path = "data/embeddings",
+    batch_size: int = 64,
+    precision: str = "auto",
+    decoders: int | None = None,
+    workers: int = 1,
+    backend: str = "processes",
+) -> dict[str, dict]:
+    """Embed every pair with every teacher into OUT/<teacher>; shards that are there already are
+    kept.
 
-    Shard by shard, with all teachers: those that share a frozen text encoder run it once. All are in memory at once.
+    Shard by shard, with all teachers: those that share a frozen text encoder run it once. All are
+    in memory at once.
 
     Parameters
     ----------
-    teachers : name -> open_clip model string: the entries of `teachers.models` that `embed.teachers` names.
+    teachers : name -> open_clip model string: the entries of `teachers.models` that
+        `embed.teachers` names.
     pairs : folder with the manifest of stage `data`.
     decoders : decoding processes; 0 decodes in the one that embeds, None: see models.decoders.
-    workers, backend : processes that shards are dealt out to, each with a GPU of its own where there are any, see
-        mclip.system.workers. They write the same bytes.
+    workers, backend : processes that shards are dealt out to, each with a GPU of its own where
+        there are any, see mclip.system.workers. They write the same bytes.
 
     Returns
     -------
@@ -48,20 +67,35 @@ def run(teachers: dict[str, str], *, pairs: str | Path = "data/pairs", out: str 
     manifest = shards.read_manifest(pairs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     alone = is_alone(workers, backend)
-    own = [_Teacher.begin(name, model, manifest, Path(out) / name, precision, device, load=alone)
-           for name, model in teachers.items()]
-    todo = {i: [teacher for teacher in own if i in teacher.todo] for i in sorted({i for t in own for i in t.todo})}
+    own = [
+        _Teacher.begin(name, model, manifest, Path(out) / name, precision, device, load=alone)
+        for name, model in teachers.items()
+    ]
+    todo = {
+        i: [teacher for teacher in own if i in teacher.todo]
+        for i in sorted({i for t in own for i in t.todo})
+    }
     options = {"batch_size": batch_size, "precision": precision, "decoders": decoders}
     total = sum(manifest["shards"][i]["samples"] * len(wanted) for i, wanted in todo.items())
     with progress.bar(desc="embed", unit="embedding", total=total, hidden=not total) as bar:
         if alone:
             for i, wanted in todo.items():
-                _embed_shard(i, [(t.loaded, t.folder) for t in wanted], Path(pairs), done=bar.update, device=device,
-                             **options)
+                _embed_shard(
+                    i,
+                    [(t.loaded, t.folder) for t in wanted],
+                    Path(pairs),
+                    done=bar.update,
+                    device=device,
+                    **options,
+                )
         else:
-            tasks = [(i, [(t.meta["model"], t.folder) for t in wanted], Path(pairs), options)
-                     for i, wanted in todo.items()]
-            for count in run_tasks(_embed_elsewhere, tasks, workers=workers, backend=backend, gpu=device == "cuda"):
+            tasks = [
+                (i, [(t.meta["model"], t.folder) for t in wanted], Path(pairs), options)
+                for i, wanted in todo.items()
+            ]
+            for count in run_tasks(
+                _embed_elsewhere, tasks, workers=workers, backend=backend, gpu=device == "cuda"
+            ):
                 bar.update(count)
     return {teacher.name: teacher.meta for teacher in own}
 
@@ -95,26 +129,56 @@ class _Teacher:
     todo: set[int]
 
     @classmethod
-    def begin(cls, name: str, model_name: str, manifest: dict, folder: Path, precision: str, device: str, *,
-              load: bool) -> "_Teacher":
-        """See what there is to do, and leave those of its files that are right. load: it will embed here."""
+    def begin(
+        cls,
+        name: str,
+        model_name: str,
+        manifest: dict,
+        folder: Path,
+        precision: str,
+        device: str,
+        *,
+        load: bool,
+    ) -> "_Teacher":
+        """See what there is to do, and leave those of its files that are right. load: it will embed
+        here.
+        """
         from mclip import models
 
         loaded = _Loaded.of(model_name, device if load else "cpu")
         dtype = str(models.resolve_precision(precision, device)).removeprefix("torch.")
-        identity = {"model": model_name, "weights_sha256": models.weights_sha256(model_name), "precision": dtype}
+        identity = {
+            "model": model_name,
+            "weights_sha256": models.weights_sha256(model_name),
+            "precision": dtype,
+        }
         before = read_meta(folder)
         done = before.get("shards", []) if identity.items() <= before.items() else []
         wanted = [{"sha256": s["sha256"], "samples": s["samples"]} for s in manifest["shards"]]
-        meta = {**identity, "teacher": name, "logit_scale": round(models.logit_scale(loaded.model), 6),
-                "image_size": models.image_size(loaded.model), "shards": wanted}
-        todo = {i for i, shard in enumerate(wanted)
-                if done[i:i + 1] != [shard] or not all(part_file(folder, part, i).is_file() for part in PARTS)}
-        keep = {part_file(folder, part, i) for part in PARTS for i in range(len(wanted)) if i not in todo}
+        meta = {
+            **identity,
+            "teacher": name,
+            "logit_scale": round(models.logit_scale(loaded.model), 6),
+            "image_size": models.image_size(loaded.model),
+            "shards": wanted,
+        }
+        todo = {
+            i
+            for i, shard in enumerate(wanted)
+            if done[i : i + 1] != [shard]
+            or not all(part_file(folder, part, i).is_file() for part in PARTS)
+        }
+        keep = {
+            part_file(folder, part, i)
+            for part in PARTS
+            for i in range(len(wanted))
+            if i not in todo
+        }
         for part, suffix in PARTS.items():  # what another run left
             for file in set((folder / part).glob(f"*{suffix}")) - keep:
                 file.unlink()
-        # from here on meta.json says what the files are or will be; a shard is done when its three are there
+        # from here on meta.json says what the files are or will be; a shard is done when its three
+        # are there
         write_json(folder / "meta.json", meta)
         return cls(name, loaded if load else None, folder, meta, todo)
 
@@ -128,21 +192,42 @@ def _embed_elsewhere(i: int, teachers: list[tuple[str, Path]], pairs: Path, opti
     return sum(counts)
 
 
-def _embed_shard(i: int, teachers: list[tuple[_Loaded, Path]], pairs: Path, *, done: Callable[[int], object],
-                 batch_size: int, precision: str, decoders: int | None, device: str) -> None:
+def _embed_shard(
+    i: int,
+    teachers: list[tuple[_Loaded, Path]],
+    pairs: Path,
+    *,
+    done: Callable[[int], object],
+    batch_size: int,
+    precision: str,
+    decoders: int | None,
+    device: str,
+) -> None:
     """The shard's files of each of the teachers; a text encoder that they share runs once."""
     from torch.utils.data import DataLoader
 
     from mclip import models
 
     samples = list(shards.iter_samples(pairs, shards=[i]))
-    table = pd.DataFrame({"key": [s.key for s in samples], "image_path": [s.key for s in samples],
-                          "caption": [s.caption for s in samples]}).to_parquet(index=False)
-    texts = models.encode_texts_with_all([(t.model, t.tokenizer) for t, _ in teachers], [s.caption for s in samples],
-                                         precision=precision)
+    table = pd.DataFrame(
+        {
+            "key": [s.key for s in samples],
+            "image_path": [s.key for s in samples],
+            "caption": [s.caption for s in samples],
+        }
+    ).to_parquet(index=False)
+    texts = models.encode_texts_with_all(
+        [(t.model, t.tokenizer) for t, _ in teachers],
+        [s.caption for s in samples],
+        precision=precision,
+    )
     for (teacher, folder), text in zip(teachers, texts, strict=True):
-        loader = DataLoader(shards.Pictures(samples, teacher.preprocess), batch_size=batch_size,
-                            num_workers=models.decoders(device, decoders), pin_memory=device.startswith("cuda"))
+        loader = DataLoader(
+            shards.Pictures(samples, teacher.preprocess),
+            batch_size=batch_size,
+            num_workers=models.decoders(device, decoders),
+            pin_memory=device.startswith("cuda"),
+        )
         image = models.encode_images(teacher.model, _counted(loader, done), precision=precision)
         write_whole(part_file(folder, "img_emb", i), _npy(image.numpy().astype(np.float16)))
         write_whole(part_file(folder, "text_emb", i), _npy(text.numpy().astype(np.float16)))

@@ -1,4 +1,5 @@
-"""A model to take away: open_clip's folder, both towers folded as ONNX and checked, and a model card.
+"""A model to take away: open_clip's folder, both towers folded as ONNX and checked, and a model
+card.
 
     python -m mclip.export models/students/combined/seed0 OUT_DIR
     python -m mclip.export MobileCLIP-S0/checkpoints/mobileclip_s0.pt OUT_DIR --no-onnx
@@ -9,8 +10,9 @@
     OUT_DIR/text.onnx       tokens (batch, context) int64    ->  text_embedding (batch, d), unit-norm
     OUT_DIR/README.md       the card: recipe, data, metrics, licences, as far as this repository knows them
 
-The ONNX towers are folded (`mclip.models.for_inference`) and run in onnxruntime on photographs and captions before they
-get their names: a cosine below 0.9999 to torch's embeddings is an error. Preprocessing is in open_clip_config.json.
+The ONNX towers are folded (`mclip.models.for_inference`) and run in onnxruntime on photographs and
+captions before they get their names: a cosine below 0.9999 to torch's embeddings is an error.
+Preprocessing is in open_clip_config.json.
 """
 
 import argparse
@@ -35,13 +37,31 @@ from mclip.models.factory import quiet
 from mclip.system.files import whole, write_whole
 
 COSINE = 0.9999
-CAPTIONS = ["a photo of a cat", "two dogs that run on a beach", "red apple", "the flag of Norway, at night",
-            "a diagram", "an aeroplane above the clouds", "smiling face with sunglasses", "Tower of London, 1890"]
+CAPTIONS = [
+    "a photo of a cat",
+    "two dogs that run on a beach",
+    "red apple",
+    "the flag of Norway, at night",
+    "a diagram",
+    "an aeroplane above the clouds",
+    "smiling face with sunglasses",
+    "Tower of London, 1890",
+]
 LICENCES = {
-    "demo": ["Noto Emoji (Apache-2.0, OFL)", "Twemoji (CC-BY 4.0)", "Fluent Emoji (MIT)", "Unicode CLDR", "CIFAR-10",
-             "teachers: EfficientNet-Lite and all-MiniLM-L6-v2 (Apache-2.0)"],
-    "published": ["published MobileCLIP weights: Apple's research licence for models, for research purposes only"],
-    "weights": ["the weights are others': the licence under which they were published holds for this copy, too"],
+    "demo": [
+        "Noto Emoji (Apache-2.0, OFL)",
+        "Twemoji (CC-BY 4.0)",
+        "Fluent Emoji (MIT)",
+        "Unicode CLDR",
+        "CIFAR-10",
+        "teachers: EfficientNet-Lite and all-MiniLM-L6-v2 (Apache-2.0)",
+    ],
+    "published": [
+        "published MobileCLIP weights: Apple's research licence for models, for research purposes only"
+    ],
+    "weights": [
+        "the weights are others': the licence under which they were published holds for this copy, too"
+    ],
 }
 
 
@@ -75,16 +95,24 @@ class Tower(nn.Module):
 
 
 def to_onnx(tower: Tower, path: str | Path, *, opset: int | None = None) -> Path:
-    """Write a tower (of a model from `for_inference`) as ONNX with a dynamic batch; whole or not at all.
+    """Write a tower (of a model from `for_inference`) as ONNX with a dynamic batch; whole or not at
+    all.
 
     opset : None: the current one of torch's exporter.
     """
     tower = tower.eval()
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(tower, (tower.example(2),), dynamo=True, verbose=False, opset_version=opset,
-                                    input_names=[tower.input_name], output_names=[f"{tower.kind}_embedding"],
-                                    dynamic_shapes=({0: torch.export.Dim("batch")},))
+        program = torch.onnx.export(
+            tower,
+            (tower.example(2),),
+            dynamo=True,
+            verbose=False,
+            opset_version=opset,
+            input_names=[tower.input_name],
+            output_names=[f"{tower.kind}_embedding"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )
         with whole(path) as draft:
             program.save(draft, external_data=False)
     return Path(path)
@@ -125,23 +153,38 @@ def photographs(count: int = 8) -> list[Image.Image]:
 
 
 def read_pictures(folder: Path, limit: int = 64) -> list[Image.Image]:
-    """Up to `limit` pictures, evenly spread: of a folder, or of an evaluation set in CLIP_benchmark's layout."""
+    """Up to `limit` pictures, evenly spread: of a folder, or of an evaluation set in
+    CLIP_benchmark's layout.
+    """
     if (folder / "test" / "nshards.txt").is_file():
-        split = evalsets.read_split(folder, "classification" if (folder / "classnames.txt").exists() else "retrieval")
+        split = evalsets.read_split(
+            folder, "classification" if (folder / "classnames.txt").exists() else "retrieval"
+        )
         found, read = split.places, evalsets.read_image
     else:
-        found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        found = sorted(
+            f for f in folder.rglob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+        )
         read = Image.open
     if not found:
-        raise ExportError(f"{folder}: no picture in it (.png, .jpg, .webp, or an evaluation set's tars)")
-    return [read(f) for f in found[::-(-len(found) // limit)]]
+        raise ExportError(
+            f"{folder}: no picture in it (.png, .jpg, .webp, or an evaluation set's tars)"
+        )
+    return [read(f) for f in found[:: -(-len(found) // limit)]]
 
 
-def run(name: str, out: str | Path, *, onnx: bool = True, pictures: Sequence[Image.Image] | None = None,
-        opset: int | None = None) -> dict[str, float]:
+def run(
+    name: str,
+    out: str | Path,
+    *,
+    onnx: bool = True,
+    pictures: Sequence[Image.Image] | None = None,
+    opset: int | None = None,
+) -> dict[str, float]:
     """Export a model by its name; the cosine of each ONNX tower to torch.
 
-    name : what `mclip.models.create` takes, or a folder. pictures : what to check the image tower on.
+    name : what `mclip.models.create` takes, or a folder. pictures : what to check the image tower
+        on.
     """
     model, _, preprocess, tokenizer = models.create(_named(name))
     out = models.export(model, out)
@@ -152,9 +195,13 @@ def run(name: str, out: str | Path, *, onnx: bool = True, pictures: Sequence[Ima
         for kind, x in (("image", pixels), ("text", tokenizer(CAPTIONS))):
             path = out / f"{kind}.onnx"
             with whole(path) as draft:
-                found[kind] = agreement(to_onnx(Tower(fast, kind), draft, opset=opset), Tower(model, kind), x)
+                found[kind] = agreement(
+                    to_onnx(Tower(fast, kind), draft, opset=opset), Tower(model, kind), x
+                )
                 if found[kind] < COSINE:
-                    raise ExportError(f"{path}: cosine {found[kind]:.6f} to torch's embeddings, expected {COSINE}")
+                    raise ExportError(
+                        f"{path}: cosine {found[kind]:.6f} to torch's embeddings, expected {COSINE}"
+                    )
     write_whole(out / "README.md", generate_readme(card(_named(name), found), out.resolve().name))
     return found
 
@@ -162,12 +209,15 @@ def run(name: str, out: str | Path, *, onnx: bool = True, pictures: Sequence[Ima
 def card(name: str, cosines: dict[str, float] | None = None) -> dict[str, Any]:
     """What is known of a model, as `model_card` of open_clip's `push_to_hf_hub`.
 
-    Recipe, data and metrics are those of params.yaml, of training.json beside the weights and of reports/metrics, where
-    the model is a student of this repository (models/students/RECIPE/SEED) and these are there.
+    Recipe, data and metrics are those of params.yaml, of training.json beside the weights and of
+    reports/metrics, where the model is a student of this repository (models/students/RECIPE/SEED)
+    and these are there.
     """
     name = _named(name)
     folder = Path(name.removeprefix("local-dir:"))
-    shown = folder.name if folder.is_dir() else str(Path(name).parts[0])  # no path of the machine that exports
+    shown = (
+        folder.name if folder.is_dir() else str(Path(name).parts[0])
+    )  # no path of the machine that exports
     details: dict[str, Any] = {"Exported from": shown}
     with_weights = models.factory.weights_file(name) is not None
     student = folder.parent.name if (folder / "training.json").is_file() else None
@@ -176,15 +226,25 @@ def card(name: str, cosines: dict[str, float] | None = None) -> dict[str, Any]:
         licences = LICENCES["published"]
     if student:
         details |= {"Exported from": f"{student}/{folder.name}", **_training(student, folder)}
-        licences = LICENCES["demo"] if details.get("Data", "").startswith("demo") else ["those of the training data"]
+        licences = (
+            LICENCES["demo"]
+            if details.get("Data", "").startswith("demo")
+            else ["those of the training data"]
+        )
     if cosines:
-        details["ONNX"] = {f"{kind}.onnx": f"folded, cosine to torch at least {value:.6f}" for kind, value in
-                           cosines.items()}
+        details["ONNX"] = {
+            f"{kind}.onnx": f"folded, cosine to torch at least {value:.6f}"
+            for kind, value in cosines.items()
+        }
     details["Licences"] = ["code: MIT", *(licences or ["weights: no training is known of"])]
-    return {"tags": ["clip", "zero-shot-image-classification"], "license": "other", "details": details,
-            "description": "An image-text model, exported by mclip (`python -m mclip.export`), which trains by the "
-                           "recipes of CLIP-CID (arXiv 2408.09441) and MobileCLIP (arXiv 2311.17049).",
-            "usage": _usage()}
+    return {
+        "tags": ["clip", "zero-shot-image-classification"],
+        "license": "other",
+        "details": details,
+        "description": "An image-text model, exported by mclip (`python -m mclip.export`), which trains by the "
+        "recipes of CLIP-CID (arXiv 2408.09441) and MobileCLIP (arXiv 2311.17049).",
+        "usage": _usage(),
+    }
 
 
 def _training(recipe: str, folder: Path) -> dict[str, Any]:
@@ -198,28 +258,46 @@ def _training(recipe: str, folder: Path) -> dict[str, Any]:
         if recipe in p.distill.recipes:
             one, train = p.distill.recipes[recipe], p.distill.train
             weights = ", ".join(f"{k} x {v:g}" for k, v in one.weight.model_dump().items() if v)
-            out["Recipe"] = {"name": f"{recipe} ({one.title})", "losses": weights, "pairs": one.pairs,
-                             "student": p.distill.student, "samples seen": train.samples, "batch": train.batch_size,
-                             "lr": train.lr, "weight decay": train.weight_decay, "betas": list(train.betas),
-                             "teachers": ", ".join(p.teachers.models.values())}
-            out["Data"] = (f"{p.data.source}: emoji in three styles and captioned CIFAR-10" if p.data.source == "demo"
-                           else f"{p.data.source}: {', '.join(p.data.shards)}")
+            out["Recipe"] = {
+                "name": f"{recipe} ({one.title})",
+                "losses": weights,
+                "pairs": one.pairs,
+                "student": p.distill.student,
+                "samples seen": train.samples,
+                "batch": train.batch_size,
+                "lr": train.lr,
+                "weight decay": train.weight_decay,
+                "betas": list(train.betas),
+                "teachers": ", ".join(p.teachers.models.values()),
+            }
+            out["Data"] = (
+                f"{p.data.source}: emoji in three styles and captioned CIFAR-10"
+                if p.data.source == "demo"
+                else f"{p.data.source}: {', '.join(p.data.shards)}"
+            )
     out["Training"] = facts
     file = Path("reports/metrics") / f"{recipe}.json"
     if file.is_file():
         sets = json.loads(file.read_text()).get(recipe, {})
         out["Metrics, mean over seeds"] = {
-            name: ", ".join(f"{metric} {100 * value['mean']:.1f} %" for metric, value in found.items()
-                            if isinstance(value, dict) and "mean" in value)
-            for name, found in sets.items() if name != "mean"}
+            name: ", ".join(
+                f"{metric} {100 * value['mean']:.1f} %"
+                for metric, value in found.items()
+                if isinstance(value, dict) and "mean" in value
+            )
+            for name, found in sets.items()
+            if name != "mean"
+        }
     return out
 
 
 def _usage() -> str:
     needs = "import mclip.models  # tells open_clip and timm of the towers that they lack\n"
-    return (f"```python\nimport open_clip\n{needs}"
-            'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")\n'
-            'tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")\n```\n')
+    return (
+        f"```python\nimport open_clip\n{needs}"
+        'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")\n'
+        'tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")\n```\n'
+    )
 
 
 def _named(name: str) -> str:
@@ -228,21 +306,35 @@ def _named(name: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mclip.export", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m mclip.export", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("model", help="a folder, or a name as mclip.models.create takes it")
     parser.add_argument("out", help="folder to write")
-    parser.add_argument("--no-onnx", action="store_true", help="open_clip's files and the card only")
-    parser.add_argument("--pictures", type=Path, help="folder of pictures, or an evaluation set, to check on "
-                        "(default: parts of two photographs)")
-    parser.add_argument("--opset", type=int, help="ONNX operator set (default: the exporter's current one)")
+    parser.add_argument(
+        "--no-onnx", action="store_true", help="open_clip's files and the card only"
+    )
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        help="folder of pictures, or an evaluation set, to check on "
+        "(default: parts of two photographs)",
+    )
+    parser.add_argument(
+        "--opset", type=int, help="ONNX operator set (default: the exporter's current one)"
+    )
     args = parser.parse_args(argv)
     try:
         pictures = read_pictures(args.pictures) if args.pictures else None
-        found = run(args.model, args.out, onnx=not args.no_onnx, pictures=pictures, opset=args.opset)
+        found = run(
+            args.model, args.out, onnx=not args.no_onnx, pictures=pictures, opset=args.opset
+        )
     except (models.ModelError, ExportError, evalsets.EvalError) as err:
         print(err, file=sys.stderr)
         return 2
-    said = ", ".join(f"{kind}.onnx (cosine to torch at least {value:.6f})" for kind, value in found.items())
+    said = ", ".join(
+        f"{kind}.onnx (cosine to torch at least {value:.6f})" for kind, value in found.items()
+    )
     print(f"{args.out}: open_clip's folder, {said + ', ' if said else ''}README.md")
     return 0
 

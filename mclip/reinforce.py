@@ -1,8 +1,10 @@
-"""Reinforce the kept pairs once; every later training replays it and never loads a teacher (papers.md 2.1).
+"""Reinforce the kept pairs once; every later training replays it and never loads a teacher
+(papers.md 2.1).
 
-Per kept pair: n_aug strong augmentations as parameters, n_syn synthetic captions, and the ensemble's embeddings of
-each augmented picture and of each caption, true one first. Work goes shard by shard: a shard appears when it is
-whole, and a rerun with the same settings makes those that are missing, by one process or by many.
+Per kept pair: n_aug strong augmentations as parameters, n_syn synthetic captions, and the
+ensemble's embeddings of each augmented picture and of each caption, true one first. Work goes shard
+by shard: a shard appears when it is whole, and a rerun with the same settings makes those that are
+missing, by one process or by many.
 """
 
 import functools
@@ -30,7 +32,9 @@ from mclip.system.workers import is_alone, run_tasks, worker_device
 
 
 class _Views(Dataset):
-    """The picture itself (at image_px) and its augmentations, uint8: ((3, s, s), (n_aug, 3, s, s), parameters)."""
+    """The picture itself (at image_px) and its augmentations, uint8: ((3, s, s), (n_aug, 3, s, s),
+    parameters).
+    """
 
     def __init__(self, samples: Sequence[shards.Sample], settings: Reinforce):
         self.samples, self.settings = samples, settings
@@ -41,11 +45,22 @@ class _Views(Dataset):
     def __getitem__(self, i: int):
         s, sample = self.settings, self.samples[i]
         image = shards.decode(sample)
-        rows = augment.draw(sample.key, image.size, s.n_aug, image_px=s.image_px, seed=s.seed,
-                            scale_min=s.scale_min, ops=s.randaugment_ops, magnitude=s.randaugment_magnitude)
+        rows = augment.draw(
+            sample.key,
+            image.size,
+            s.n_aug,
+            image_px=s.image_px,
+            seed=s.seed,
+            scale_min=s.scale_min,
+            ops=s.randaugment_ops,
+            magnitude=s.randaugment_magnitude,
+        )
         plain = np.asarray([0, 0, image.height, image.width], dtype=np.float32)
-        return (torch.from_numpy(augment.replay_all(image, [plain], s.image_px)[0]),
-                torch.from_numpy(augment.replay_all(image, rows, s.image_px)), torch.from_numpy(rows))
+        return (
+            torch.from_numpy(augment.replay_all(image, [plain], s.image_px)[0]),
+            torch.from_numpy(augment.replay_all(image, rows, s.image_px)),
+            torch.from_numpy(rows),
+        )
 
 
 class _Makers(NamedTuple):
@@ -57,8 +72,10 @@ class _Makers(NamedTuple):
     @classmethod
     def of(cls, teachers: Iterable[str], captioner: str | None, device: str) -> "_Makers":
         found = [models.create(name, device=device) for name in teachers]
-        return cls([(models.for_inference(model), tokenizer) for model, _, _, tokenizer in found],
-                   models.for_inference(models.create(captioner, device=device)[0]) if captioner else None)
+        return cls(
+            [(models.for_inference(model), tokenizer) for model, _, _, tokenizer in found],
+            models.for_inference(models.create(captioner, device=device)[0]) if captioner else None,
+        )
 
 
 _makers_once = functools.cache(_Makers.of)  # by a worker, for all its shards
@@ -82,9 +99,19 @@ class _Job(NamedTuple):
         kept = balance_store.lookup_kept(self.balance, self.cache)
         samples = list(shards.iter_samples(self.pairs, shards=[index]))
         there = kept.find([s.key for s in samples]) >= 0
-        samples = [s for s, found in zip(samples, there, strict=True) if found and in_part(s.key, self.fraction)]
-        shard = reinforce_samples(samples, self.settings, makers.ensemble, makers.writer, decoders=self.decoders,
-                                  done=done)
+        samples = [
+            s
+            for s, found in zip(samples, there, strict=True)
+            if found and in_part(s.key, self.fraction)
+        ]
+        shard = reinforce_samples(
+            samples,
+            self.settings,
+            makers.ensemble,
+            makers.writer,
+            decoders=self.decoders,
+            done=done,
+        )
         reinforced.write_shard(self.out, index, shard)
         return len(samples)
 
@@ -110,7 +137,8 @@ def run(
 
     Parameters
     ----------
-    settings : params.yaml's reinforce section; its workers and backend change nothing of what is written.
+    settings : params.yaml's reinforce section; its workers and backend change nothing of what is
+        written.
     teachers : name -> open_clip model string; settings.ensemble picks and orders them.
     captioner : model string of an open_clip CoCa; not loaded when n_syn is 0.
     balance : folder of `mclip.balance`: which pairs are kept.
@@ -119,24 +147,34 @@ def run(
     decoders : processes that augment; None: see models.decoders.
 
     Returns
-    -------
-    What meta.json holds: teachers with widths, logit scales and slices; settings; samples; library versions.
+    ------- What meta.json holds: teachers with widths, logit scales and slices; settings; samples;
+    library versions.
 
     Raises
-    ------
-    ValueError when no pair is kept; BalanceError where `balance` has none; ModelError for a teacher that can't be made.
+    ------ ValueError when no pair is kept; BalanceError where `balance` has none; ModelError for a
+    teacher that can't be made.
     """
     manifest, kept = shards.read_manifest(pairs), _kept(balance, fraction)
     chosen = tuple(teachers[name] for name in settings.ensemble)
-    job = _Job(settings, chosen, captioner if settings.n_syn else None, Path(pairs), Path(balance), fraction, Path(out),
-               Path(cache), decoders)
+    job = _Job(
+        settings,
+        chosen,
+        captioner if settings.n_syn else None,
+        Path(pairs),
+        Path(balance),
+        fraction,
+        Path(out),
+        Path(cache),
+        decoders,
+    )
     job.out.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     alone = is_alone(settings.workers, settings.backend)
     makers = _Makers.of(chosen, job.captioner if alone else None, device if alone else "cpu")
     identity = {
         "settings": settings.identity(),
-        "teachers": _described(settings.ensemble, chosen, makers.ensemble), "ops": list(augment.OPS),
+        "teachers": _described(settings.ensemble, chosen, makers.ensemble),
+        "ops": list(augment.OPS),
         "captioner": models.weights_sha256(captioner) if settings.n_syn else None,
         "kept": kept.digest,
         "pairs": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest(),
@@ -153,8 +191,13 @@ def run(
                 job.make(index, makers, progress.update)
         else:
             tasks = [(index,) for index in todo]
-            for count in run_tasks(job.elsewhere, tasks, workers=settings.workers, backend=settings.backend,
-                                    gpu=device == "cuda"):
+            for count in run_tasks(
+                job.elsewhere,
+                tasks,
+                workers=settings.workers,
+                backend=settings.backend,
+                gpu=device == "cuda",
+            ):
                 progress.update(passes * count)
     total = sum(reinforced.count(out, index) for index in range(len(manifest["shards"])))
     if not total:
@@ -168,7 +211,9 @@ class _Kept(NamedTuple):
 
 
 def _kept(balance: str | Path, fraction: float) -> _Kept:
-    """Which pairs are kept, as a digest of their keys, and how many; no more than a piece of them is held."""
+    """Which pairs are kept, as a digest of their keys, and how many; no more than a piece of them
+    is held.
+    """
     found, count = hashlib.sha256(), 0
     for piece in balance_store.kept(balance):
         keys = [key for key in map(str, piece.tolist()) if in_part(key, fraction)]
@@ -177,13 +222,23 @@ def _kept(balance: str | Path, fraction: float) -> _Kept:
     return _Kept(found.hexdigest(), count)
 
 
-def _described(names: Sequence[str], strings: Sequence[str], ensemble: Sequence[tuple]) -> list[dict[str, Any]]:
+def _described(
+    names: Sequence[str], strings: Sequence[str], ensemble: Sequence[tuple]
+) -> list[dict[str, Any]]:
     """meta.json's teachers: width, logit scale, weights, and which columns are theirs."""
     described, start = [], 0
     for name, string, (model, tokenizer) in zip(names, strings, ensemble, strict=True):
         width = _width(model, tokenizer)
-        described.append({"name": name, "model": string, "width": width, "logit_scale": models.logit_scale(model),
-                          "slice": [start, start + width], "sha256": models.weights_sha256(string)})
+        described.append(
+            {
+                "name": name,
+                "model": string,
+                "width": width,
+                "logit_scale": models.logit_scale(model),
+                "slice": [start, start + width],
+                "sha256": models.weights_sha256(string),
+            }
+        )
         start += width
     return described
 
@@ -193,25 +248,37 @@ def _width(model: torch.nn.Module, tokenizer: Any) -> int:
     return models.encode_texts(model, tokenizer, ["a"]).shape[1]
 
 
-def reinforce_samples(samples: Sequence[shards.Sample], settings: Reinforce, ensemble: Sequence[tuple], writer=None, *,
-                      decoders: int | None = None, done: Callable[[int], object] = lambda n: None) -> Shard:
+def reinforce_samples(
+    samples: Sequence[shards.Sample],
+    settings: Reinforce,
+    ensemble: Sequence[tuple],
+    writer=None,
+    *,
+    decoders: int | None = None,
+    done: Callable[[int], object] = lambda n: None,
+) -> Shard:
     """Augmentations, captions and embeddings of some pairs, nothing written.
 
     Parameters
     ----------
     ensemble : (model, tokenizer) of each teacher.
     writer : the captioner; None: no synthetic captions, whatever the settings say.
-    done : called with the number of passes since the last call: of a pair's views through the teachers, of its
-        picture through the captioner.
+    done : called with the number of passes since the last call: of a pair's views through the
+        teachers, of its picture through the captioner.
     """
     if not samples:
         return _nothing(settings, ensemble)
     device = next(ensemble[0][0].parameters()).device
     # batch_size counts pictures
-    loader = DataLoader(_Views(samples, settings), batch_size=max(1, settings.batch_size // settings.n_aug),
-                        num_workers=models.decoders(device, decoders))
-    encoders = [(models.image_encoder(m, settings.precision), models.image_size(m), *_normalisation(m))
-                for m, _ in ensemble]
+    loader = DataLoader(
+        _Views(samples, settings),
+        batch_size=max(1, settings.batch_size // settings.n_aug),
+        num_workers=models.decoders(device, decoders),
+    )
+    encoders = [
+        (models.image_encoder(m, settings.precision), models.image_size(m), *_normalisation(m))
+        for m, _ in ensemble
+    ]
     plain, rows = [], []
 
     def views():
@@ -233,11 +300,22 @@ def reinforce_samples(samples: Sequence[shards.Sample], settings: Reinforce, ens
     if writer is not None:
         from mclip.teachers.captioner import generate
 
-        seed = int.from_bytes(hashlib.sha256(f"{settings.seed}\0{samples[0].key}".encode()).digest()[:4], "big")
+        seed = int.from_bytes(
+            hashlib.sha256(f"{settings.seed}\0{samples[0].key}".encode()).digest()[:4], "big"
+        )
         shape = models.image_size(writer), *_normalisation(writer)
-        captions = generate(writer, torch.cat(plain), n=settings.n_syn, top_p=settings.caption_top_p, seed=seed,
-                            prepare=lambda pictures: augment.to_input(pictures, *shape), done=done)
-    texts = [t for sample, syn in zip(samples, captions, strict=True) for t in (sample.caption, *syn)]
+        captions = generate(
+            writer,
+            torch.cat(plain),
+            n=settings.n_syn,
+            top_p=settings.caption_top_p,
+            seed=seed,
+            prepare=lambda pictures: augment.to_input(pictures, *shape),
+            done=done,
+        )
+    texts = [
+        t for sample, syn in zip(samples, captions, strict=True) for t in (sample.caption, *syn)
+    ]
     text_emb = models.encode_texts_with_all(ensemble, texts, precision=settings.precision)
     return Shard(
         keys=[s.key for s in samples],
@@ -245,7 +323,9 @@ def reinforce_samples(samples: Sequence[shards.Sample], settings: Reinforce, ens
         syn_text=captions,
         augment=torch.cat(rows).numpy(),
         image_emb=torch.cat(image_emb),
-        text_emb=torch.cat(text_emb, dim=-1).view(len(samples), len(texts) // len(samples), -1).bfloat16(),
+        text_emb=torch.cat(text_emb, dim=-1)
+        .view(len(samples), len(texts) // len(samples), -1)
+        .bfloat16(),
     )
 
 
@@ -253,9 +333,14 @@ def _nothing(settings: Reinforce, ensemble: Sequence[tuple]) -> Shard:
     """A shard of which no pair is kept, as wide as the others."""
     width = sum(_width(*teacher) for teacher in ensemble)
     parameters = 4 + 2 * settings.randaugment_ops
-    return Shard([], [], [], np.zeros((0, settings.n_aug, parameters), np.float32),
-                 torch.zeros(0, settings.n_aug, width, dtype=torch.bfloat16),
-                 torch.zeros(0, 1 + settings.n_syn, width, dtype=torch.bfloat16))
+    return Shard(
+        [],
+        [],
+        [],
+        np.zeros((0, settings.n_aug, parameters), np.float32),
+        torch.zeros(0, settings.n_aug, width, dtype=torch.bfloat16),
+        torch.zeros(0, 1 + settings.n_syn, width, dtype=torch.bfloat16),
+    )
 
 
 def _normalisation(model: torch.nn.Module) -> tuple[tuple, tuple]:

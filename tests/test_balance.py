@@ -33,7 +33,9 @@ DISTANCE = {
 
 
 def brute_force(embeddings, keys, threshold, metric):
-    """The definition, in float64 and loops: {lowest key: (sorted members, representative)} and distances."""
+    """The definition, in float64 and loops: {lowest key: (sorted members, representative)} and
+    distances.
+    """
     unit = np.asarray(embeddings, np.float64)
     unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
     n = len(unit)
@@ -74,8 +76,10 @@ def clumps(n=70, d=9, seed=0, dtype=np.float32):
     """Groups of near rows at all distances, with exact duplicates, of any length."""
     rng = np.random.default_rng(seed)
     centre = rng.normal(size=(n // 5, d))
-    rows = centre[rng.integers(len(centre), size=n)] + rng.normal(size=(n, d)) * rng.uniform(0, 0.4, (n, 1))
-    rows[n // 2:n // 2 + 4] = rows[:4]
+    rows = centre[rng.integers(len(centre), size=n)] + rng.normal(size=(n, d)) * rng.uniform(
+        0, 0.4, (n, 1)
+    )
+    rows[n // 2 : n // 2 + 4] = rows[:4]
     return (rows * rng.uniform(0.1, 30, (n, 1))).astype(dtype)
 
 
@@ -166,7 +170,11 @@ def test_metrics_agree_at_converted_thresholds():
     for other in results[1:]:
         np.testing.assert_array_equal(other.set_id, results[0].set_id)
     assert convert(0.07, "sql2") == {"l2": pytest.approx(0.2645751), "sql2": 0.07, "cosine": 0.035}
-    assert convert(0.07, "l2") == {"l2": 0.07, "sql2": pytest.approx(0.0049), "cosine": pytest.approx(0.00245)}
+    assert convert(0.07, "l2") == {
+        "l2": 0.07,
+        "sql2": pytest.approx(0.0049),
+        "cosine": pytest.approx(0.00245),
+    }
     assert convert(0.07, "cosine")["sql2"] == 0.14
 
 
@@ -192,13 +200,19 @@ def test_curve_equals_balancing_at_each_threshold(metric, links, monkeypatch):
     rows = clumps(n=90)
     thresholds = [0.5, 0.01, 0.03, 0.1, 0.2, 1.0]
     want = [balance(rows, threshold=t, metric=metric).removed_fraction for t in thresholds]
-    np.testing.assert_allclose(removed_curve(rows, thresholds, metric=metric, tile=20), want, atol=1e-12)
+    np.testing.assert_allclose(
+        removed_curve(rows, thresholds, metric=metric, tile=20), want, atol=1e-12
+    )
     assert len(removed_curve(rows, [], metric=metric)) == 0
 
 
 def test_one_row():
     result = balance(np.ones((1, 3)), threshold=0.1, metric="l2")
-    assert (result.set_id.tolist(), result.keep.tolist(), result.centroid_distance.tolist()) == ([0], [True], [0])
+    assert (result.set_id.tolist(), result.keep.tolist(), result.centroid_distance.tolist()) == (
+        [0],
+        [True],
+        [0],
+    )
 
 
 def changed(value, row=3):
@@ -207,23 +221,44 @@ def changed(value, row=3):
     return rows
 
 
-@pytest.mark.parametrize(("rows", "keys", "options", "error", "message"), [
-    (changed(np.nan), None, {}, RowsError, "embeddings: row 3 is not finite"),
-    (changed(np.inf), None, {}, RowsError, "embeddings: row 3 is not finite"),
-    (changed(0.0), None, {}, RowsError, "embeddings: row 3 is all zeros"),
-    (clumps(), ["a"] * 2 + [str(i) for i in range(68)], {}, RowsError, "keys: a occurs 2 times, 1 keys are"),
-    (clumps(), ["a"], {}, RowsError, "keys: 1 for 70 embeddings"),
-    (np.empty((0, 4)), None, {}, RowsError, "there are no rows"),
-    ([], None, {}, RowsError, "there are no rows"),
-    (np.ones(4), None, {}, RowsError, r"expected floats of shape \(n, d\)"),
-    (np.ones((4, 4), int), None, {}, RowsError, r"expected floats of shape \(n, d\)"),
-    (clumps(), None, {"threshold": 0.0}, BalanceError, "threshold: with metric sql2 it lies above 0"),
-    (clumps(), None, {"threshold": 4.1}, BalanceError, "at most 4"),
-    (clumps(), None, {"threshold": 2.1, "metric": "l2"}, BalanceError, "at most 2"),
-    (clumps(), None, {"threshold": float("nan")}, BalanceError, "threshold"),
-    (clumps(), None, {"metric": "euclid"}, BalanceError, "metric: expected one of l2, sql2, cosine"),
-    (clumps(), None, {"tile": 0}, BalanceError, "tile"),
-])
+@pytest.mark.parametrize(
+    ("rows", "keys", "options", "error", "message"),
+    [
+        (changed(np.nan), None, {}, RowsError, "embeddings: row 3 is not finite"),
+        (changed(np.inf), None, {}, RowsError, "embeddings: row 3 is not finite"),
+        (changed(0.0), None, {}, RowsError, "embeddings: row 3 is all zeros"),
+        (
+            clumps(),
+            ["a"] * 2 + [str(i) for i in range(68)],
+            {},
+            RowsError,
+            "keys: a occurs 2 times, 1 keys are",
+        ),
+        (clumps(), ["a"], {}, RowsError, "keys: 1 for 70 embeddings"),
+        (np.empty((0, 4)), None, {}, RowsError, "there are no rows"),
+        ([], None, {}, RowsError, "there are no rows"),
+        (np.ones(4), None, {}, RowsError, r"expected floats of shape \(n, d\)"),
+        (np.ones((4, 4), int), None, {}, RowsError, r"expected floats of shape \(n, d\)"),
+        (
+            clumps(),
+            None,
+            {"threshold": 0.0},
+            BalanceError,
+            "threshold: with metric sql2 it lies above 0",
+        ),
+        (clumps(), None, {"threshold": 4.1}, BalanceError, "at most 4"),
+        (clumps(), None, {"threshold": 2.1, "metric": "l2"}, BalanceError, "at most 2"),
+        (clumps(), None, {"threshold": float("nan")}, BalanceError, "threshold"),
+        (
+            clumps(),
+            None,
+            {"metric": "euclid"},
+            BalanceError,
+            "metric: expected one of l2, sql2, cosine",
+        ),
+        (clumps(), None, {"tile": 0}, BalanceError, "tile"),
+    ],
+)
 def test_errors(rows, keys, options, error, message):
     with pytest.raises(error, match=message):
         balance(rows, keys, **{"threshold": 0.1, "metric": "sql2", **options})
@@ -240,10 +275,12 @@ def test_errors_name_the_file(tmp_path):
     np.save(narrow, clumps(d=4))
     np.save(bad, changed(np.nan, row=5))
     cut.write_bytes(good.read_bytes()[:-10])
-    for files, message in [([good, narrow], "narrow.npy: rows are 4 wide, those of .*good.npy 9"),
-                           ([good, bad], "bad.npy: row 5 is not finite"),
-                           ([good, cut], "cut.npy: not a whole .npy file"),
-                           ([good, tmp_path / "none.npy"], "none.npy: no such file")]:
+    for files, message in [
+        ([good, narrow], "narrow.npy: rows are 4 wide, those of .*good.npy 9"),
+        ([good, bad], "bad.npy: row 5 is not finite"),
+        ([good, cut], "cut.npy: not a whole .npy file"),
+        ([good, tmp_path / "none.npy"], "none.npy: no such file"),
+    ]:
         with pytest.raises(RowsError, match=message):
             balance(files, threshold=0.1, metric="sql2")
 
@@ -257,8 +294,12 @@ def test_write_and_read(tmp_path):
         np.testing.assert_array_equal(getattr(again, name), getattr(result, name))
     assert (again.threshold, again.metric) == (0.1, "sql2")
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["balance.parquet"]
-    assert (tmp_path / "a/balance.parquet").read_bytes() == (tmp_path / "b/balance.parquet").read_bytes()
-    with pytest.raises(BalanceError, match=r"balance.parquet is missing: run `dvc repro balance` first"):
+    assert (tmp_path / "a/balance.parquet").read_bytes() == (
+        tmp_path / "b/balance.parquet"
+    ).read_bytes()
+    with pytest.raises(
+        BalanceError, match=r"balance.parquet is missing: run `dvc repro balance` first"
+    ):
         read(tmp_path / "c")
     (tmp_path / "a/balance.parquet").write_bytes(b"x")
     with pytest.raises(BalanceError, match="is no file of mclip"):
@@ -267,8 +308,10 @@ def test_write_and_read(tmp_path):
 
 def test_summary_says_it_all():
     result = balance(on_circle([0, 1, 90]), threshold=0.07, metric="l2")
-    assert result.summary() == ("3 images, 2 kept, 1 removed (33.3 %); 1 sets of several images, the largest of 2; "
-                                "threshold l2 0.07, sql2 0.0049, cosine 0.00245")
+    assert result.summary() == (
+        "3 images, 2 kept, 1 removed (33.3 %); 1 sets of several images, the largest of 2; "
+        "threshold l2 0.07, sql2 0.0049, cosine 0.00245"
+    )
 
 
 def clip_retrieval_folder(folder, rows, column, keys, cuts=(0, 20, 70)):
@@ -282,7 +325,9 @@ def clip_retrieval_folder(folder, rows, column, keys, cuts=(0, 20, 70)):
 
 
 def run_cli(*args):
-    return subprocess.run([sys.executable, "-m", "mclip.balance", *map(str, args)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "mclip.balance", *map(str, args)], capture_output=True, text=True
+    )
 
 
 def test_cli_on_a_clip_retrieval_folder_of_datacomp_uids(tmp_path):
@@ -291,7 +336,10 @@ def test_cli_on_a_clip_retrieval_folder_of_datacomp_uids(tmp_path):
     folder = clip_retrieval_folder(tmp_path / "emb", rows, "uid", keys)
     done = run_cli(folder, tmp_path / "out", "--threshold", 0.1, "--metric", "sql2")
     assert done.returncode == 0, done.stderr
-    result, want = read(tmp_path / "out"), balance(rows.astype(np.float16), keys, threshold=0.1, metric="sql2")
+    result, want = (
+        read(tmp_path / "out"),
+        balance(rows.astype(np.float16), keys, threshold=0.1, metric="sql2"),
+    )
     assert done.stdout.strip() == want.summary()
     assert result.keys.tolist() == keys
     np.testing.assert_array_equal(result.keep, want.keep)
@@ -301,11 +349,26 @@ def test_cli_on_a_clip_retrieval_folder_of_datacomp_uids(tmp_path):
 
 
 def test_cli_errors_are_one_line(tmp_path, capsys):
-    folder = clip_retrieval_folder(tmp_path / "emb", clumps(), "image_path", [str(i) for i in range(70)])
-    for args, message in [((tmp_path / "none",), "none/img_emb: no img_emb_*.npy files"),
-                          ((folder, "--key", "url"), "no column url"),
-                          ((folder, "--threshold", "9"), "threshold: with metric sql2")]:
-        args = [str(a) for a in (args[0], tmp_path / "out", "--threshold", "0.1", "--metric", "sql2", *args[1:])]
+    folder = clip_retrieval_folder(
+        tmp_path / "emb", clumps(), "image_path", [str(i) for i in range(70)]
+    )
+    for args, message in [
+        ((tmp_path / "none",), "none/img_emb: no img_emb_*.npy files"),
+        ((folder, "--key", "url"), "no column url"),
+        ((folder, "--threshold", "9"), "threshold: with metric sql2"),
+    ]:
+        args = [
+            str(a)
+            for a in (
+                args[0],
+                tmp_path / "out",
+                "--threshold",
+                "0.1",
+                "--metric",
+                "sql2",
+                *args[1:],
+            )
+        ]
         assert main(args) == 2
         error = capsys.readouterr().err.strip()
         assert message in error
@@ -314,7 +377,9 @@ def test_cli_errors_are_one_line(tmp_path, capsys):
 
 
 def test_cli_without_metadata_and_with_too_little(tmp_path, capsys):
-    folder = clip_retrieval_folder(tmp_path / "emb", clumps(), "image_path", [str(i) for i in range(70)])
+    folder = clip_retrieval_folder(
+        tmp_path / "emb", clumps(), "image_path", [str(i) for i in range(70)]
+    )
     args = [str(folder), str(tmp_path / "out"), "--threshold", "0.1", "--metric", "sql2"]
     pd.DataFrame({"image_path": ["a"]}).to_parquet(folder / "metadata/metadata_10.parquet")
     assert main(args) == 2
@@ -339,6 +404,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
             seen.append(tile)
             if len(seen) == stop:
                 raise KeyboardInterrupt
+
         return search(prepared, *args, tiles=tiles, done=after, **options)
 
     monkeypatch.setattr(links, "search", lambda *args, **options: watched(*args, stop=4, **options))
@@ -356,9 +422,16 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
 
 def test_the_state_of_other_rows_is_not_taken(tmp_path, monkeypatch):
     state = tmp_path / "state.npz"
-    np.savez(state, about=np.zeros(32, np.uint8), finished=np.ones(1, bool), parent=np.zeros(70, np.int64))
+    np.savez(
+        state,
+        about=np.zeros(32, np.uint8),
+        finished=np.ones(1, bool),
+        parent=np.zeros(70, np.int64),
+    )
     got = balance(clumps(), threshold=0.1, metric="sql2", state=state)
-    np.testing.assert_array_equal(got.set_id, balance(clumps(), threshold=0.1, metric="sql2").set_id)
+    np.testing.assert_array_equal(
+        got.set_id, balance(clumps(), threshold=0.1, metric="sql2").set_id
+    )
     state.write_bytes(b"PK nothing")
     with pytest.raises(components.StateError, match="not the state of a balancing run; delete it"):
         balance(clumps(), threshold=0.1, metric="sql2", state=state)
@@ -382,7 +455,10 @@ def test_many_workers_find_the_same_sets(workers, files, tmp_path):
     got = balance(paths if files else rows, threshold=0.1, metric="sql2", tile=64, workers=workers)
     np.testing.assert_array_equal(got.set_id, want.set_id)
     np.testing.assert_array_equal(got.keep, want.keep)
-    edges = [spanning_forest(paths if files else rows, 0.3, metric="sql2", tile=64, workers=n) for n in (1, workers)]
+    edges = [
+        spanning_forest(paths if files else rows, 0.3, metric="sql2", tile=64, workers=n)
+        for n in (1, workers)
+    ]
     assert len(edges[0][0]) > 1000
     for one, many in zip(*edges, strict=True):
         np.testing.assert_array_equal(one, many)
@@ -398,7 +474,10 @@ def test_what_workers_share_lies_where_it_is_told(tmp_path, monkeypatch):
     for user in ("components", "forest"):
         monkeypatch.setattr(f"mclip.balance.{user}.run_tasks", recorded)
     options = {"metric": "sql2", "tile": 64, "workers": 2, "scratch": tmp_path / "shared"}
-    got, (_, _, square) = balance(rows, threshold=0.1, **options), spanning_forest(rows, 0.1, **options)
+    got, (_, _, square) = (
+        balance(rows, threshold=0.1, **options),
+        spanning_forest(rows, 0.1, **options),
+    )
     assert len(square) == len(rows) - len(got.set_sizes)
     assert {Path(task[1]).parent for task in told} == {tmp_path / "shared"}
     assert list((tmp_path / "shared").iterdir()) == []
@@ -418,17 +497,27 @@ def test_more_files_than_a_process_begins_with(tmp_path):
     rows = clumps()
     for k, row in enumerate(rows):
         np.save(tmp_path / f"{k:03d}.npy", row[None])
-    code = ("import resource, sys\nfrom pathlib import Path\nfrom mclip.balance import balance\n"
-            "resource.setrlimit(resource.RLIMIT_NOFILE, (60, int(sys.argv[2])))\n"
-            "try:\n    print(balance(sorted(Path(sys.argv[1]).glob('*.npy')), threshold=0.1, metric='sql2').set_id.tolist())\n"
-            "except ValueError as err:\n    print(err)")
+    code = (
+        "import resource, sys\nfrom pathlib import Path\nfrom mclip.balance import balance\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (60, int(sys.argv[2])))\n"
+        "try:\n    print(balance(sorted(Path(sys.argv[1]).glob('*.npy')), threshold=0.1, metric='sql2').set_id.tolist())\n"
+        "except ValueError as err:\n    print(err)"
+    )
 
     def said(most: int) -> str:
-        return subprocess.run([sys.executable, "-c", code, str(tmp_path), str(most)], check=True, capture_output=True,
-                              text=True, cwd=Path(__file__).parents[1]).stdout.strip()
+        return subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path), str(most)],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        ).stdout.strip()
 
     assert said(1000) == str(balance(rows, threshold=0.1, metric="sql2").set_id.tolist())
-    assert said(100) == f"embeddings: {len(rows)} files, but this process may open 100: raise `ulimit -n`, or write larger files"
+    assert (
+        said(100)
+        == f"embeddings: {len(rows)} files, but this process may open 100: raise `ulimit -n`, or write larger files"
+    )
 
 
 def test_blocks_over_any_files(tmp_path):

@@ -11,7 +11,7 @@ def test_runs_are_neighbours():
     z = rng.normal(size=(1003, 3)).astype(np.float32) * [5, 1, 0.1]
     order = cells.kd_order(z, 50)
     assert sorted(order) == list(range(1003))
-    spread = np.mean([z[order[i:i + 50], 0].std() for i in range(0, 1000, 50)])
+    spread = np.mean([z[order[i : i + 50], 0].std() for i in range(0, 1000, 50)])
     assert spread < 0.3 * z[:, 0].std()
 
 
@@ -26,14 +26,16 @@ def test_extents_hold_for_every_row_and_are_not_loose():
     order = np.argsort(label, kind="stable")
     starts = np.append(0, np.cumsum(np.bincount(label, minlength=30)))
     found = cells.extents(z[torch.from_numpy(order)], starts, centres).double().numpy()
-    score = -distance**2 / 2
+    score = -(distance**2) / 2
     for a in range(30):
         mine = score[label == a]
         if a == 3:
             assert np.isneginf(found[a]).all()
             continue
         exact = (mine - mine[:, a, None]).max(0)
-        assert (found[a] >= exact - 1e-5).all() and (found[a] <= exact + 0.01 * np.abs(exact) + 1e-4).all()
+        assert (found[a] >= exact - 1e-5).all() and (
+            found[a] <= exact + 0.01 * np.abs(exact) + 1e-4
+        ).all()
 
 
 def test_more_cells_than_rows_and_equal_rows():

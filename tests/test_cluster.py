@@ -19,7 +19,9 @@ def blobs(n=400, k=5, d=8, seed=0):
 def test_finds_the_blobs_whatever_the_rows_lengths():
     rows, which = blobs()
     rows *= np.random.default_rng(1).uniform(0.1, 9, (len(rows), 1))
-    best = max((cluster(rows, 5, iterations=10, seed=s) for s in range(4)), key=lambda c: c.objective[-1])
+    best = max(
+        (cluster(rows, 5, iterations=10, seed=s) for s in range(4)), key=lambda c: c.objective[-1]
+    )
     assert best.centres.dtype == np.float32
     assert best.centres.shape == (5, 8)
     np.testing.assert_allclose(np.linalg.norm(best.centres, axis=1), 1, atol=1e-6)
@@ -66,14 +68,18 @@ def test_same_seed_same_bytes_with_any_number_of_threads(tmp_path):
 
 def test_write_and_read(tmp_path):
     rows, _ = blobs()
-    result = cluster(rows.astype(np.float16), 5, iterations=3, seed=0, keys=[f"k{i:03d}" for i in range(400)])
+    result = cluster(
+        rows.astype(np.float16), 5, iterations=3, seed=0, keys=[f"k{i:03d}" for i in range(400)]
+    )
     write(tmp_path, result)
     again = read(tmp_path)
     for name in ("centres", "labels", "similarity", "objective", "keys"):
         np.testing.assert_array_equal(getattr(again, name), getattr(result, name))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["centres.npy", "labels.parquet"]
     (tmp_path / "centres.npy").unlink()
-    with pytest.raises(ClusterError, match=r"centres.npy is missing: run `dvc repro cluster` first"):
+    with pytest.raises(
+        ClusterError, match=r"centres.npy is missing: run `dvc repro cluster` first"
+    ):
         read(tmp_path)
 
 
@@ -81,14 +87,19 @@ def test_reading_another_run_s_centres_fails(tmp_path):
     rows, _ = blobs()
     write(tmp_path, cluster(rows, 5, iterations=3, seed=0))
     np.save(tmp_path / "centres.npy", np.ones((2, 8), np.float32))
-    with pytest.raises(ClusterError, match="label [234], but there are 2 centres: run `dvc repro -f cluster`"):
+    with pytest.raises(
+        ClusterError, match="label [234], but there are 2 centres: run `dvc repro -f cluster`"
+    ):
         read(tmp_path)
 
 
 def test_a_negative_label_fails(tmp_path):
     rows, _ = blobs()
     result = cluster(rows, 5, iterations=3, seed=0)
-    write(tmp_path, dataclasses.replace(result, labels=np.where(np.arange(400) == 7, -1, result.labels)))
+    write(
+        tmp_path,
+        dataclasses.replace(result, labels=np.where(np.arange(400) == 7, -1, result.labels)),
+    )
     for reader in (read, lambda folder: list(cluster_store.labels(folder))):
         with pytest.raises(ClusterError, match="label -1, but there are 5 centres"):
             reader(tmp_path)
@@ -114,7 +125,9 @@ def test_edges():
     assert np.isfinite(same.centres).all()
 
 
-@pytest.mark.parametrize(("k", "message"), [(7, r"cluster\.clusters: 7 clusters of 6 images"), (0, "between 1 and 6")])
+@pytest.mark.parametrize(
+    ("k", "message"), [(7, r"cluster\.clusters: 7 clusters of 6 images"), (0, "between 1 and 6")]
+)
 def test_wrong_k(k, message):
     with pytest.raises(ClusterError, match=message):
         cluster(blobs(n=6)[0], k, iterations=2, seed=0)
@@ -137,8 +150,12 @@ def test_chosen_rows_as_if_the_others_were_not_there(tmp_path):
     np.save(parts[0], rows[:25]), np.save(parts[1], rows[25:])
     alone = cluster(rows[chosen], 4, iterations=5, seed=1, keys=keys[chosen])
     among = cluster(parts, 4, iterations=5, seed=1, keys=keys, chosen=chosen)
-    assert np.array_equal(alone.centres, among.centres) and np.array_equal(alone.labels, among.labels)
-    assert among.keys.tolist() == keys[chosen].tolist() and np.array_equal(alone.similarity, among.similarity)
+    assert np.array_equal(alone.centres, among.centres) and np.array_equal(
+        alone.labels, among.labels
+    )
+    assert among.keys.tolist() == keys[chosen].tolist() and np.array_equal(
+        alone.similarity, among.similarity
+    )
     with pytest.raises(ClusterError, match="41 clusters of 40 images"):
         cluster(rows, 41, iterations=1, seed=0, chosen=chosen)
 
@@ -146,7 +163,9 @@ def test_chosen_rows_as_if_the_others_were_not_there(tmp_path):
 def test_few_points_move_the_centres_and_every_row_has_a_label():
     rng = np.random.default_rng(0)
     rows = np.eye(6)[rng.integers(0, 3, 900)] + 0.05 * rng.standard_normal((900, 6))
-    all_of_them, few = (cluster(rows, 3, iterations=10, seed=0, points=points) for points in (None, 20))
+    all_of_them, few = (
+        cluster(rows, 3, iterations=10, seed=0, points=points) for points in (None, 20)
+    )
     assert len(few.labels) == 900 and few.sizes.sum() == 900
     nearest = (all_of_them.centres @ few.centres.T).max(1)
     assert (nearest > 0.99).all() and not np.array_equal(few.centres, all_of_them.centres)

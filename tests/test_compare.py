@@ -21,11 +21,41 @@ def rows(recipe: str, gain: float) -> list[tuple]:
     out = []
     for seed, wobble in enumerate((-0.01, 0.0, 0.01)):
         out += [
-            (recipe, "home", "in domain", "classification", "top1", seed, 0.5 + wobble, 0.1, "top1"),
+            (
+                recipe,
+                "home",
+                "in domain",
+                "classification",
+                "top1",
+                seed,
+                0.5 + wobble,
+                0.1,
+                "top1",
+            ),
             (recipe, "home", "in domain", "classification", "probe_top1", seed, 0.9, 0.1, "top1"),
-            (recipe, "away", "unseen", "classification", "top1", seed, 0.2 + gain + wobble, 0.05, "top1"),
+            (
+                recipe,
+                "away",
+                "unseen",
+                "classification",
+                "top1",
+                seed,
+                0.2 + gain + wobble,
+                0.05,
+                "top1",
+            ),
             (recipe, "pairs", "unseen", "retrieval", "i2t_r1", seed, 0.0, 0.01, "mean_r1"),
-            (recipe, "pairs", "unseen", "retrieval", "mean_r1", seed, 0.1 + gain + wobble, 0.01, "mean_r1"),
+            (
+                recipe,
+                "pairs",
+                "unseen",
+                "retrieval",
+                "mean_r1",
+                seed,
+                0.1 + gain + wobble,
+                0.01,
+                "mean_r1",
+            ),
         ]
     return out
 
@@ -35,9 +65,16 @@ def folder(tmp_path):
     for recipe, gain in (("clip", 0.0), ("more", 0.1)):
         frame = pd.DataFrame(rows(recipe, gain), columns=compare.COLUMNS)
         frame.to_csv(tmp_path / f"{recipe}.csv", index=False)
-    tree = {"more": {"away": {"top1": {"mean": 0.3, "std": 0.01}}, "mean": {"mean": 0.25, "std": 0.01, "sets": 2}}}
+    tree = {
+        "more": {
+            "away": {"top1": {"mean": 0.3, "std": 0.01}},
+            "mean": {"mean": 0.25, "std": 0.01, "sets": 2},
+        }
+    }
     (tmp_path / "more.json").write_text(json.dumps(tree))
-    (tmp_path / "teachers.json").write_text(json.dumps({"large": {"away": {"top1": 0.6}, "pairs": {"mean_r1": 0.4}}}))
+    (tmp_path / "teachers.json").write_text(
+        json.dumps({"large": {"away": {"top1": 0.6}, "pairs": {"mean_r1": 0.4}}})
+    )
     return tmp_path
 
 
@@ -45,7 +82,9 @@ def test_main_metric_and_held_out_mean(folder):
     frame, missing = compare.read_seeds(["clip", "more", "gone"], folder)
     assert missing == [f"{folder}/gone.csv is missing: run `dvc repro evaluate@gone` first"]
     main = compare.main_metric(frame)
-    assert set(main["set"]) == {compare.HELD_OUT, "home", "away", "pairs"} and len(main) == 2 * 3 * 4
+    assert (
+        set(main["set"]) == {compare.HELD_OUT, "home", "away", "pairs"} and len(main) == 2 * 3 * 4
+    )
     head = main[main["set"] == compare.HELD_OUT].groupby("recipe")[["value", "chance"]].mean()
     assert head.loc["clip"].tolist() == pytest.approx([0.15, 0.03])
     assert head.loc["more", "value"] == pytest.approx(0.25)
@@ -72,9 +111,13 @@ def test_verdicts_are_welch_intervals(folder):
         "pairs": "better",
     }
     assert compare.verdicts(main, "more").set_index("set").loc["away", "verdict"] == "worse"
-    a, b = (main[(main["recipe"] == r) & (main["set"] == "away")]["value"] for r in ("more", "clip"))
+    a, b = (
+        main[(main["recipe"] == r) & (main["set"] == "away")]["value"] for r in ("more", "clip")
+    )
     expected = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    assert said.loc["away", ["low", "high"]].tolist() == pytest.approx([expected.low, expected.high])
+    assert said.loc["away", ["low", "high"]].tolist() == pytest.approx(
+        [expected.low, expected.high]
+    )
 
 
 def test_one_seed_allows_no_verdict():
@@ -106,5 +149,11 @@ def test_headlines_have_a_file_each_with_the_same_keys(folder, tmp_path):
 def test_two_sets_stand_for_all(tmp_path):
     assert compare.representative(SETS) == {"home": "home (in domain)", "pairs": "pairs (unseen)"}
     assert compare.representative({"only": EvalSet(path="-")}) == {"only": "only"}
-    here = {name: spec.model_copy(update={"path": str(tmp_path)}) for name, spec in SETS.items() if name != "pairs"}
-    assert "pairs" not in compare.representative(SETS | here)  # a set that is not here stands for nothing
+    here = {
+        name: spec.model_copy(update={"path": str(tmp_path)})
+        for name, spec in SETS.items()
+        if name != "pairs"
+    }
+    assert "pairs" not in compare.representative(
+        SETS | here
+    )  # a set that is not here stands for nothing

@@ -1,4 +1,6 @@
-"""The default data: captions, hold-out, evaluation layout, on tiny fixtures; and whole, where it is cached."""
+"""The default data: captions, hold-out, evaluation layout, on tiny fixtures; and whole, where it is
+cached.
+"""
 
 import io
 import json
@@ -18,7 +20,12 @@ ROOT = Path(__file__).parents[1]
 
 SKIN = {"1F3FB": {"unified": "1F44B-1F3FB"}, "1F3FC-1F3FF": {"unified": "1F44B-1F3FC-200D-1F3FF"}}
 EMOJI = [
-    {"unified": "1F44B", "category": "People & Body", "subcategory": "hand-fingers-open", "skin_variations": SKIN},
+    {
+        "unified": "1F44B",
+        "category": "People & Body",
+        "subcategory": "hand-fingers-open",
+        "skin_variations": SKIN,
+    },
     {"unified": "0023-FE0F-20E3", "category": "Symbols", "subcategory": "keycap"},
     {"unified": "1F1F9-1F1E9", "category": "Flags", "subcategory": "country-flag"},
 ]
@@ -38,7 +45,11 @@ def test_concepts():
     hand = found[2]
     assert [v.code for v in hand.variants] == ["1f44b", "1f44b-1f3fb", "1f44b-1f3fc-200d-1f3ff"]
     assert hand.variants[1].name == "waving hand, light skin tone"
-    assert [v.tone for v in hand.variants] == ["", "light skin tone", "medium-light and dark skin tone"]
+    assert [v.tone for v in hand.variants] == [
+        "",
+        "light skin tone",
+        "medium-light and dark skin tone",
+    ]
     assert [c.name for c in emoji.concepts(EMOJI, NAMES, limit=2)] == ["keycap #", "flag of chad"]
 
 
@@ -72,9 +83,11 @@ def test_image_code():
 
 def test_cifar_templates_are_clip_s():
     assert len(set(demo.CIFAR_TEMPLATES)) == 18
-    assert {"a photo of a {c}.", "a black and white photo of the {c}.", "a photo of the big {c}."} < set(
-        demo.CIFAR_TEMPLATES
-    )
+    assert {
+        "a photo of a {c}.",
+        "a black and white photo of the {c}.",
+        "a photo of the big {c}.",
+    } < set(demo.CIFAR_TEMPLATES)
 
 
 def test_rasterise_and_resize_are_on_white():
@@ -91,11 +104,19 @@ def test_rasterise_and_resize_are_on_white():
 def test_emoji_package(tmp_path):
     path = tmp_path / "e.tgz"
     with tarfile.open(path, "w:gz") as tar:
-        for name in ("package/img/1f44b.png", "package/img/0023-fe0f-20e3.png", "package/img/1f999.png", "x.png"):
+        for name in (
+            "package/img/1f44b.png",
+            "package/img/0023-fe0f-20e3.png",
+            "package/img/1f999.png",
+            "x.png",
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(PNG)
             tar.addfile(info, io.BytesIO(PNG))
-    assert set(packages.read_emoji(path, "package/img/", {"1f44b", "0023-20e3"}, 8)) == {"1f44b", "0023-20e3"}
+    assert set(packages.read_emoji(path, "package/img/", {"1f44b", "0023-20e3"}, 8)) == {
+        "1f44b",
+        "0023-20e3",
+    }
 
 
 def test_cifar_package(tmp_path):
@@ -119,11 +140,25 @@ def test_cifar_package(tmp_path):
 
 
 def test_eval_layout(tmp_path):
-    items = {"test": [packages.Item("a", PNG, 1), packages.Item("b", PNG, 0)], "train": [packages.Item("c", PNG, 1)]}
+    items = {
+        "test": [packages.Item("a", PNG, 1), packages.Item("b", PNG, 0)],
+        "train": [packages.Item("c", PNG, 1)],
+    }
     demo.write_eval(tmp_path / "s", splits=items, classes=["x", "y"], templates=["{c}"], info={})
-    names = sorted(str(p.relative_to(tmp_path / "s")) for p in (tmp_path / "s").rglob("*") if p.is_file())
-    assert names == ["classnames.txt", "dataset_type.txt", "manifest.json", "test/0.tar", "test/nshards.txt",
-                     "train/0.tar", "train/nshards.txt", "zeroshot_classification_templates.txt"]  # fmt: skip
+    names = sorted(
+        str(p.relative_to(tmp_path / "s")) for p in (tmp_path / "s").rglob("*") if p.is_file()
+    )
+    assert names == [
+        "classnames.txt",
+        "dataset_type.txt",
+        "manifest.json",
+        "test/0.tar",
+        "test/nshards.txt",
+        # fmt: skip
+        "train/0.tar",
+        "train/nshards.txt",
+        "zeroshot_classification_templates.txt",
+    ]
     assert (tmp_path / "s/classnames.txt").read_text() == "x\ny\n"
     with tarfile.open(tmp_path / "s/test/0.tar") as tar:
         assert tar.getnames() == ["a.cls", "a.png", "b.cls", "b.png"]
@@ -133,13 +168,23 @@ def test_eval_layout(tmp_path):
 
 def test_sets_of_others_in_the_stage_s_folder_stop_it(tmp_path):
     demo.no_eval(tmp_path)
-    demo.no_eval(tmp_path)  # its own note is no hindrance, nor are sets that a run before has written
-    demo.write_eval(tmp_path / "eval/s", splits={"test": [packages.Item("a", PNG, "b")]}, classes=None, templates=None, info={})
+    demo.no_eval(
+        tmp_path
+    )  # its own note is no hindrance, nor are sets that a run before has written
+    demo.write_eval(
+        tmp_path / "eval/s",
+        splits={"test": [packages.Item("a", PNG, "b")]},
+        classes=None,
+        templates=None,
+        info={},
+    )
     demo.no_eval(tmp_path)
     assert [p.name for p in (tmp_path / "eval").iterdir()] == ["none.txt"]
     (tmp_path / "eval/wds_imagenet1k/test").mkdir(parents=True)
     for run in (demo.no_eval, lambda out: demo.build(params.load(ROOT / "params.yaml").data, out)):
-        with pytest.raises(ValueError, match=r"eval/wds_imagenet1k was not made here.* move it to data/sets$"):
+        with pytest.raises(
+            ValueError, match=r"eval/wds_imagenet1k was not made here.* move it to data/sets$"
+        ):
             run(tmp_path)
     assert (tmp_path / "eval/wds_imagenet1k/test").is_dir()
 
@@ -173,7 +218,9 @@ def test_nothing_held_out_is_trained_on(built):
         files = {m.name: tar.extractfile(m).read() for m in tar}
     unseen = {data.decode() for name, data in files.items() if name.endswith(".txt")}
     assert len(unseen) == manifest["eval"]["emoji-unseen"]["splits"]["test"]["targets"] >= 8
-    assert not unseen & concepts and not pictures & {d for n, d in files.items() if n.endswith(".png")}
+    assert not unseen & concepts and not pictures & {
+        d for n, d in files.items() if n.endswith(".png")
+    }
     for name in ("openmoji-color", "openmoji-black"):
         classes = (out / f"a/eval/{name}/classnames.txt").read_text().splitlines()
         assert set(classes) <= concepts

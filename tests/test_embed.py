@@ -35,19 +35,30 @@ def world(tmp_path):
 
 
 def run(world, **options):
-    return embed.run({"t": f"local-dir:{world / 'tiny'}"}, pairs=world / "pairs", out=world / "emb", batch_size=2,
-                     precision="fp32", decoders=0, **options)
+    return embed.run(
+        {"t": f"local-dir:{world / 'tiny'}"},
+        pairs=world / "pairs",
+        out=world / "emb",
+        batch_size=2,
+        precision="fp32",
+        decoders=0,
+        **options,
+    )
 
 
 def test_run_and_load(world):
     meta = run(world)["t"]
     e = embed.load(world / "emb/t")
-    assert e.keys == [f"k{i}" for i in range(7)] and e.captions == [f"picture {i % 3}" for i in range(7)]
+    assert e.keys == [f"k{i}" for i in range(7)] and e.captions == [
+        f"picture {i % 3}" for i in range(7)
+    ]
     assert e.image.shape == e.text.shape == (7, 16) and e.image.dtype == np.float16
     assert np.allclose(np.linalg.norm(e.image.astype(np.float32), axis=1), 1, atol=2e-3)
     assert np.array_equal(e.text[0], e.text[3])
     assert e.logit_scale == pytest.approx(1 / 0.07, rel=1e-4) and e.model == meta["model"]
-    assert sorted(p.name for p in (world / "emb/t/img_emb").iterdir()) == [f"img_emb_{i:04d}.npy" for i in range(3)]
+    assert sorted(p.name for p in (world / "emb/t/img_emb").iterdir()) == [
+        f"img_emb_{i:04d}.npy" for i in range(3)
+    ]
 
 
 def test_resumes_by_shard_with_the_same_bytes(world, monkeypatch):
@@ -58,9 +69,16 @@ def test_resumes_by_shard_with_the_same_bytes(world, monkeypatch):
     with pytest.raises(embed.EmbeddingsError, match="text rows"):
         embed.load(world / "emb/t")
     read, plain = [], shards.iter_samples
-    monkeypatch.setattr(shards, "iter_samples", lambda f, *, shards: (read.extend(shards), plain(f, shards=shards))[1])
+    monkeypatch.setattr(
+        shards,
+        "iter_samples",
+        lambda f, *, shards: (read.extend(shards), plain(f, shards=shards))[1],
+    )
     run(world)
-    assert read == [1] and {p: p.read_bytes() for p in (world / "emb").rglob("*") if p.is_file()} == files
+    assert (
+        read == [1]
+        and {p: p.read_bytes() for p in (world / "emb").rglob("*") if p.is_file()} == files
+    )
     models.export(tiny(seed=1), world / "tiny", config=CONFIG)  # other weights: all anew
     run(world)
     assert read == [1, 0, 1, 2]
@@ -75,13 +93,19 @@ def test_teachers_together_as_each_alone(world, monkeypatch):
     embed.run(names, out=world / "emb", **options)
     files = [p.relative_to(world / "alone") for p in (world / "alone").rglob("*") if p.is_file()]
     assert len(files) == 2 * (3 * 3 + 1)
-    assert all((world / "alone" / f).read_bytes() == (world / "emb" / f).read_bytes() for f in files)
+    assert all(
+        (world / "alone" / f).read_bytes() == (world / "emb" / f).read_bytes() for f in files
+    )
     (world / "emb/u/img_emb/img_emb_0002.npy").unlink()
     seen, plain = [], models.encode_images
-    monkeypatch.setattr(models, "encode_images", lambda *args, **kw: (seen.append(1), plain(*args, **kw))[1])
+    monkeypatch.setattr(
+        models, "encode_images", lambda *args, **kw: (seen.append(1), plain(*args, **kw))[1]
+    )
     embed.run(names, out=world / "emb", **options)
     assert len(seen) == 1  # one shard of one teacher
-    assert all((world / "alone" / f).read_bytes() == (world / "emb" / f).read_bytes() for f in files)
+    assert all(
+        (world / "alone" / f).read_bytes() == (world / "emb" / f).read_bytes() for f in files
+    )
 
 
 def test_many_processes_write_the_same_bytes(world):
@@ -98,7 +122,12 @@ def test_a_worker_that_fails_says_why(world):
     tar = sorted((world / "pairs").glob("*.tar"))[1]
     tar.unlink()
     with pytest.raises(shards.ShardError, match=tar.name):
-        embed.run({"t": f"local-dir:{world / 'tiny'}"}, pairs=world / "pairs", out=world / "emb", workers=2)
+        embed.run(
+            {"t": f"local-dir:{world / 'tiny'}"},
+            pairs=world / "pairs",
+            out=world / "emb",
+            workers=2,
+        )
 
 
 def foreign(folder, parts, **names):
@@ -109,13 +138,19 @@ def foreign(folder, parts, **names):
 
 def test_foreign_folder(tmp_path):
     rows = np.random.default_rng(0).normal(size=(11, 4)).astype(np.float32)
-    foreign(tmp_path, {str(i): rows[i:i + 1] for i in range(11)})  # img_emb_10 comes after img_emb_9
+    foreign(
+        tmp_path, {str(i): rows[i : i + 1] for i in range(11)}
+    )  # img_emb_10 comes after img_emb_9
     e = embed.load(tmp_path)
     expected = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    assert np.allclose(e.image, expected, atol=1e-3) and e.text is None and e.keys[10] == "000000010"
+    assert (
+        np.allclose(e.image, expected, atol=1e-3) and e.text is None and e.keys[10] == "000000010"
+    )
     (tmp_path / "metadata").mkdir()
     for i in range(11):
-        pd.DataFrame({"image_path": [f"p{i}"]}).to_parquet(tmp_path / f"metadata/metadata_{i}.parquet")
+        pd.DataFrame({"image_path": [f"p{i}"]}).to_parquet(
+            tmp_path / f"metadata/metadata_{i}.parquet"
+        )
     assert embed.load(tmp_path).keys[-1] == "p10"
 
 
@@ -141,8 +176,18 @@ def test_missing_and_truncated(tmp_path):
 def test_an_index_has_the_keys_and_no_row(world):
     run(world)
     index = embedding_store.index(world / "emb/t")
-    assert index.keys.tolist() == [f"k{i}" for i in range(7)] and index.shard.tolist() == [0, 0, 0, 1, 1, 1, 2]
-    assert np.array_equal(np.concatenate([np.load(path) for path in index.image]), embed.load(world / "emb/t").image)
+    assert index.keys.tolist() == [f"k{i}" for i in range(7)] and index.shard.tolist() == [
+        0,
+        0,
+        0,
+        1,
+        1,
+        1,
+        2,
+    ]
+    assert np.array_equal(
+        np.concatenate([np.load(path) for path in index.image]), embed.load(world / "emb/t").image
+    )
     shutil.rmtree(world / "emb/t/metadata")
     assert embedding_store.index(world / "emb/t").keys.tolist() == [f"{i:09d}" for i in range(7)]
 
@@ -151,14 +196,25 @@ def test_a_shard_and_a_few_of_them(world):
     run(world)
     whole = embed.load(world / "emb/t")
     keys, image, text = embedding_store.load_shard(world / "emb/t", 1)
-    assert keys == ["k3", "k4", "k5"] and np.array_equal(image, whole.image[3:6]) and np.array_equal(text, whole.text[3:6])
+    assert (
+        keys == ["k3", "k4", "k5"]
+        and np.array_equal(image, whole.image[3:6])
+        and np.array_equal(text, whole.text[3:6])
+    )
     some = embed.load(world / "emb/t", limit=6)
     assert some.keys == ["k0", "k1", "k2", "k6"] and some.shard.tolist() == [0, 0, 0, 2]
     assert some.captions == ["picture 0", "picture 1", "picture 2", "picture 0"]
-    assert np.array_equal(some.image, whole.image[[0, 1, 2, 6]]) and np.array_equal(some.text, whole.text[[0, 1, 2, 6]])
-    assert embed.load(world / "emb/t", limit=7).keys == whole.keys and len(embed.load(world / "emb/t", limit=1).keys) == 3
+    assert np.array_equal(some.image, whole.image[[0, 1, 2, 6]]) and np.array_equal(
+        some.text, whole.text[[0, 1, 2, 6]]
+    )
+    assert (
+        embed.load(world / "emb/t", limit=7).keys == whole.keys
+        and len(embed.load(world / "emb/t", limit=1).keys) == 3
+    )
     (world / "emb/t/text_emb/text_emb_0001.npy").unlink()
-    with pytest.raises(embed.EmbeddingsError, match=r"text_emb_0001.npy is missing: run `dvc repro embed` first"):
+    with pytest.raises(
+        embed.EmbeddingsError, match=r"text_emb_0001.npy is missing: run `dvc repro embed` first"
+    ):
         embedding_store.load_shard(world / "emb/t", 1)
 
 
@@ -168,8 +224,12 @@ def test_no_file_of_a_folder_stays_open(tmp_path):
     rows = np.eye(4, dtype=np.float16)
     for i in range(400):
         np.save(tmp_path / f"img_emb/img_emb_{i}.npy", rows[[i % 4]])
-    code = ("import resource, sys, numpy; resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))\n"
-            "from mclip.data import embedded\n"
-            "assert embedded.load(sys.argv[1]).image.argmax(1).tolist() == [i % 4 for i in range(400)]\n"
-            "assert len(embedded.index(sys.argv[1]).image) == 400")
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=Path(__file__).parents[1])
+    code = (
+        "import resource, sys, numpy; resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))\n"
+        "from mclip.data import embedded\n"
+        "assert embedded.load(sys.argv[1]).image.argmax(1).tolist() == [i % 4 for i in range(400)]\n"
+        "assert len(embedded.index(sys.argv[1]).image) == 400"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], check=True, cwd=Path(__file__).parents[1]
+    )

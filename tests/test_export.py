@@ -14,14 +14,28 @@ from mclip.models import mct
 
 torch.set_num_threads(1)
 # every kind of layer that is folded: FastViT's blocks and MCt's
-SMALL = TINY | {"vision_cfg": {"timm_model_name": "fastvit_t8", "timm_pool": "avg", "timm_proj": "linear", "image_size": 64}}
+SMALL = TINY | {
+    "vision_cfg": {
+        "timm_model_name": "fastvit_t8",
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+        "image_size": 64,
+    }
+}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     torch.manual_seed(0)
-    model = trained(open_clip.CustomTextCLIP(**{k: v for k, v in SMALL.items() if k != "custom_text"}))
-    preprocess = {"mean": [0.5] * 3, "std": [0.4] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+    model = trained(
+        open_clip.CustomTextCLIP(**{k: v for k, v in SMALL.items() if k != "custom_text"})
+    )
+    preprocess = {
+        "mean": [0.5] * 3,
+        "std": [0.4] * 3,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
     open_clip.model.set_model_preprocess_cfg(model, {**preprocess, "size": 64})
     return models.export(model, tmp_path_factory.mktemp("m") / "small", config=SMALL)
 
@@ -46,14 +60,20 @@ def test_both_towers_as_onnx(folder, exported):
         ops = [node.op_type for node in graph.graph.node]
         assert "BatchNormalization" not in ops or kind == "image"
     weights = [i.name for i in onnx.load(exported / "text.onnx").graph.initializer]
-    assert not [name for name in weights if "rbr_" in name or ("layer_scale" in name and "token_mixer" in name)]
+    assert not [
+        name
+        for name in weights
+        if "rbr_" in name or ("layer_scale" in name and "token_mixer" in name)
+    ]
 
 
 def test_the_folder_is_open_clips_and_has_its_branches(folder, exported):
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{exported}")
     mine, *_ = models.create(f"local-dir:{folder}")
     assert all(torch.equal(v, mine.state_dict()[k]) for k, v in model.state_dict().items())
-    assert not [f for f in exported.iterdir() if f.suffix not in (".json", ".safetensors", ".onnx", ".md")]
+    assert not [
+        f for f in exported.iterdir() if f.suffix not in (".json", ".safetensors", ".onnx", ".md")
+    ]
     assert (exported / "README.md").read_text().startswith("---\n")
 
 
@@ -61,7 +81,10 @@ def test_a_tower_that_differs_is_not_kept(folder, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(export, "agreement", lambda *_: 0.99)
     assert export.main([str(folder), str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert "image.onnx: cosine 0.990000 to torch's embeddings, expected 0.9999" in said and said.count("\n") == 1
+    assert (
+        "image.onnx: cosine 0.990000 to torch's embeddings, expected 0.9999" in said
+        and said.count("\n") == 1
+    )
     assert not list((tmp_path / "out").glob("*.onnx")) and not list((tmp_path / "out").glob(".*"))
 
 
@@ -82,7 +105,10 @@ def test_a_wrong_name_and_no_pictures(folder, tmp_path, capsys):
 def test_pictures_of_a_folder(tmp_path):
     for i, photo in enumerate(export.photographs(5)):
         photo.save(tmp_path / f"{i}.png")
-    assert len(export.read_pictures(tmp_path)) == 5 and len(export.read_pictures(tmp_path, limit=2)) == 2
+    assert (
+        len(export.read_pictures(tmp_path)) == 5
+        and len(export.read_pictures(tmp_path, limit=2)) == 2
+    )
 
 
 def test_the_card_of_a_student(folder, tmp_path, monkeypatch):
@@ -94,7 +120,12 @@ def test_the_card_of_a_student(folder, tmp_path, monkeypatch):
     shutil.copytree(folder, student)
     (student / "training.json").write_text(json.dumps({"pairs": 123, "image_parameters": 4}))
     (tmp_path / "reports/metrics").mkdir(parents=True)
-    metrics = {"combined": {"cifar10": {"top1": {"mean": 0.41, "std": 0.01}}, "mean": {"mean": 0.1, "sets": []}}}
+    metrics = {
+        "combined": {
+            "cifar10": {"top1": {"mean": 0.41, "std": 0.01}},
+            "mean": {"mean": 0.1, "sets": []},
+        }
+    }
     (tmp_path / "reports/metrics/combined.json").write_text(json.dumps(metrics))
     assert export.main([str(student), str(tmp_path / "out"), "--no-onnx"]) == 0
     text = (tmp_path / "out/README.md").read_text()

@@ -1,4 +1,6 @@
-"""Fetching without a network: the cache, its verification, and what is said when a registry can't be reached."""
+"""Fetching without a network: the cache, its verification, and what is said when a registry can't
+be reached.
+"""
 
 import hashlib
 import subprocess
@@ -14,7 +16,9 @@ BYTES = {"one": b"first package", "two": b"second package"}
 
 @pytest.fixture
 def registry(tmp_path, monkeypatch):
-    """Two npm packages, an empty cache, and npm as a function; returns the list of what was asked for."""
+    """Two npm packages, an empty cache, and npm as a function; returns the list of what was asked
+    for.
+    """
     monkeypatch.setenv("MCLIP_CACHE", str(tmp_path / "cache"))
     packages = {
         n: Package(n, "1.0", "npm", f"{n}-1.0.tgz", len(b), hashlib.sha256(b).hexdigest(), "MIT")
@@ -27,7 +31,9 @@ def registry(tmp_path, monkeypatch):
         name = next(part for part in command if "@1.0" in part or "==1.0" in part).partition("@")[0]
         asked.append(name)
         if name not in served:
-            return subprocess.CompletedProcess(command, 1, "", "npm error code E1\nnpm error ECONNREFUSED nowhere\n")
+            return subprocess.CompletedProcess(
+                command, 1, "", "npm error code E1\nnpm error ECONNREFUSED nowhere\n"
+            )
         (Path(cwd) / f"{name}-1.0.tgz").write_bytes(served[name])
         return subprocess.CompletedProcess(command, 0, "", "")
 
@@ -78,5 +84,10 @@ def test_unknown_package(registry):
 
 def test_pins_are_complete():
     for name, package in fetch.PACKAGES.items():
-        assert name == package.name and len(package.sha256) == 64 and package.size > 0 and package.licence
+        assert (
+            name == package.name
+            and len(package.sha256) == 64
+            and package.size > 0
+            and package.licence
+        )
         assert package.ecosystem in ("npm", "pypi") and package.version in package.file

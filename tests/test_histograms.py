@@ -1,4 +1,6 @@
-"""mclip.studies.histograms: the right layer, densities that add up, and widths against what they are made of."""
+"""mclip.studies.histograms: the right layer, densities that add up, and widths against what they
+are made of.
+"""
 
 import numpy as np
 import pytest
@@ -8,18 +10,24 @@ from mclip import models
 from mclip.studies import histograms
 
 
-@pytest.mark.parametrize(("name", "image", "text"), [
-    ("demo-student", "layer3.0.conv2", "resblocks.1.mlp.c_proj"),
-    ("demo-mci", "stages.2.blocks.0.mlp.fc2", "resblocks.1.mlp.c_proj"),
-    ("demo-vit", "resblocks.3.mlp.c_proj", "resblocks.1.mlp.c_proj"),
-])
+@pytest.mark.parametrize(
+    ("name", "image", "text"),
+    [
+        ("demo-student", "layer3.0.conv2", "resblocks.1.mlp.c_proj"),
+        ("demo-mci", "stages.2.blocks.0.mlp.fc2", "resblocks.1.mlp.c_proj"),
+        ("demo-vit", "resblocks.3.mlp.c_proj", "resblocks.1.mlp.c_proj"),
+    ],
+)
 def test_the_last_fully_connected_layer_of_a_tower(name, image, text):
     model = models.create(name)[0]
     assert histograms.last_layer(model.visual)[0] == image
     found, weight = histograms.last_layer(model)
-    assert found == text and torch.equal(weight, model.get_parameter(f"transformer.{text}.weight").detach())
+    assert found == text and torch.equal(
+        weight, model.get_parameter(f"transformer.{text}.weight").detach()
+    )
     with pytest.raises(ValueError, match="ReLU has no fully connected layer"):
         histograms.last_layer(torch.nn.ReLU())
+
 
 def test_densities_add_up_and_share_their_bins():
     generator = torch.Generator().manual_seed(0)
@@ -35,17 +43,32 @@ def test_densities_add_up_and_share_their_bins():
 
 
 def test_numbers_of_a_uniform_layer():
-    flat = {"image": ("a", torch.linspace(-1, 1, 100_001)), "text": ("b", torch.linspace(-3, 3, 100_001))}
+    flat = {
+        "image": ("a", torch.linspace(-1, 1, 100_001)),
+        "text": ("b", torch.linspace(-3, 3, 100_001)),
+    }
     half = {tower: (name, w / 2) for tower, (name, w) in flat.items()}
-    frame = histograms.numbers({("clip", 0): flat, ("other", 0): half}, baseline="clip", near_zero=0.1)
+    frame = histograms.numbers(
+        {("clip", 0): flat, ("other", 0): half}, baseline="clip", near_zero=0.1
+    )
     frame = frame.set_index(["tower", "recipe"])
     std = 1 / 3**0.5
-    np.testing.assert_allclose(frame.loc[("image", "clip"), ["std", "near_zero"]].astype(float), [std, std / 10], rtol=1e-3)
-    np.testing.assert_allclose(frame.loc[("text", "other"), ["std", "near_zero"]].astype(float), [1.5 * std, std / 5], rtol=1e-3)
+    np.testing.assert_allclose(
+        frame.loc[("image", "clip"), ["std", "near_zero"]].astype(float), [std, std / 10], rtol=1e-3
+    )
+    np.testing.assert_allclose(
+        frame.loc[("text", "other"), ["std", "near_zero"]].astype(float),
+        [1.5 * std, std / 5],
+        rtol=1e-3,
+    )
 
 
 def test_towers_of_models_by_name_and_seed():
-    found = histograms.last_weights({("untrained", 0): "demo-student", ("untrained", 1): "demo-student"})
+    found = histograms.last_weights(
+        {("untrained", 0): "demo-student", ("untrained", 1): "demo-student"}
+    )
     first, second = (found["untrained", s]["text"][1] for s in (0, 1))
     assert first.shape == (128, 512) and not torch.equal(first, second)
-    assert torch.equal(first, histograms.last_weights({("x", 0): "demo-student"})["x", 0]["text"][1])
+    assert torch.equal(
+        first, histograms.last_weights({("x", 0): "demo-student"})["x", 0]["text"][1]
+    )

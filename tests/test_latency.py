@@ -1,4 +1,6 @@
-"""mclip.models.latency: every case is timed in turn, runtimes say what they compute, what is missing is said."""
+"""mclip.models.latency: every case is timed in turn, runtimes say what they compute, what is
+missing is said.
+"""
 
 import pandas as pd
 import pytest
@@ -12,10 +14,14 @@ torch.set_num_threads(1)
 
 
 def test_on_a_busy_machine_the_least_cpu_time_counts(monkeypatch):
-    ticks = iter([0, 10, 14, 20, 23, 30, 35])  # the start of the warm-up; starts and ends of three rounds
+    ticks = iter(
+        [0, 10, 14, 20, 23, 30, 35]
+    )  # the start of the warm-up; starts and ends of three rounds
     monkeypatch.setattr(latency.time, "process_time", lambda: next(ticks))
     monkeypatch.setattr(latency, "_calls", lambda *_: [("eager", lambda: None)])
-    frame = latency.measure(["demo-student"], ["eager"], rounds=3, warmup=1, towers=["image"], busy=True)
+    frame = latency.measure(
+        ["demo-student"], ["eager"], rounds=3, warmup=1, towers=["image"], busy=True
+    )
     assert frame["ms"].tolist() == [3000.0]
 
 
@@ -32,7 +38,9 @@ def test_measure_and_totals():
 def test_multiply_adds_are_counted_in_every_layer():
     conv = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, groups=2, bias=False), torch.nn.Flatten())
     assert latency.multiply_adds(conv, torch.zeros(2, 4, 5, 6)) == 2 * 8 * 3 * 4 * (2 * 9)
-    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()  # whose fast path hides its products
+    layer = torch.nn.TransformerEncoderLayer(
+        16, 2, 32, batch_first=True
+    ).eval()  # whose fast path hides its products
     tokens, width = 5, 16
     expected = tokens * width * (4 * width + 2 * 32) + 2 * tokens * tokens * width
     assert latency.multiply_adds(layer, torch.zeros(1, tokens, width)) == expected
@@ -40,8 +48,11 @@ def test_multiply_adds_are_counted_in_every_layer():
 
 
 def test_best_is_the_fastest_of_those_that_are_exact():
-    rows = [("a", tower, runtime, 1, ms) for tower in ("image", "text")
-            for runtime, ms in (("eager", 3.0), ("onnxruntime", 2.0), ("onnxruntime-int8", 1.0))]
+    rows = [
+        ("a", tower, runtime, 1, ms)
+        for tower in ("image", "text")
+        for runtime, ms in (("eager", 3.0), ("onnxruntime", 2.0), ("onnxruntime-int8", 1.0))
+    ]
     frame = pd.DataFrame(rows, columns=latency.COLUMNS)
     assert latency.best(frame)["runtime"].tolist() == ["onnxruntime"]
     assert latency.best(frame, exact=False)["ms"].tolist() == [2.0]
@@ -63,4 +74,6 @@ def test_every_runtime_computes_the_same(tmp_path):
 def test_a_runtime_that_is_not_there_is_left_out_with_a_reason(monkeypatch):
     monkeypatch.setattr(latency.shutil, "which", lambda name: None)
     frame = latency.measure(["demo-student"], ["eager", "compile"], rounds=1, towers=["text"])
-    assert set(frame["runtime"]) == {"eager"} and "C++ compiler" in frame.attrs["left_out"]["compile"]
+    assert (
+        set(frame["runtime"]) == {"eager"} and "C++ compiler" in frame.attrs["left_out"]["compile"]
+    )

@@ -1,4 +1,6 @@
-"""The search for links against all pairs in float64: same links, whatever the bounds, tiles and threads."""
+"""The search for links against all pairs in float64: same links, whatever the bounds, tiles and
+threads.
+"""
 
 import contextlib
 import threading
@@ -13,7 +15,9 @@ from mclip.data.stores.rows import Rows
 
 
 def spectrum(n=900, d=48, seed=0, exponent=1.0, dtype=np.float16):
-    """Rows of a power-law spectrum, a third of them near copies of others at all distances around the limits."""
+    """Rows of a power-law spectrum, a third of them near copies of others at all distances around
+    the limits.
+    """
     rng = np.random.default_rng(seed)
     rows = rng.normal(size=(n, d)) * np.arange(1, d + 1) ** (-exponent / 2)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
@@ -41,8 +45,14 @@ def searched(rows, limit, squares=True, **options):
             assert pair not in out  # each link once
             out[pair] = None if square is None else float(square[k])
 
-    full = links.search(prepared, limit, lambda a, b, lower: np.ones(len(a), bool), found, squares=squares,
-                        done=finished.append)
+    full = links.search(
+        prepared,
+        limit,
+        lambda a, b, lower: np.ones(len(a), bool),
+        found,
+        squares=squares,
+        done=finished.append,
+    )
     assert sorted(finished) == list(range(prepared.count))
     return out, full
 
@@ -60,18 +70,37 @@ def test_every_link_once(exponent, limit, squares):
         np.testing.assert_allclose([out[p] for p in expected], list(expected.values()), atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [{"axes": 1}, {"axes": 48}, {"axes": 500}, {"tile": 1}, {"tile": 899},
-                                     {"tile": 901}, {"tile": 7, "axes": 3}, {"cell": 1}, {"cell": 3, "tile": 10},
-                                     {"cell": 1000}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"axes": 1},
+        {"axes": 48},
+        {"axes": 500},
+        {"tile": 1},
+        {"tile": 899},
+        {"tile": 901},
+        {"tile": 7, "axes": 3},
+        {"cell": 1},
+        {"cell": 3, "tile": 10},
+        {"cell": 1000},
+    ],
+)
 def test_axes_and_tiles_do_not_matter(options):
     rows = spectrum()
     assert searched(rows, 0.1, **options)[0].keys() == all_links(rows, 0.1).keys()
 
 
 @pytest.mark.parametrize("limit", [0.1, 0.6])
-@pytest.mark.parametrize("sizes", [{"VISITS": 1, "PIECE": 2}, {"VISITS": 300, "PIECE": 3, "STRIP": 3},
-                                   {"WIDE": 5, "CHUNK": 17, "PIECE": 7, "VISITS": 100}, {"DENSE": 0.0},
-                                   {"DENSE": 0.0, "CHUNK": 50, "GROUP": 13, "WIDE": 31, "FAILED": 1}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"VISITS": 1, "PIECE": 2},
+        {"VISITS": 300, "PIECE": 3, "STRIP": 3},
+        {"WIDE": 5, "CHUNK": 17, "PIECE": 7, "VISITS": 100},
+        {"DENSE": 0.0},
+        {"DENSE": 0.0, "CHUNK": 50, "GROUP": 13, "WIDE": 31, "FAILED": 1},
+    ],
+)
 def test_pieces_do_not_matter(limit, sizes, monkeypatch):
     for name, value in ({"DENSE": 2.0} | sizes).items():
         for module in [module for module in (links, bounds) if hasattr(module, name)]:
@@ -101,7 +130,10 @@ def test_dtypes_and_lengths_of_rows(dtype):
     if dtype == np.float64:
         rows *= 1e100
     rows = rows.astype(dtype)
-    assert searched(rows, 0.1)[0].keys() == all_links(rows / (1e100 if dtype == np.float64 else 1), 0.1).keys()
+    assert (
+        searched(rows, 0.1)[0].keys()
+        == all_links(rows / (1e100 if dtype == np.float64 else 1), 0.1).keys()
+    )
 
 
 def test_most_pairs_are_never_measured_where_the_spectrum_decays():
@@ -113,7 +145,9 @@ def test_most_pairs_are_never_measured_where_the_spectrum_decays():
 @pytest.mark.parametrize("squares", [True, False])
 def test_full_products_where_nothing_can_be_ruled_out(squares):
     rng = np.random.default_rng(0)
-    rows = rng.normal(size=(700, 200)).astype(np.float32)  # uniform on the sphere: squared distances about 2
+    rows = rng.normal(size=(700, 200)).astype(
+        np.float32
+    )  # uniform on the sphere: squared distances about 2
     for limit in (1.7, 2.0, 2.6):
         out, full = searched(rows, limit, squares=squares, tile=100)
         assert out.keys() == all_links(rows, limit).keys()
@@ -122,11 +156,17 @@ def test_full_products_where_nothing_can_be_ruled_out(squares):
 
 def test_unwanted_pairs_are_not_measured(monkeypatch):
     monkeypatch.setattr(links, "MEASURE", 1.0)
-    monkeypatch.setattr(links, "GROUP", 512)  # all rows: in a smaller group so many are near that it is multiplied whole
+    monkeypatch.setattr(
+        links, "GROUP", 512
+    )  # all rows: in a smaller group so many are near that it is multiplied whole
     rows = np.repeat(np.eye(16, dtype=np.float32), 25, axis=0)
     prepared, seen = prepare(Rows(rows)), []
-    full = links.search(prepared, 0.1, lambda a, b, lower: (a // 25 == 2) & (lower < 0.1),
-                        lambda a, b, square: seen.extend(zip(a.tolist(), b.tolist(), strict=True)))
+    full = links.search(
+        prepared,
+        0.1,
+        lambda a, b, lower: (a // 25 == 2) & (lower < 0.1),
+        lambda a, b, square: seen.extend(zip(a.tolist(), b.tolist(), strict=True)),
+    )
     assert len(seen) == 25 * 24 / 2 and full == pytest.approx(len(seen) / (400 * 399 / 2))
 
 
@@ -134,9 +174,16 @@ def test_only_some_tiles():
     rows, parts = spectrum(), []
     prepared = prepare(Rows(rows), tile=64)
     for some in (range(0, prepared.count, 2), range(1, prepared.count, 2)):
-        links.search(prepared, 0.1, lambda a, b, lower: np.ones(len(a), bool),
-                     lambda a, b, square: parts.extend(zip(a.tolist(), b.tolist(), strict=True)), tiles=some)
-    assert {(min(p), max(p)) for p in parts} == all_links(rows, 0.1).keys() and len(parts) == len(set(parts))
+        links.search(
+            prepared,
+            0.1,
+            lambda a, b, lower: np.ones(len(a), bool),
+            lambda a, b, square: parts.extend(zip(a.tolist(), b.tolist(), strict=True)),
+            tiles=some,
+        )
+    assert {(min(p), max(p)) for p in parts} == all_links(rows, 0.1).keys() and len(parts) == len(
+        set(parts)
+    )
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -152,7 +199,9 @@ def test_products_are_float32_whatever_the_process_has_chosen(fails):
     try:
         with pytest.raises(RuntimeError, match="stop") if fails else contextlib.nullcontext():
             links.search(prepared, 0.1, lambda a, b, lower: np.ones(len(a), bool), found)
-        assert seen and set(seen) == {"highest"} and torch.get_float32_matmul_precision() == "medium"
+        assert (
+            seen and set(seen) == {"highest"} and torch.get_float32_matmul_precision() == "medium"
+        )
     finally:
         torch.set_float32_matmul_precision("highest")
 

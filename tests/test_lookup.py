@@ -12,7 +12,13 @@ def made(folder, keys, values=None, pieces=3):
     source = folder / "table"
     source.write_text("x")
     values = np.arange(len(keys)) if values is None else np.asarray(values)
-    parts = list(zip(np.array_split(np.asarray(keys, str), pieces), np.array_split(values, pieces), strict=True))
+    parts = list(
+        zip(
+            np.array_split(np.asarray(keys, str), pieces),
+            np.array_split(values, pieces),
+            strict=True,
+        )
+    )
     return lookup.make(folder / "cache", "some", source, lambda: iter(parts))
 
 
@@ -25,7 +31,10 @@ def test_finds_what_a_dict_finds(tmp_path):
     asked = [keys[i] for i in rng.integers(0, 5000, 3000)]
     assert len(table) == 4000
     assert table.find(asked).tolist() == [known.get(key, -1) for key in asked]
-    assert table.find([]).tolist() == [] and table.find(np.array(asked)).tolist() == table.find(asked).tolist()
+    assert (
+        table.find([]).tolist() == []
+        and table.find(np.array(asked)).tolist() == table.find(asked).tolist()
+    )
 
 
 def test_numbers_and_their_names_are_one_key(tmp_path):

@@ -30,7 +30,12 @@ def tiny(seed=0):
         if isinstance(m, nn.BatchNorm2d):
             m.running_mean.normal_(std=0.1)
             m.running_var.uniform_(0.5, 2)
-    preprocess = {"mean": [0.5] * 3, "std": [0.4] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+    preprocess = {
+        "mean": [0.5] * 3,
+        "std": [0.4] * 3,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
     open_clip.model.set_model_preprocess_cfg(model, {**preprocess, "size": 32})
     return model.eval()
 
@@ -60,15 +65,23 @@ def test_export_keeps_other_files_and_bytes(folder, tmp_path):
     models.export(model, tmp_path)
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == first
     assert set(first) == {"history.csv", "open_clip_config.json", "open_clip_model.safetensors"}
-    assert models.weights_sha256(f"local-dir:{tmp_path}") == models.weights_sha256(f"local-dir:{folder}")
+    assert models.weights_sha256(f"local-dir:{tmp_path}") == models.weights_sha256(
+        f"local-dir:{folder}"
+    )
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("ViT-B-33", "did you mean ViT-B-32"),
-    ("ViT-B-32/nope", "no weights 'nope'"),
-    ("local-dir:models/teachers/none", "none/open_clip_config.json is missing: run `dvc repro teachers` first"),
-    ("local-dir:models/students/clip/seed9", "run `dvc repro distill` first"),
-])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ViT-B-33", "did you mean ViT-B-32"),
+        ("ViT-B-32/nope", "no weights 'nope'"),
+        (
+            "local-dir:models/teachers/none",
+            "none/open_clip_config.json is missing: run `dvc repro teachers` first",
+        ),
+        ("local-dir:models/students/clip/seed9", "run `dvc repro distill` first"),
+    ],
+)
 def test_one_line_errors(name, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(models.ModelError) as err:
@@ -94,8 +107,11 @@ def test_folding_is_exact_and_leaves_the_model_alone():
     assert norms(model) > 0 and norms(fast) == 0 and not fast.training
     x = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
-        assert torch.allclose(F.normalize(fast.encode_image(x), dim=-1), F.normalize(model.encode_image(x), dim=-1),
-                              atol=1e-4)
+        assert torch.allclose(
+            F.normalize(fast.encode_image(x), dim=-1),
+            F.normalize(model.encode_image(x), dim=-1),
+            atol=1e-4,
+        )
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -133,14 +149,22 @@ class Scaled(nn.Module):
 
     def __init__(self, scale, bias, shared):
         super().__init__()
-        self.shared, self.conv, self.drop, self.scale = shared, nn.Conv2d(3, 4, 3, bias=bias), nn.Dropout(0.5), scale(4)
+        self.shared, self.conv, self.drop, self.scale = (
+            shared,
+            nn.Conv2d(3, 4, 3, bias=bias),
+            nn.Dropout(0.5),
+            scale(4),
+        )
         self.scale.gamma.data = torch.tensor([0.5, -2.0, 0.0, 3.0]).reshape(self.scale.gamma.shape)
         self.bn = nn.BatchNorm2d(4)  # of nothing that was made by a convolution: stays
 
     def forward(self, x):
         y = self.drop(self.conv(x))
-        return self.bn(x.mean(1, keepdim=True).expand(-1, 4, -1, -1))[..., 1:-1, 1:-1] + self.scale(y) + (
-            y if self.shared else 0)
+        return (
+            self.bn(x.mean(1, keepdim=True).expand(-1, 4, -1, -1))[..., 1:-1, 1:-1]
+            + self.scale(y)
+            + (y if self.shared else 0)
+        )
 
 
 @pytest.mark.parametrize("scale", [timm.layers.LayerScale2d, timm.models.fastvit.LayerScale2d])
@@ -160,7 +184,9 @@ def test_layer_scales_fold_only_where_it_is_right(scale, bias, shared):
 
 
 def test_default_student(tmp_path):
-    """Its tower ends at stride 16, so that no convolution sees padding alone; folding and export keep its outputs."""
+    """Its tower ends at stride 16, so that no convolution sees padding alone; folding and export
+    keep its outputs.
+    """
     torch.manual_seed(0)
     student, *_ = models.create("demo-student")
     trunk, size = student.visual.trunk, models.image_size(student)
@@ -175,18 +201,41 @@ def test_default_student(tmp_path):
         timm.create_model("mclip_resnet_s16", pretrained=True)
 
 
-@pytest.mark.parametrize("size, stride, kernel", [(1, 1, 3), (2, 1, 3), ((1, 2), 1, 3), (3, 2, 3), (4, 2, 3), (5, 4, 5),
-                                                  (2, 1, 1), (4, 1, 3), (7, 2, 3)])
+@pytest.mark.parametrize(
+    "size, stride, kernel",
+    [
+        (1, 1, 3),
+        (2, 1, 3),
+        ((1, 2), 1, 3),
+        (3, 2, 3),
+        (4, 2, 3),
+        (5, 4, 5),
+        (2, 1, 1),
+        (4, 1, 3),
+        (7, 2, 3),
+    ],
+)
 def test_a_convolution_of_few_positions_is_a_convolution(size, stride, kernel):
     torch.manual_seed(0)
     plain = nn.Conv2d(5, 3, kernel, stride, kernel // 2, bias=False).double()
     few = FewPositions.of(plain)
     assert few.weight is plain.weight
-    x = torch.randn(4, 5, *(size if isinstance(size, tuple) else (size, size)), dtype=torch.double, requires_grad=True)
-    expected, found = (conv(x.contiguous(memory_format=torch.channels_last)) for conv in (plain, few))
+    x = torch.randn(
+        4,
+        5,
+        *(size if isinstance(size, tuple) else (size, size)),
+        dtype=torch.double,
+        requires_grad=True,
+    )
+    expected, found = (
+        conv(x.contiguous(memory_format=torch.channels_last)) for conv in (plain, few)
+    )
     torch.testing.assert_close(found, expected)
     upstream = torch.randn_like(expected)
-    for one, other in zip(*(torch.autograd.grad(y, (x, plain.weight), upstream) for y in (expected, found)), strict=True):
+    for one, other in zip(
+        *(torch.autograd.grad(y, (x, plain.weight), upstream) for y in (expected, found)),
+        strict=True,
+    ):
         torch.testing.assert_close(one, other)
     small = few.float()(x.float())
     torch.testing.assert_close(small.double(), expected, rtol=1e-4, atol=1e-5)
@@ -219,11 +268,16 @@ def test_encode_images_unit_norm_with_an_uneven_last_batch(folder):
     x = torch.randn(5, 3, 32, 32)
     out = models.encode_images(model.eval(), x.split(2), precision="fp32")
     assert out.shape == (5, 16) and np.allclose(out.norm(dim=1), 1, atol=1e-5)
-    assert not out.is_inference() and not out.requires_grad  # inference mode: bf16 attention many times slower
+    assert (
+        not out.is_inference() and not out.requires_grad
+    )  # inference mode: bf16 attention many times slower
 
 
 def test_precision():
-    assert models.resolve_precision("fp32") == torch.float32 and models.resolve_precision("bf16") == torch.bfloat16
+    assert (
+        models.resolve_precision("fp32") == torch.float32
+        and models.resolve_precision("bf16") == torch.bfloat16
+    )
     assert models.resolve_precision("auto", "cpu") in (torch.float32, torch.bfloat16)
     with pytest.raises(ValueError, match="precision"):
         models.resolve_precision("fp8")

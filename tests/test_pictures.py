@@ -1,4 +1,6 @@
-"""mclip.studies.pictures: the map is what the tower pools, components repeat, and the masks are those of the pictures."""
+"""mclip.studies.pictures: the map is what the tower pools, components repeat, and the masks are
+those of the pictures.
+"""
 
 import numpy as np
 import pytest
@@ -38,11 +40,16 @@ def test_the_cells_mean_is_the_pictures_embedding_where_the_head_is_linear(eyes,
 
 @pytest.mark.parametrize("name", ["demo-student", "demo-vit"])
 def test_a_captions_shares_add_up_to_its_cosine(eyes, name):
-    images, captions = [drawing("red"), drawing("blue", 16), drawing("green", 2)], [["a", "b"], ["c", "a"], ["b", "d"]]
+    images, captions = (
+        [drawing("red"), drawing("blue", 16), drawing("green", 2)],
+        [["a", "b"], ["c", "a"], ["b", "d"]],
+    )
     scores, cosine = pictures.caption_maps(eyes[name], images, captions)
     eye = eyes[name]
     with torch.no_grad():
-        whole = F.normalize(eye.model.encode_image(torch.stack([eye.preprocess(x) for x in images])), dim=-1)
+        whole = F.normalize(
+            eye.model.encode_image(torch.stack([eye.preprocess(x) for x in images])), dim=-1
+        )
     for m in range(2):
         texts = models.encode_texts(eye.model, eye.tokenizer, [own[m] for own in captions])
         np.testing.assert_allclose(cosine[:, m], (whole * texts).sum(1).numpy(), atol=1e-5)
@@ -50,7 +57,9 @@ def test_a_captions_shares_add_up_to_its_cosine(eyes, name):
     np.testing.assert_allclose(scores.mean((2, 3)), cosine, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "cells"), [("demo-student", 6), ("demo-mci", 6), ("demo-vit", 12)])
+@pytest.mark.parametrize(
+    ("name", "cells"), [("demo-student", 6), ("demo-mci", 6), ("demo-vit", 12)]
+)
 def test_larger_pictures_have_larger_maps(name, cells):
     torch.manual_seed(0)
     eye = pictures.load(name, 96)
@@ -60,13 +69,29 @@ def test_larger_pictures_have_larger_maps(name, cells):
     small = pictures.load(name)
     large = pictures.resized(small, 64)
     assert (small.side, large.side) == (32, 64) and pictures.resized(small, 32) is small
-    assert pictures.feature_maps(small, [drawing()]).shape[1] * 2 == pictures.feature_maps(large, [drawing()]).shape[1]
+    assert (
+        pictures.feature_maps(small, [drawing()]).shape[1] * 2
+        == pictures.feature_maps(large, [drawing()]).shape[1]
+    )
 
 
-@pytest.mark.parametrize(("arch", "options"), [
-    ("VisionTransformer", {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "heads": 2, "mlp_ratio": 2.0}),
-    ("ModifiedResNet", {"layers": [1, 1, 1, 1], "image_size": 64, "heads": 2, "width": 8}),
-])
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        (
+            "VisionTransformer",
+            {
+                "image_size": 32,
+                "patch_size": 8,
+                "width": 32,
+                "layers": 1,
+                "heads": 2,
+                "mlp_ratio": 2.0,
+            },
+        ),
+        ("ModifiedResNet", {"layers": [1, 1, 1, 1], "image_size": 64, "heads": 2, "width": 8}),
+    ],
+)
 def test_clips_own_towers_take_larger_pictures(arch, options):
     import open_clip.modified_resnet
     import open_clip.transformer
@@ -80,11 +105,19 @@ def test_clips_own_towers_take_larger_pictures(arch, options):
     model.visual = visual
     side = 2 * options["image_size"]
     pictures._resize(visual, side)
-    assert holder.positional_embedding.shape[0] == 1 + {"VisionTransformer": 64, "ModifiedResNet": 16}[arch]
-    torch.testing.assert_close(holder.positional_embedding, torch.ones_like(holder.positional_embedding))
+    assert (
+        holder.positional_embedding.shape[0]
+        == 1 + {"VisionTransformer": 64, "ModifiedResNet": 16}[arch]
+    )
+    torch.testing.assert_close(
+        holder.positional_embedding, torch.ones_like(holder.positional_embedding)
+    )
     batch = torch.randn(2, 3, side, side)
     maps = pictures.feature_map(model, batch)
-    assert maps.shape[0] == 2 and pictures.embed_cells(model, maps).shape[-1] == visual(batch).shape[-1] == 16
+    assert (
+        maps.shape[0] == 2
+        and pictures.embed_cells(model, maps).shape[-1] == visual(batch).shape[-1] == 16
+    )
 
 
 # ---------------------------------------------------------------- components
@@ -150,7 +183,9 @@ def test_a_silhouette_has_the_white_inside_but_not_the_white_around():
     ImageDraw.Draw(image).ellipse((20, 20, 30, 30), fill="white")
     drawn = pictures.silhouette(image)
     assert drawn[25, 25] and drawn[10, 28] and not drawn[1, 1]
-    assert pictures.silhouette(Image.new("RGB", (8, 8), "navy")) is None  # no white around: a photograph
+    assert (
+        pictures.silhouette(Image.new("RGB", (8, 8), "navy")) is None
+    )  # no white around: a photograph
     assert pictures.silhouette(Image.new("RGB", (8, 8), "white")) is None  # nothing is drawn
 
 
@@ -158,7 +193,9 @@ def test_overlap_is_intersection_over_union_at_the_pictures_resolution():
     drawn = np.zeros((8, 8), bool)
     drawn[:, :4] = True
     assert pictures.overlap(np.array([[True, False]] * 2), drawn) == 1
-    assert pictures.overlap(np.array([[True, True], [False, False]]), drawn) == pytest.approx(16 / 48)
+    assert pictures.overlap(np.array([[True, True], [False, False]]), drawn) == pytest.approx(
+        16 / 48
+    )
     assert pictures.overlap(np.zeros((2, 2), bool), drawn) == 0
 
 
@@ -169,9 +206,14 @@ def test_the_most_frequent_class_unless_one_is_named(tmp_path):
         drawing().save(tmp_path / f"{i}.png")
     places = [(str(f), 0, f.stat().st_size) for f in sorted(tmp_path.iterdir())]
     split = Split(list("abcd"), places, [1, 0, 1, 2], [], ["x", "y", "z"], [], [])
-    assert [(name, len(found)) for name, found in (
-        pictures.of_class(split, None, 9), pictures.of_class(split, "y", 1), pictures.of_class(split, "z", 9)
-    )] == [("y", 2), ("y", 1), ("z", 1)]
+    assert [
+        (name, len(found))
+        for name, found in (
+            pictures.of_class(split, None, 9),
+            pictures.of_class(split, "y", 1),
+            pictures.of_class(split, "z", 9),
+        )
+    ] == [("y", 2), ("y", 1), ("z", 1)]
     with pytest.raises(ValueError, match="no such class 'w'; there are x, y, z"):
         pictures.of_class(split, "w", 1)
     images, texts = pictures.one_each(split._replace(templates=["a {c}."]), 5)

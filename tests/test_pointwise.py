@@ -1,4 +1,6 @@
-"""mclip.models.pointwise: the convolutions that crash on some CPUs are replaced, by the same values and gradients."""
+"""mclip.models.pointwise: the convolutions that crash on some CPUs are replaced, by the same values
+and gradients.
+"""
 
 import copy
 
@@ -27,7 +29,12 @@ def test_values_gradients_and_parameters_are_those_of_the_convolution():
 
 
 def test_only_strided_pointwise_convolutions_of_few_channels_are_replaced():
-    kept = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, 2), nn.Conv2d(3, 8, 3, 2), nn.Conv2d(3, 8, 1, 2, padding=1))
+    kept = nn.Sequential(
+        nn.Conv2d(3, 8, 1),
+        nn.Conv2d(8, 8, 1, 2),
+        nn.Conv2d(3, 8, 3, 2),
+        nn.Conv2d(3, 8, 1, 2, padding=1),
+    )
     assert pointwise.sidestep(kept) == 0
 
 
@@ -41,4 +48,6 @@ def test_a_mobileclip_like_student_trains_channels_last():
     for _ in range(3):
         x = torch.randn(16, 3, side, side).contiguous(memory_format=torch.channels_last)
         model.encode_image(x).square().sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.visual.parameters() if p.grad is not None)
+    assert all(
+        torch.isfinite(p.grad).all() for p in model.visual.parameters() if p.grad is not None
+    )

@@ -1,4 +1,6 @@
-"""Rows prepared for the search: short rows in fp16 bound every distance, tiles hold all rows, files give them back."""
+"""Rows prepared for the search: short rows in fp16 bound every distance, tiles hold all rows, files
+give them back.
+"""
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from mclip.data.stores.rows import Rows
 def power_law(n=700, d=128, exponent=1.0, seed=0):
     rng = np.random.default_rng(seed)
     rows = rng.normal(size=(n, d)) * np.arange(1, d + 1) ** (-exponent / 2)
-    rows[n // 2:] = rows[:n - n // 2] + 0.01 * rng.normal(size=(n - n // 2, d))
+    rows[n // 2 :] = rows[: n - n // 2] + 0.01 * rng.normal(size=(n - n // 2, d))
     return rows * rng.uniform(0.5, 2, (n, 1))
 
 
@@ -41,8 +43,16 @@ def test_axes_are_the_principal_ones():
     assert np.square(prepare(Rows(rows)).z[:, :-1].double().numpy()).sum(1).mean() > 0.999 * best
 
 
-@pytest.mark.parametrize(("options", "count"), [({}, 4), ({"parts": 2}, 2), ({"parts": 100}, 9750 // LEAST + 1),
-                                                ({"tile": 20_000}, 1), ({"tile": 1000}, 10)])
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({}, 4),
+        ({"parts": 2}, 2),
+        ({"parts": 100}, 9750 // LEAST + 1),
+        ({"tile": 20_000}, 1),
+        ({"tile": 1000}, 10),
+    ],
+)
 def test_tiles_hold_all_cells(options, count):
     p = prepare(Rows(np.random.default_rng(0).normal(size=(9750, 8))), **options)
     assert p.tiles[0] == 0 and p.tiles[-1] == len(p.starts) - 1 and (np.diff(p.tiles) > 0).all()

@@ -25,7 +25,11 @@ def test_semdedup_is_its_definition(rows, order):
     similarity, labels = found.clusters.similarity, found.clusters.labels
     first = {"hard": similarity, "easy": -similarity, "random": rank}[order]
     for i in range(len(rows)):
-        before = [j for j in range(len(rows)) if labels[j] == labels[i] and (first[j], rank[j]) < (first[i], rank[i])]
+        before = [
+            j
+            for j in range(len(rows))
+            if labels[j] == labels[i] and (first[j], rank[j]) < (first[i], rank[i])
+        ]
         expected = min((((unit[i] - unit[j]) ** 2).sum() for j in before), default=np.inf)
         assert found.square[i] == pytest.approx(expected, abs=2e-6)
     keep = prune.semdedup(rows, 250, clusters=6, seed=1, order=order)
@@ -36,7 +40,9 @@ def test_semdedup_is_its_definition(rows, order):
 
 
 def test_large_clusters_go_by_blocks(rows, monkeypatch):
-    big = np.tile(rows[:3], (2000, 1)) + np.random.default_rng(0).normal(size=(6000, 16)).astype(np.float32)
+    big = np.tile(rows[:3], (2000, 1)) + np.random.default_rng(0).normal(size=(6000, 16)).astype(
+        np.float32
+    )
     square = prune.semdedup_distances(big, clusters=1, seed=0, iterations=1).square
     found = cluster(big, 1, iterations=1, seed=0)
     order = np.lexsort((np.random.default_rng(0).permutation(6000), found.similarity))
@@ -54,7 +60,9 @@ def test_density_keeps_the_far_ones_of_sparse_clusters(rows):
     for c in range(8):
         mine = found.labels == c
         if (keep & mine).any() and (~keep & mine).any():
-            assert found.similarity[keep & mine].max() <= found.similarity[~keep & mine].min() + 1e-7
+            assert (
+                found.similarity[keep & mine].max() <= found.similarity[~keep & mine].min() + 1e-7
+            )
     unit_sizes = found.sizes
     intra = np.array([(1 - found.similarity[found.labels == c]).mean() for c in range(8)])
     near = 1 - found.centres @ found.centres.T
@@ -62,7 +70,9 @@ def test_density_keeps_the_far_ones_of_sparse_clusters(rows):
     p = np.exp(inter * intra / 0.1)
     target = 100 * p / p.sum()
     got = np.array([keep[found.labels == c].sum() for c in range(8)])
-    free = (got > 1) & (got < unit_sizes)  # clusters at no bound are all off their target by the same
+    free = (got > 1) & (
+        got < unit_sizes
+    )  # clusters at no bound are all off their target by the same
     assert np.ptp((got - target)[free]) <= 2
 
 
@@ -75,8 +85,12 @@ def test_budget_is_the_quadratic_programs_solution():
     target *= count / target.sum()
     x = prune.whole_budget(target, sizes, count)
     assert x.sum() == count and (x >= 1).all() and (x <= sizes).all()
-    exact = minimize(lambda x: ((x - target) ** 2).sum(), np.minimum(sizes, 2.0), bounds=[(1, s) for s in sizes],
-                     constraints={"type": "eq", "fun": lambda x: x.sum() - count}).x
+    exact = minimize(
+        lambda x: ((x - target) ** 2).sum(),
+        np.minimum(sizes, 2.0),
+        bounds=[(1, s) for s in sizes],
+        constraints={"type": "eq", "fun": lambda x: x.sum() - count},
+    ).x
     assert np.abs(x - exact).max() < 1.01
     assert prune.whole_budget(np.full(3, 5.0), np.full(3, 9), 3).tolist() == [1, 1, 1]
     assert prune.whole_budget(np.full(3, 5.0), np.full(3, 9), 27).tolist() == [9, 9, 9]
@@ -93,5 +107,7 @@ def test_errors(rows):
         prune.semdedup(rows, 400, clusters=3, seed=0)
     with pytest.raises(prune.PruneError, match="at least one of each of 8 clusters"):
         prune.density(rows, 5, clusters=8, seed=0)
-    with pytest.raises(prune.PruneError, match="order: expected one of hard, easy, random, found 'best'"):
+    with pytest.raises(
+        prune.PruneError, match="order: expected one of hard, easy, random, found 'best'"
+    ):
         prune.semdedup(rows, 5, clusters=8, seed=0, order="best")

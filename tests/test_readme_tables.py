@@ -11,15 +11,26 @@ from mclip.report import compare
 from mclip.studies import ablate
 
 ROOT = Path(__file__).parents[1]
-SETS = ["cifar10", "emoji-unseen", "emoji-subgroup", "openmoji-color", "openmoji-black", compare.HELD_OUT]  # README's order
+SETS = [
+    "cifar10",
+    "emoji-unseen",
+    "emoji-subgroup",
+    "openmoji-color",
+    "openmoji-black",
+    compare.HELD_OUT,
+]  # README's order
 
 
 @pytest.fixture(autouse=True)
 def committed():
     """Who has changed a number and run the pipeline has other metrics than README."""
-    same = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "reports/metrics"], cwd=ROOT, check=False)
+    same = subprocess.run(
+        ["git", "diff", "--quiet", "HEAD", "--", "reports/metrics"], cwd=ROOT, check=False
+    )
     if same.returncode:
-        pytest.skip("reports/metrics are of another run than the committed one, or this is no git repository")
+        pytest.skip(
+            "reports/metrics are of another run than the committed one, or this is no git repository"
+        )
 
 
 def table(corner: str) -> dict[str, list[str]]:
@@ -27,7 +38,7 @@ def table(corner: str) -> dict[str, list[str]]:
     lines = (ROOT / "README.md").read_text().splitlines()
     (start,) = [i for i, line in enumerate(lines) if line.startswith(f"| {corner} |")]
     rows = {}
-    for line in lines[start + 2:]:
+    for line in lines[start + 2 :]:
         if not line.startswith("|"):
             break
         name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
@@ -48,10 +59,14 @@ def test_the_recipes_and_their_teachers():
     found = shown(compare.main_metric(frame))
     for row in compare.main_rows(compare.read_metrics(ROOT / "reports/metrics"), p.evaluate.sets):
         if row.group == "teacher":
-            found.setdefault(f"teacher {row.name}", [""] * len(SETS))[SETS.index(row.set)] = f"{100 * row.mean:.1f}"
+            found.setdefault(f"teacher {row.name}", [""] * len(SETS))[SETS.index(row.set)] = (
+                f"{100 * row.mean:.1f}"
+            )
     assert not missing and table("%") == found
 
 
 def test_the_recipes_after_ten_times_the_samples():
-    main = ablate.by_samples(compare.main_metric(pd.read_csv(ROOT / "reports/metrics/ablations/long.csv")))
+    main = ablate.by_samples(
+        compare.main_metric(pd.read_csv(ROOT / "reports/metrics/ablations/long.csv"))
+    )
     assert table("% after 192,000 samples") == shown(main[main["samples"] == 192_000])

@@ -1,4 +1,6 @@
-"""What keeps the repository whole: dvc.yaml and the notebooks agree, overlays are valid, sources are stripped."""
+"""What keeps the repository whole: dvc.yaml and the notebooks agree, overlays are valid, sources
+are stripped.
+"""
 
 import re
 import shlex
@@ -51,13 +53,19 @@ def test_a_stage_depends_on_the_code_that_its_notebook_stands_on(name):
     notebook, deps = call(STAGES[name])[0], STAGES[name]["deps"]
     assert [d for d in deps if d.startswith("data/code")] == [f"data/code/{notebook}"]
     listed = [d for d in deps if d.startswith("mclip")]
-    assert all(Path(d).stem in code.SHOWING | {"site"} for d in listed), "mclip.pipeline.code knows of it"
+    assert all(Path(d).stem in code.SHOWING | {"site"} for d in listed), (
+        "mclip.pipeline.code knows of it"
+    )
 
 
 def test_the_first_stage_writes_what_notebooks_stand_on():
     name, entry = next(iter(STAGES.items()))
     assert (name, entry["cmd"], entry["deps"], entry["outs"]) == (
-        "code", "python -m mclip.pipeline.code", ["mclip", "notebooks"], [code.FOLDER])
+        "code",
+        "python -m mclip.pipeline.code",
+        ["mclip", "notebooks"],
+        [code.FOLDER],
+    )
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -69,7 +77,9 @@ def test_dependencies_in_the_repository_exist(name):
 
 @pytest.mark.parametrize("path", strip.notebooks(ROOT / "notebooks"), ids=lambda p: p.stem)
 def test_source_notebooks_are_stripped_and_take_parameters(path):
-    assert path.read_text() == strip.stripped(path.read_text()), "run `python -m mclip.pipeline.strip`"
+    assert path.read_text() == strip.stripped(path.read_text()), (
+        "run `python -m mclip.pipeline.strip`"
+    )
     nb = nbformat.read(path, as_version=4)
     nbformat.validate(nb)
     assert run._parameter_names(nb, path)
@@ -89,12 +99,26 @@ def test_the_papers_settings():
         return params.check(params.merge(params.read_yaml(ROOT / "params.yaml"), overlay))
 
     cid, mobile = overlaid("clip-cid-paper"), overlaid("mobileclip-paper")
-    assert (cid.balance.threshold, cid.cluster.clusters, cid.distill.train.batch_size) == (0.07, 1_000_000, 32_768)
-    assert cid.distill.recipes["clip-cid"].cluster.alpha == 0.999 and cid.distill.train.betas == (0.9, 0.98)
+    assert (cid.balance.threshold, cid.cluster.clusters, cid.distill.train.batch_size) == (
+        0.07,
+        1_000_000,
+        32_768,
+    )
+    assert cid.distill.recipes["clip-cid"].cluster.alpha == 0.999 and cid.distill.train.betas == (
+        0.9,
+        0.98,
+    )
     assert sum(s.probe for s in cid.evaluate.sets.values()) == 14 and len(cid.evaluate.sets) == 19
-    assert (mobile.reinforce.n_aug, mobile.reinforce.n_syn, mobile.distill.train.ema) == (10, 5, 0.9995)
+    assert (mobile.reinforce.n_aug, mobile.reinforce.n_syn, mobile.distill.train.ema) == (
+        10,
+        5,
+        0.9995,
+    )
     assert (mobile.reinforce.scale_min, mobile.reinforce.randaugment_ops) == (0.08, 2)
-    assert mobile.distill.train.samples == 65_536 * 200_000 and mobile.distill.train.betas == (0.9, 0.95)
+    assert mobile.distill.train.samples == 65_536 * 200_000 and mobile.distill.train.betas == (
+        0.9,
+        0.95,
+    )
     assert not cid.teachers.assemble and cid.teachers.captioner_train is None
 
 
@@ -110,6 +134,8 @@ def test_dvc_does_not_look_at_caches_of_python():
 
 
 def test_make_lists_its_commands():
-    said = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        ["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for command in ("repro", "test", "lab", "report", "lint", "bench"):
         assert f"make {command}\t" in said

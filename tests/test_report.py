@@ -16,22 +16,35 @@ from mclip import params
 from mclip.report import build as report
 
 ROOT = Path(__file__).resolve().parents[1]
-CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
+CHROMIUM = next(
+    (p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None
+)
 
 
 def png(width: int = 30, height: int = 20) -> str:
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     rows = b"".join(b"\0" + bytes([200, 60, 60]) * width for _ in range(height))
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    data = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
     return base64.b64encode(data).decode()
 
 
-def executed(title: str, answer: str, *, figure: str = "Figure: a <red> box") -> nbformat.NotebookNode:
+def executed(
+    title: str, answer: str, *, figure: str = "Figure: a <red> box"
+) -> nbformat.NotebookNode:
     picture = new_output("display_data", {"image/png": png(), "text/plain": figure})
-    table = new_output("display_data", {"text/html": "<table><tr><td>1</td></tr></table><script>1</script>"})
+    table = new_output(
+        "display_data", {"text/html": "<table><tr><td>1</td></tr></table><script>1</script>"}
+    )
     said = new_output(
         "display_data",
         {"text/html": f"<p>{answer}</p>", "text/plain": answer},
@@ -39,7 +52,9 @@ def executed(title: str, answer: str, *, figure: str = "Figure: a <red> box") ->
     )
     return new_notebook(
         cells=[
-            new_markdown_cell(f"# {title}\n\nWhy this is asked, at a < b & c.\n\n**Run:** `dvc repro`"),
+            new_markdown_cell(
+                f"# {title}\n\nWhy this is asked, at a < b & c.\n\n**Run:** `dvc repro`"
+            ),
             new_code_cell("sections = None", metadata={"tags": ["parameters"]}),
             new_code_cell("sections = {'a': 1}", metadata={"tags": ["injected-parameters"]}),
             new_code_cell("draw('<b>')", outputs=[picture], metadata={"tags": ["key-figure"]}),
@@ -63,10 +78,15 @@ def reports(tmp_path):
     ):
         nbformat.write(executed(title, f"{name}: 40 % & more."), folder / f"{name}.ipynb")
     nbformat.write(new_notebook(), folder / "embed.failed.ipynb")
-    sets = {"cifar10": {"top1": {"mean": 0.5, "std": 0.01}}, "emoji-unseen": {"mean_r1": {"mean": 0.2, "std": 0.0}}}
+    sets = {
+        "cifar10": {"top1": {"mean": 0.5, "std": 0.01}},
+        "emoji-unseen": {"mean_r1": {"mean": 0.2, "std": 0.0}},
+    }
     tree = {"clip": sets | {"mean": {"mean": 0.2, "std": 0.003, "sets": 1}}}
     (folder / "metrics" / "clip.json").write_text(json.dumps(tree))
-    (folder / "metrics" / "teachers.json").write_text(json.dumps({"large": {"cifar10": {"top1": 0.9}}}))
+    (folder / "metrics" / "teachers.json").write_text(
+        json.dumps({"large": {"cifar10": {"top1": 0.9}}})
+    )
     return folder
 
 
@@ -98,8 +118,10 @@ def test_index_has_titles_answers_numbers_and_says_what_is_missing(reports):
         "a &lt;red&gt; box",
     ):
         assert part in index, part
-    order = [index.index(f'class="card" href="{name}.html"') for name in ("balance", "evaluate-clip", "ablations-clusters",
-                                                                             "ablations-pca")]
+    order = [
+        index.index(f'class="card" href="{name}.html"')
+        for name in ("balance", "evaluate-clip", "ablations-clusters", "ablations-pca")
+    ]
     assert order == sorted(order)
     headings = re.findall(r'<h2 id="(\w+)"', index)
     assert headings == ["result", "pipeline", "recipes", "ablations", "pictures", "cost", "same"]
@@ -109,9 +131,14 @@ def test_index_has_titles_answers_numbers_and_says_what_is_missing(reports):
 def test_a_group_without_pages_has_no_heading_and_many_ablations_are_all_there(reports):
     (reports / "ablations/pca.ipynb").unlink()
     for i in range(12):
-        nbformat.write(executed(f"Question {i}?", f"answer {i}"), reports / "ablations" / f"study-{i:02d}.ipynb")
+        nbformat.write(
+            executed(f"Question {i}?", f"answer {i}"),
+            reports / "ablations" / f"study-{i:02d}.ipynb",
+        )
     settings = params.read_yaml(ROOT / "params.yaml")
-    settings["ablations"]["studies"] |= {f"study-{i:02d}": settings["ablations"]["studies"]["terms"] for i in range(12)}
+    settings["ablations"]["studies"] |= {
+        f"study-{i:02d}": settings["ablations"]["studies"]["terms"] for i in range(12)
+    }
     (reports / "params.yaml").write_text(json.dumps(settings))  # YAML, too
     index = report.build(reports, reports / "site", reports / "params.yaml").read_text()
     assert 'id="others"' not in index
@@ -124,7 +151,9 @@ def test_every_page_is_linked_from_every_page(reports):
     names = {path.name for path in site.glob("*.html")}
     for path in site.glob("*.html"):
         linked = set(re.findall(r'href="([\w-]+\.html)"', path.read_text()))
-        assert linked | {path.name} == names | ({"index.html"} if path.name == "index.html" else set()), path.name
+        assert linked | {path.name} == names | (
+            {"index.html"} if path.name == "index.html" else set()
+        ), path.name
 
 
 def test_page_folds_code_and_has_neighbours(reports):
@@ -137,7 +166,9 @@ def test_page_folds_code_and_has_neighbours(reports):
     assert "1 &lt; 2" in page and "<script" not in page
     assert re.search(r'<img[^>]*\balt="a &lt;red&gt; box"', page)
     for text in site.glob("*.html"):
-        assert not re.search(r'(?:src|href)\s*=\s*"(?!data:|#|[\w-]+\.html")', text.read_text()), text
+        assert not re.search(r'(?:src|href)\s*=\s*"(?!data:|#|[\w-]+\.html")', text.read_text()), (
+            text
+        )
 
 
 def test_same_input_same_bytes(reports):
@@ -151,12 +182,18 @@ def test_times_are_summed(reports):
         times = {"stage": stage, "seconds": seconds, "peak_rss_mb": 1234}
         (reports / "times" / f"{stage}.json").write_text(json.dumps(times))
     index = (build(reports) / "index.html").read_text()
-    assert index.index("1 min 05 s") < index.index("3.5 s") and "1 min 08 s" in index and "1,234 MB" in index
+    assert (
+        index.index("1 min 05 s") < index.index("3.5 s")
+        and "1 min 08 s" in index
+        and "1,234 MB" in index
+    )
 
 
 def test_what_is_left_of_a_recipe_that_is_gone_is_not_shown(reports):
     nbformat.write(executed("An old question?", "old answer"), reports / "evaluate" / "old.ipynb")
-    (reports / "metrics" / "old.json").write_text((reports / "metrics" / "clip.json").read_text().replace("clip", "old"))
+    (reports / "metrics" / "old.json").write_text(
+        (reports / "metrics" / "clip.json").read_text().replace("clip", "old")
+    )
     (reports / "times" / "evaluate").mkdir(parents=True)
     times = {"stage": "evaluate", "recipe": "old", "seconds": 12.5, "peak_rss_mb": 1}
     (reports / "times" / "evaluate" / "old.json").write_text(json.dumps(times))
@@ -184,7 +221,9 @@ def test_nothing_to_report_on(tmp_path):
 
 def test_answer_is_found_by_build(monkeypatch):
     shown = []
-    monkeypatch.setattr("IPython.display.display", lambda data, **options: shown.append((data, options["metadata"])))
+    monkeypatch.setattr(
+        "IPython.display.display", lambda data, **options: shown.append((data, options["metadata"]))
+    )
     report.answer("40 % <of> it\n is  gone")
     data, metadata = shown[0]
     assert data["text/plain"] == "40\u00a0% <of> it is gone" and "&lt;of&gt;" in data["text/html"]
@@ -219,14 +258,18 @@ def check_site(browser, site: Path) -> None:
     assert pages
     for path in pages:
         for width, scheme in ((1200, "light"), (390, "dark")):
-            context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            context = browser.new_context(
+                viewport={"width": width, "height": 900}, color_scheme=scheme
+            )
             page = context.new_page()
             requests, console = [], []
             page.on("request", lambda r, seen=requests: seen.append(r.url))
             page.on("console", lambda m, seen=console: seen.append(m.text))
             page.on("pageerror", lambda e, seen=console: seen.append(str(e)))
             page.goto(path.as_uri())
-            outside = [url for url in requests if url != path.as_uri() and not url.startswith("data:")]
+            outside = [
+                url for url in requests if url != path.as_uri() and not url.startswith("data:")
+            ]
             assert outside == [], f"{path.name}: {outside[0]}"
             assert console == [], f"{path.name}: {console[0]}"
             images = page.evaluate("[...document.images].map(i => [i.naturalWidth, i.alt])")
@@ -235,7 +278,11 @@ def check_site(browser, site: Path) -> None:
                 f"{path.name} is wider than {width} px"
             )
             links = page.evaluate("[...document.links].map(a => a.href)")
-            local = [link.removeprefix("file://").split("#")[0] for link in links if link.startswith("file:")]
+            local = [
+                link.removeprefix("file://").split("#")[0]
+                for link in links
+                if link.startswith("file:")
+            ]
             assert all(Path(link).exists() for link in local), f"{path.name}: dead link"
             context.close()
 

@@ -1,4 +1,6 @@
-"""The notebook runner, on tiny notebooks of its own. All runs start at once: they must not meet, either."""
+"""The notebook runner, on tiny notebooks of its own. All runs start at once: they must not meet,
+either.
+"""
 
 import json
 import os
@@ -52,7 +54,9 @@ process.wait()
 
 
 def write_notebook(path: Path, *cells: str) -> None:
-    nb = v4.new_notebook(cells=[v4.new_markdown_cell(f"# {path.stem}?"), v4.new_code_cell(PARAMETERS)])
+    nb = v4.new_notebook(
+        cells=[v4.new_markdown_cell(f"# {path.stem}?"), v4.new_code_cell(PARAMETERS)]
+    )
     nb.cells[1].metadata["tags"] = ["parameters"]
     nb.cells += [v4.new_code_cell(c.strip()) for c in cells]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,10 +69,18 @@ class Run:
     def __init__(self, repo: Path, name: str, *args: str, module: str = "mclip.pipeline.run"):
         self.log = repo / f"{name}.log"
         env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
-            "EXPECTED_PYTHON": sys.executable, "EXPECTED_CWD": str(repo), "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT),
-            "IPYTHONDIR": str(repo / "ipython"), "JUPYTER_PATH": str(repo / "jupyter"), "TMPDIR": str(repo / "tmp")}
+            "EXPECTED_PYTHON": sys.executable,
+            "EXPECTED_CWD": str(repo),
+            "MPLBACKEND": "agg",
+            "PYTHONPATH": str(ROOT),
+            "IPYTHONDIR": str(repo / "ipython"),
+            "JUPYTER_PATH": str(repo / "jupyter"),
+            "TMPDIR": str(repo / "tmp"),
+        }
         with self.log.open("w") as log:
-            self.process = subprocess.Popen([sys.executable, "-m", module, *args], cwd=repo, env=env, stderr=log)
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, *args], cwd=repo, env=env, stderr=log
+            )
 
     @property
     def said(self) -> str:
@@ -77,7 +89,9 @@ class Run:
     def wait_for(self, text: str, seconds: float = 120) -> None:
         end = time.monotonic() + seconds
         while text not in self.said:
-            assert self.process.poll() is None and time.monotonic() < end, f"no {text!r} in:\n{self.said}"
+            assert self.process.poll() is None and time.monotonic() < end, (
+                f"no {text!r} in:\n{self.said}"
+            )
             time.sleep(0.05)
 
     def code(self) -> int:
@@ -95,12 +109,15 @@ def repo(tmp_path_factory):
     write_notebook(repo / "notebooks/child.ipynb", CHILD)
     write_notebook(repo / "notebooks/early.ipynb", "import sys; sys.exit(0)", "print('never')")
     (repo / "lib").mkdir()
-    (repo / "lib/broken.py").write_text("def outer(x):\n    return inner(x)\n\n\ndef inner(x):\n    return 1 / x\n")
+    (repo / "lib/broken.py").write_text(
+        "def outer(x):\n    return inner(x)\n\n\ndef inner(x):\n    return 1 / x\n"
+    )
     (repo / "ipython/profile_default/startup").mkdir(parents=True)
     (repo / "ipython/profile_default/startup/0.py").write_text("startup = 1\n")
     (repo / "jupyter/kernels/python3").mkdir(parents=True)
     (repo / "jupyter/kernels/python3/kernel.json").write_text(
-        json.dumps({"argv": ["false"], "display_name": "other", "language": "python"}))
+        json.dumps({"argv": ["false"], "display_name": "other", "language": "python"})
+    )
     (repo / "tmp").mkdir()
     for name in ("failing", "child"):
         report = repo / ("reports/ablations" if name == "failing" else "reports") / f"{name}.ipynb"
@@ -115,10 +132,14 @@ def repo(tmp_path_factory):
 def runs(repo):
     """Every run, started at once and finished."""
     good = ["good", "-p", "distill.train", "-s"]
-    runs = {"a": Run(repo, "a", *good, "recipe=a"), "b": Run(repo, "b", *good, "recipe=b"),
-            "failing": Run(repo, "failing", "ablations/failing"), "early": Run(repo, "early", "early"),
-            "guarded": Run(repo, "guarded", "guarded", "-s", "recipe=g", "-p", "balance"),
-            "child": Run(repo, "child", "child")}
+    runs = {
+        "a": Run(repo, "a", *good, "recipe=a"),
+        "b": Run(repo, "b", *good, "recipe=b"),
+        "failing": Run(repo, "failing", "ablations/failing"),
+        "early": Run(repo, "early", "early"),
+        "guarded": Run(repo, "guarded", "guarded", "-s", "recipe=g", "-p", "balance"),
+        "child": Run(repo, "child", "child"),
+    }
     try:
         runs["child"].wait_for("started")
         runs["child"].process.send_signal(signal.SIGTERM)
@@ -155,11 +176,23 @@ def test_the_report_holds_nothing_of_this_run_or_machine(repo, runs):
     raw = (repo / "reports/good/a.ipynb").read_text()
     nb = nbformat.reads(raw, as_version=4)
     nbformat.validate(nb)
-    assert set(nb.metadata) == {"kernelspec", "language_info"} and "version" not in nb.metadata.language_info
+    assert (
+        set(nb.metadata) == {"kernelspec", "language_info"}
+        and "version" not in nb.metadata.language_info
+    )
     assert [c.id for c in nb.cells] == [f"cell-{i}" for i in range(len(nb.cells))]
-    assert nb.cells[2].metadata == {"tags": ["injected-parameters"]} and "\n        'train': {\n" in nb.cells[2].source
-    assert "waiting\nmore\n" in outputs(repo / "reports/good/a.ipynb")  # one stream, no warning in between
-    assert "a warning" not in outputs(repo / "reports/good/a.ipynb") and "100%" not in raw and str(repo) not in raw
+    assert (
+        nb.cells[2].metadata == {"tags": ["injected-parameters"]}
+        and "\n        'train': {\n" in nb.cells[2].source
+    )
+    assert "waiting\nmore\n" in outputs(
+        repo / "reports/good/a.ipynb"
+    )  # one stream, no warning in between
+    assert (
+        "a warning" not in outputs(repo / "reports/good/a.ipynb")
+        and "100%" not in raw
+        and str(repo) not in raw
+    )
     assert not (repo / "reports/good/a.failed.ipynb").exists()
     assert not list((repo / "tmp").iterdir()) and not list((repo / "reports").glob(".*"))
 
@@ -172,8 +205,14 @@ def test_two_runs_write_the_same_bytes(repo, runs):
 
 def test_the_terminal_shows_headings_prints_warnings_and_bars(runs):
     said = runs["a"].said
-    for text in ("good/a: running notebooks/good.ipynb\n", "  good?\n", "waiting\n", "a warning of /some/path",
-                 "counting: 100%", "good/a: reports/good/a.ipynb written, "):
+    for text in (
+        "good/a: running notebooks/good.ipynb\n",
+        "  good?\n",
+        "waiting\n",
+        "a warning of /some/path",
+        "counting: 100%",
+        "good/a: reports/good/a.ipynb written, ",
+    ):
         assert text in said
     assert "\r" not in said  # a file gets whole lines
 
@@ -190,7 +229,10 @@ def test_a_failure_says_where_on_one_screen_and_keeps_what_ran(repo, runs):
     kept = "reports/ablations/failing.failed.ipynb"
     assert f"ablations/failing: FAILED in cell [3] of {kept}" in said
     assert "--> broken.outer(0)" in said
-    assert "lib/broken.py:2 in outer: return inner(x)\n  lib/broken.py:6 in inner: return 1 / x\n" in said
+    assert (
+        "lib/broken.py:2 in outer: return inner(x)\n  lib/broken.py:6 in inner: return 1 / x\n"
+        in said
+    )
     assert "\nZeroDivisionError: division by zero\n" in said
     assert said.endswith(f"jupyter lab {kept}\n") and len(said.splitlines()) < 25
     assert "so far\n" in outputs(repo / kept)
@@ -206,7 +248,10 @@ def test_a_notebook_that_exits_early_is_no_report(repo, runs):
 
 def test_an_edit_during_the_run_is_refused(repo, runs):
     assert runs["guarded"].code() == 1
-    assert "notebooks/guarded.ipynb was edited while it ran; nothing is kept, run it again\n" in runs["guarded"].said
+    assert (
+        "notebooks/guarded.ipynb was edited while it ran; nothing is kept, run it again\n"
+        in runs["guarded"].said
+    )
     assert not list(repo.glob("reports/guarded*"))
 
 
@@ -225,8 +270,12 @@ def test_nothing_goes_on_when_dvc_itself_is_killed(repo, tmp_path, monkeypatch):
     for name in ("params.yaml", "notebooks/child.ipynb"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text((repo / name).read_text())
-    (tmp_path / "dvc.yaml").write_text("stages:\n  child:\n    cmd: python -m mclip.pipeline.run child\n")
-    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=tmp_path, check=True)
+    (tmp_path / "dvc.yaml").write_text(
+        "stages:\n  child:\n    cmd: python -m mclip.pipeline.run child\n"
+    )
+    subprocess.run(
+        [sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=tmp_path, check=True
+    )
     started = Run(tmp_path, "dvc", "repro", module="dvc")
     started.wait_for("started")
     family = psutil.Process(started.process.pid).children(recursive=True)
@@ -236,13 +285,18 @@ def test_nothing_goes_on_when_dvc_itself_is_killed(repo, tmp_path, monkeypatch):
     assert "child: stopped by SIGTERM: no report, but " in started.said
 
 
-@pytest.mark.parametrize(("args", "said"), [
-    (["god"], "notebooks/god.ipynb: no such notebook; did you mean 'good'?"),
-    (["good", "-p", "balance.treshold"], "params.yaml has no 'balance.treshold'"),
-    (["good", "-s", "recipie=clip"],
-     "notebooks/good.ipynb: its parameters cell has no 'recipie' (it has: sections, recipe)"),
-    (["good", "-s", "recipe"], "-s recipe: expected NAME=VALUE"),
-])
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["god"], "notebooks/god.ipynb: no such notebook; did you mean 'good'?"),
+        (["good", "-p", "balance.treshold"], "params.yaml has no 'balance.treshold'"),
+        (
+            ["good", "-s", "recipie=clip"],
+            "notebooks/good.ipynb: its parameters cell has no 'recipie' (it has: sections, recipe)",
+        ),
+        (["good", "-s", "recipe"], "-s recipe: expected NAME=VALUE"),
+    ],
+)
 def test_a_wrong_call_is_one_line(repo, monkeypatch, capsys, args, said):
     monkeypatch.chdir(repo)
     assert run.main(args) == 2
@@ -251,16 +305,31 @@ def test_a_wrong_call_is_one_line(repo, monkeypatch, capsys, args, said):
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A repository with a stage of one notebook, x, that imports mclip.a and through it mclip.models."""
+    """A repository with a stage of one notebook, x, that imports mclip.a and through it
+    mclip.models.
+    """
     monkeypatch.chdir(tmp_path)
-    files = {"notebooks/x.ipynb": nbformat.writes(v4.new_notebook(cells=[v4.new_code_cell("from mclip import a")])),
-             "mclip/a.py": "from . import models", "mclip/models/__init__.py": "from . import b"}
-    for name in ("mclip/models/b.py", "mclip/models/c.json", "mclip/other.py", "mclip/shown.py", "data/d.json"):
+    files = {
+        "notebooks/x.ipynb": nbformat.writes(
+            v4.new_notebook(cells=[v4.new_code_cell("from mclip import a")])
+        ),
+        "mclip/a.py": "from . import models",
+        "mclip/models/__init__.py": "from . import b",
+    }
+    for name in (
+        "mclip/models/b.py",
+        "mclip/models/c.json",
+        "mclip/other.py",
+        "mclip/shown.py",
+        "data/d.json",
+    ):
         files[name] = ""
     files["params.yaml"] = (ROOT / "params.yaml").read_text()
-    files["dvc.yaml"] = ("stages:\n  y: {foreach: [1], do: {cmd: python -m mclip.pipeline.run x -s k=1,"
-                         " deps: [notebooks/x.ipynb, data/code/x, mclip/shown.py, data]}}\n"
-                         "  z: {cmd: python -m mclip.pipeline.run z -p x, deps: [mclip]}\n")
+    files["dvc.yaml"] = (
+        "stages:\n  y: {foreach: [1], do: {cmd: python -m mclip.pipeline.run x -s k=1,"
+        " deps: [notebooks/x.ipynb, data/code/x, mclip/shown.py, data]}}\n"
+        "  z: {cmd: python -m mclip.pipeline.run z -p x, deps: [mclip]}\n"
+    )
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -269,8 +338,14 @@ def package(tmp_path, monkeypatch):
 
 def test_guarded_are_the_sources_that_dvc_records(package):
     assert set(run.sources(run.Stage("x"))) == {
-        "params.yaml", "notebooks/x.ipynb", "mclip/a.py", "mclip/models/__init__.py", "mclip/models/b.py",
-        "mclip/models/c.json", "mclip/shown.py"}
+        "params.yaml",
+        "notebooks/x.ipynb",
+        "mclip/a.py",
+        "mclip/models/__init__.py",
+        "mclip/models/b.py",
+        "mclip/models/c.json",
+        "mclip/shown.py",
+    }
     assert "mclip/other.py" in run.sources(run.Stage("w"))  # no notebook that can be read
 
 
@@ -279,7 +354,10 @@ def test_an_edit_between_dvcs_stage_code_and_the_notebooks_own_stops_it(package,
     (package / "mclip/models/b.py").write_text("changed = True")
     assert run.edited_before(run.Stage("x")) == []  # by hand, where nothing is recorded
     monkeypatch.setenv("DVC_STAGE", "y@1")
-    with pytest.raises(run.StageError, match=r"^x: mclip/models/b.py was edited after DVC's stage `code`: run `dvc repro`"):
+    with pytest.raises(
+        run.StageError,
+        match=r"^x: mclip/models/b.py was edited after DVC's stage `code`: run `dvc repro`",
+    ):
         run.run(run.Stage("x"))
     closure.write()
     assert run.edited_before(run.Stage("x")) == []

@@ -22,14 +22,24 @@ def split(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def classes(split):
-    return split._replace(captions=[], labels=[0, 1, 0, 3, 1, 0, 3], classes=["cat", "dog", "fox", "cow"],
-                          templates=["a {c}", "the {c}."])
+    return split._replace(
+        captions=[],
+        labels=[0, 1, 0, 3, 1, 0, 3],
+        classes=["cat", "dog", "fox", "cow"],
+        templates=["a {c}", "the {c}."],
+    )
 
 
 def test_questions_know_their_right_pictures(split, classes):
     asked = search.questions(split)
     assert asked.texts == ["cat", "dog", "hound", "cow", "owl"]
-    assert [np.flatnonzero(row).tolist() for row in asked.right] == [[0, 2, 6], [1], [1, 4], [3], [5]]
+    assert [np.flatnonzero(row).tolist() for row in asked.right] == [
+        [0, 2, 6],
+        [1],
+        [1, 4],
+        [3],
+        [5],
+    ]
     asked = search.questions(classes)
     assert asked.texts == ["cat", "dog", "cow"] and asked.prompts[1] == ["a dog", "the dog."]
     assert [np.flatnonzero(row).tolist() for row in asked.right] == [[0, 2, 5], [1, 4], [3, 6]]
@@ -45,9 +55,14 @@ def test_pictures_come_by_cosine(split, classes, kind, tmp_path):
     asked = search.questions(of)
     found = search.search(f"local-dir:{tmp_path / 'model'}", of, asked, batch_size=3)
     with torch.no_grad():
-        pictures = [made.encode_image(preprocess(read_image(p))[None])[0].double() for p in of.places]
+        pictures = [
+            made.encode_image(preprocess(read_image(p))[None])[0].double() for p in of.places
+        ]
         for row, own in zip(found, asked.prompts, strict=True):
-            text = sum(torch.nn.functional.normalize(made.encode_text(tokenizer([t]))[0], dim=0) for t in own).double()
+            text = sum(
+                torch.nn.functional.normalize(made.encode_text(tokenizer([t]))[0], dim=0)
+                for t in own
+            ).double()
             cosine = [torch.cosine_similarity(text, x, dim=0).item() for x in pictures]
             assert sorted(row) == list(range(7))
             assert (np.diff(np.array(cosine)[row]) < 1e-6).all()
@@ -55,12 +70,23 @@ def test_pictures_come_by_cosine(split, classes, kind, tmp_path):
 
 def test_precision_and_chance(split):
     asked = search.questions(split)
-    found = np.array([[0, 2, 6, 1, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6], [1, 0, 4, 2, 3, 5, 6], [0, 1, 2, 4, 5, 6, 3],
-                      [5, 0, 1, 2, 3, 4, 6]])
+    found = np.array(
+        [
+            [0, 2, 6, 1, 3, 4, 5],
+            [0, 1, 2, 3, 4, 5, 6],
+            [1, 0, 4, 2, 3, 5, 6],
+            [0, 1, 2, 4, 5, 6, 3],
+            [5, 0, 1, 2, 3, 4, 6],
+        ]
+    )
     np.testing.assert_allclose(search.precision(found, asked, 1), [1, 0, 1, 0, 1])
     np.testing.assert_allclose(search.precision(found, asked, 3), [1, 1, 1, 0, 1])
     np.testing.assert_allclose(search.precision(found, asked, 2), [1, 1, 0.5, 0, 1])
     rng = np.random.default_rng(0)
-    drawn = np.mean([search.precision(np.stack([rng.permutation(7) for _ in range(5)]), asked, 2).mean()
-                     for _ in range(4000)])
+    drawn = np.mean(
+        [
+            search.precision(np.stack([rng.permutation(7) for _ in range(5)]), asked, 2).mean()
+            for _ in range(4000)
+        ]
+    )
     assert search.chance(asked, 2) == pytest.approx(drawn, abs=0.01)

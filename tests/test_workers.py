@@ -1,4 +1,6 @@
-"""mclip.system.workers: tasks over processes and over Ray (a stand-in: the package itself is not installed)."""
+"""mclip.system.workers: tasks over processes and over Ray (a stand-in: the package itself is not
+installed).
+"""
 
 import os
 import signal
@@ -22,7 +24,9 @@ def test_processes_share_the_machine():
     assert [number for number, *_ in found] == list(range(6))
     assert os.getpid() not in {pid for _, pid, *_ in found}
     if not torch.cuda.is_available():
-        assert {(device, threads) for _, _, device, threads, _ in found} == {("cpu", max(1, os.cpu_count() // 2))}
+        assert {(device, threads) for _, _, device, threads, _ in found} == {
+            ("cpu", max(1, os.cpu_count() // 2))
+        }
 
 
 def test_one_worker_is_this_process_with_all_its_threads():
@@ -45,7 +49,11 @@ def test_gpus_are_dealt_out(monkeypatch):
 def test_a_worker_decodes_on_its_part_of_the_cores(of, cpu, cuda, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(workers, "_of", of)
-    assert [models.decoders("cpu"), models.decoders("cuda:1"), models.decoders("cuda", 3)] == [cpu, cuda, 3]
+    assert [models.decoders("cpu"), models.decoders("cuda:1"), models.decoders("cuda", 3)] == [
+        cpu,
+        cuda,
+        3,
+    ]
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -61,11 +69,15 @@ def test_ray_tasks_start_where_this_process_is(gpu, tmp_path, monkeypatch):
         os.chdir("/")
         return waiting()
 
-    ray = types.SimpleNamespace(remote=remote, get=get, wait=lambda waiting, num_returns: (waiting[-1:], waiting[:-1]))
+    ray = types.SimpleNamespace(
+        remote=remote, get=get, wait=lambda waiting, num_returns: (waiting[-1:], waiting[:-1])
+    )
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.chdir(tmp_path)
     found = list(run_tasks(about, [(n,) for n in range(3)], workers=1, backend="ray", gpu=gpu))
-    assert [number for number, *_ in found] == [2, 1, 0] and {cwd for *_, cwd in found} == {str(tmp_path)}
+    assert [number for number, *_ in found] == [2, 1, 0] and {cwd for *_, cwd in found} == {
+        str(tmp_path)
+    }
     assert asked == [{"num_cpus": 1, "num_gpus": int(gpu)}]
 
 

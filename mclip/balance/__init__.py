@@ -11,5 +11,15 @@ What a set is and how it is found: `mclip.balance.sets`.
 from mclip.balance.sets import balance, removed_curve, representative_distance, spanning_forest
 from mclip.data.stores.balance import METRICS, Balance, BalanceError, convert, read, write
 
-__all__ = ["METRICS", "Balance", "BalanceError", "balance", "convert", "read", "removed_curve",
-           "representative_distance", "spanning_forest", "write"]
+__all__ = [
+    "METRICS",
+    "Balance",
+    "BalanceError",
+    "balance",
+    "convert",
+    "read",
+    "removed_curve",
+    "representative_distance",
+    "spanning_forest",
+    "write",
+]

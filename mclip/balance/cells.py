@@ -1,8 +1,9 @@
 """Cells of near rows, and what tells that rows of two cells are farther apart than a distance.
 
-k-means puts n rows into cells with centres c. With `s_C(x) = c_C.x - |c_C|^2 / 2`, the score of x for cell C, the
-function `f = s_A - s_B` grows by at most |c_A - c_B| for each unit of distance. `extents` takes its largest value over
-the rows of each cell, once for all limits; then a row x of A can have a neighbour within e in B only if
+k-means puts n rows into cells with centres c. With `s_C(x) = c_C.x - |c_C|^2 / 2`, the score of x
+for cell C, the function `f = s_A - s_B` grows by at most |c_A - c_B| for each unit of distance.
+`extents` takes its largest value over the rows of each cell, once for all limits; then a row x of A
+can have a neighbour within e in B only if
 
     s_A(x) - s_B(x) <= max over y in B of (s_A(y) - s_B(y)) + e |c_A - c_B|
 
@@ -22,12 +23,18 @@ ROWS = 64  # rows held against all centres at once: the scores stay in a core's 
 
 def assign(z: torch.Tensor, centres: torch.Tensor) -> np.ndarray:
     """(n,) the cell of each row: the centre of the largest score, the nearest but for rounding."""
-    label, across, bias = np.empty(len(z), np.int32), centres.T.contiguous(), centres.square().sum(1) / -2
+    label, across, bias = (
+        np.empty(len(z), np.int32),
+        centres.T.contiguous(),
+        centres.square().sum(1) / -2,
+    )
 
     def some(start: int) -> None:
-        score = torch.addmm(bias, z[start:start + ROWS].to(centres.device).float(), across)
+        score = torch.addmm(bias, z[start : start + ROWS].to(centres.device).float(), across)
         # numpy's argmax on the CPU: a fifteenth of torch's time
-        label[start:start + ROWS] = score.argmax(1).cpu() if score.is_cuda else score.numpy().argmax(1)
+        label[start : start + ROWS] = (
+            score.argmax(1).cpu() if score.is_cuda else score.numpy().argmax(1)
+        )
 
     for _ in threads(some, range(0, len(z), ROWS)):
         pass
@@ -35,7 +42,9 @@ def assign(z: torch.Tensor, centres: torch.Tensor) -> np.ndarray:
 
 
 def kmeans(z: torch.Tensor, k: int, device: torch.device) -> torch.Tensor:
-    """Centres (k, d) of rows z by Lloyd's algorithm on PER_CELL rows each; near ones lie beside each other."""
+    """Centres (k, d) of rows z by Lloyd's algorithm on PER_CELL rows each; near ones lie beside
+    each other.
+    """
     some = np.random.default_rng(0).choice(len(z), min(len(z), PER_CELL * k), replace=False)
     sample = z[torch.from_numpy(some)].float()
     centres = sample[:k].clone()
@@ -48,12 +57,15 @@ def kmeans(z: torch.Tensor, k: int, device: torch.device) -> torch.Tensor:
 
 
 def extents(z: torch.Tensor, starts: np.ndarray, centres: torch.Tensor) -> torch.Tensor:
-    """(cells, cells) fp16: [A, B] is the largest s_B(x) - s_A(x) of the rows x of cell A, or a little more.
+    """(cells, cells) fp16: [A, B] is the largest s_B(x) - s_A(x) of the rows x of cell A, or a
+    little more.
 
     Rows of cell A are z[starts[A]:starts[A + 1]]; an empty cell has -inf.
     """
     across, bias = centres.T.contiguous(), centres.square().sum(1) / -2
-    out = torch.full((len(centres), len(centres)), -torch.inf, dtype=torch.float16, device=centres.device)
+    out = torch.full(
+        (len(centres), len(centres)), -torch.inf, dtype=torch.float16, device=centres.device
+    )
 
     def one(a: int) -> None:
         start, stop = starts[a], starts[a + 1]
@@ -61,7 +73,7 @@ def extents(z: torch.Tensor, starts: np.ndarray, centres: torch.Tensor) -> torch
             return
         most = torch.full_like(bias, -torch.inf)
         for at in range(start, stop, ROWS):
-            score = z[at:min(at + ROWS, stop)].float() @ across
+            score = z[at : min(at + ROWS, stop)].float() @ across
             torch.maximum(most, score.sub_(score[:, a, None].clone()).amax(0), out=most)
         most += bias - bias[a]
         out[a] = (most + most.abs() * 2**-10 + 1e-7).half()  # never rounded to less
@@ -72,7 +84,9 @@ def extents(z: torch.Tensor, starts: np.ndarray, centres: torch.Tensor) -> torch
 
 
 def kd_order(points: np.ndarray, size: int) -> np.ndarray:
-    """(n,) places: points sorted by median splits along the coordinate of largest variance, into runs of `size`."""
+    """(n,) places: points sorted by median splits along the coordinate of largest variance, into
+    runs of `size`.
+    """
     order = np.arange(len(points))
     stack = [(0, len(points))]
     while stack:
@@ -89,7 +103,9 @@ def kd_order(points: np.ndarray, size: int) -> np.ndarray:
 
 
 def threads(work: Callable, items: Iterable) -> Iterator:
-    """work(item) of every item, on as many threads as torch has, each with one: the items are too small to be cut."""
+    """work(item) of every item, on as many threads as torch has, each with one: the items are too
+    small to be cut.
+    """
     count = torch.get_num_threads()
     if count == 1:
         yield from map(work, items)

@@ -1,4 +1,6 @@
-"""Connected components of the links up to a distance: by threads here or by many workers, and over a killed run."""
+"""Connected components of the links up to a distance: by threads here or by many workers, and over
+a killed run.
+"""
 
 import hashlib
 import tempfile
@@ -25,10 +27,19 @@ class StateError(ValueError):
     """The file of an earlier run can't be read; the message names it."""
 
 
-def components(rows: Rows, limit: float, *, tile: int | None = None, device: str | None = None,
-               state: str | Path | None = None, workers: int = 1, backend: str = "processes",
-               scratch: str | Path | None = None) -> np.ndarray:
-    """(n,) label of each row's component in the graph of squared distances <= limit: its lowest row.
+def components(
+    rows: Rows,
+    limit: float,
+    *,
+    tile: int | None = None,
+    device: str | None = None,
+    state: str | Path | None = None,
+    workers: int = 1,
+    backend: str = "processes",
+    scratch: str | Path | None = None,
+) -> np.ndarray:
+    """(n,) label of each row's component in the graph of squared distances <= limit: its lowest
+    row.
 
     The other arguments are those of `mclip.balance.balance`.
     """
@@ -38,8 +49,16 @@ def components(rows: Rows, limit: float, *, tile: int | None = None, device: str
     if is_alone(workers, backend):
         _search(prepared, limit, sets, tiles=known.todo, done=known.done)
     else:
-        for lot, roots in spread(_search_lot, prepared, limit, known.todo, workers=workers, backend=backend,
-                                 scratch=scratch, desc="balance"):
+        for lot, roots in spread(
+            _search_lot,
+            prepared,
+            limit,
+            known.todo,
+            workers=workers,
+            backend=backend,
+            scratch=scratch,
+            desc="balance",
+        ):
             moved = np.flatnonzero(roots != np.arange(len(roots)))
             sets.join(moved, roots[moved])
             for number in lot:
@@ -49,12 +68,22 @@ def components(rows: Rows, limit: float, *, tile: int | None = None, device: str
 
 
 def _search(prepared: Prepared, limit: float, sets: Sets, **options) -> None:
-    links.search(prepared, limit, lambda a, b, _: ~sets.joined(a, b), lambda a, b, _: sets.join(a, b),
-                 labels=sets.find, **options)
+    links.search(
+        prepared,
+        limit,
+        lambda a, b, _: ~sets.joined(a, b),
+        lambda a, b, _: sets.join(a, b),
+        labels=sets.find,
+        **options,
+    )
 
 
-def _search_lot(files: list[str], folder: str, limit: float, lot: list[int]) -> tuple[list[int], np.ndarray]:
-    """One worker's part: the root of every row by what its tiles link, a forest as good as all links that it found."""
+def _search_lot(
+    files: list[str], folder: str, limit: float, lot: list[int]
+) -> tuple[list[int], np.ndarray]:
+    """One worker's part: the root of every row by what its tiles link, a forest as good as all
+    links that it found.
+    """
     prepared = given(files, folder)
     sets = Sets(len(prepared.order))
     _search(prepared, limit, sets, tiles=lot, desc=None)
@@ -69,11 +98,22 @@ def parts_of(workers: int) -> int:
     return PARTS * max(1, workers)
 
 
-def spread(search_lot: Callable, prepared: Prepared, limit: float, tiles: Sequence[int], *, workers: int, backend: str,
-           scratch: str | Path | None, desc: str) -> Iterator[tuple[list[int], Any]]:
-    """search_lot(files, folder, limit, lot) by workers, for lots that `tiles` are dealt out to, as they are done.
+def spread(
+    search_lot: Callable,
+    prepared: Prepared,
+    limit: float,
+    tiles: Sequence[int],
+    *,
+    workers: int,
+    backend: str,
+    scratch: str | Path | None,
+    desc: str,
+) -> Iterator[tuple[list[int], Any]]:
+    """search_lot(files, folder, limit, lot) by workers, for lots that `tiles` are dealt out to, as
+    they are done.
 
-    search_lot : a module's function, of what `given` makes of its first two arguments; it returns the lot and more.
+    search_lot : a module's function, of what `given` makes of its first two arguments; it returns
+        the lot and more.
     """
     if scratch is not None:
         Path(scratch).mkdir(parents=True, exist_ok=True)
@@ -85,7 +125,9 @@ def spread(search_lot: Callable, prepared: Prepared, limit: float, tiles: Sequen
             np.save(files[0], prepared.rows.arrays[0])
         # a tile is compared with all later ones: dealt out like this, lots cost about the same
         parts = 8 * workers
-        tasks = [(files, folder, limit, lot) for k in range(parts) if (lot := list(tiles[k::parts]))]
+        tasks = [
+            (files, folder, limit, lot) for k in range(parts) if (lot := list(tiles[k::parts]))
+        ]
         with progress.bar(desc=desc, unit="tile", total=len(tiles)) as bar:
             for found in run_tasks(search_lot, tasks, workers=workers, backend=backend):
                 yield found
@@ -105,7 +147,9 @@ class _State:
         self.path, self.sets, self.saved = path and Path(path), sets, time.monotonic()
         self.finished = np.zeros(prepared.count, bool)
         about = hashlib.sha256(np.array([limit, prepared.count, prepared.rows.width]).tobytes())
-        about.update(prepared.order.tobytes())  # other rows are in another order, and have other norms
+        about.update(
+            prepared.order.tobytes()
+        )  # other rows are in another order, and have other norms
         about.update(prepared.inverse.tobytes())
         self.about = np.frombuffer(about.digest(), np.uint8)
         if self.path and self.path.exists():
@@ -114,7 +158,9 @@ class _State:
                     if np.array_equal(kept["about"], self.about):
                         self.finished, sets.parent = kept["finished"], kept["parent"]
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as err:
-                raise StateError(f"{self.path}: not the state of a balancing run; delete it ({err})") from None
+                raise StateError(
+                    f"{self.path}: not the state of a balancing run; delete it ({err})"
+                ) from None
 
     @property
     def todo(self) -> list[int]:

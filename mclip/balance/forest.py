@@ -1,7 +1,9 @@
-"""Minimum spanning forest of all links up to a distance: what every smaller threshold would join, from one search.
+"""Minimum spanning forest of all links up to a distance: what every smaller threshold would join,
+from one search.
 
-Here, by threads, or by many workers (`mclip.system.workers`), each with the forest of its own part: an edge that is in no
-forest of the edges seen so far is in no later one either, so forests are all that has to be held and merged.
+Here, by threads, or by many workers (`mclip.system.workers`), each with the forest of its own part:
+an edge that is in no forest of the edges seen so far is in no later one either, so forests are all
+that has to be held and merged.
 """
 
 from collections.abc import Iterable
@@ -19,21 +21,40 @@ from mclip.system.workers import is_alone
 LINKS = 2_000_000  # links of a forest collected before they are merged
 STEPS = 15  # thresholds on the way to the largest at which it is known what is joined already
 
-Edges = tuple[np.ndarray, np.ndarray, np.ndarray]  # rows i < j, (m,) int64 each; squared L2 distances, (m,) float64
+Edges = tuple[
+    np.ndarray, np.ndarray, np.ndarray
+]  # rows i < j, (m,) int64 each; squared L2 distances, (m,) float64
 
 
-def forest(rows: Rows, limit: float, *, tile: int | None = None, device: str | None = None, workers: int = 1,
-           backend: str = "processes", scratch: str | Path | None = None) -> Edges:
-    """Edges of the minimum spanning forest of the links of squared distance <= limit, ascending; of equally long edges
-    those between the lowest rows come first. The other arguments are those of `mclip.balance.balance`.
+def forest(
+    rows: Rows,
+    limit: float,
+    *,
+    tile: int | None = None,
+    device: str | None = None,
+    workers: int = 1,
+    backend: str = "processes",
+    scratch: str | Path | None = None,
+) -> Edges:
+    """Edges of the minimum spanning forest of the links of squared distance <= limit, ascending; of
+    equally long edges those between the lowest rows come first. The other arguments are those of
+    `mclip.balance.balance`.
     """
     prepared = prepare(rows, tile=tile, parts=parts_of(workers), device=device)
     desc = "balance: curve"
     if is_alone(workers, backend):
         return _search(prepared, limit, desc=desc)
     found = none()
-    for _, edges in spread(_search_lot, prepared, limit, range(prepared.count), workers=workers, backend=backend,
-                           scratch=scratch, desc=desc):
+    for _, edges in spread(
+        _search_lot,
+        prepared,
+        limit,
+        range(prepared.count),
+        workers=workers,
+        backend=backend,
+        scratch=scratch,
+        desc=desc,
+    ):
         found = merged([found, edges], len(rows))
     return found
 
@@ -52,17 +73,22 @@ def merged(edges: list[Edges], n: int) -> Edges:
     return a[chosen], b[chosen], length[chosen]
 
 
-def _search(prepared: Prepared, limit: float, *, tiles: Iterable[int] | None = None, desc: str | None) -> Edges:
+def _search(
+    prepared: Prepared, limit: float, *, tiles: Iterable[int] | None = None, desc: str | None
+) -> Edges:
     """The forest of some tiles' links with all later ones."""
     n = len(prepared.order)
-    # An edge between rows that shorter edges connect already is in no minimum spanning forest. To drop most of
-    # those at once, the rows' sets at a few thresholds on the way are kept beside the forest.
+    # An edge between rows that shorter edges connect already is in no minimum spanning forest. To
+    # drop most of those at once, the rows' sets at a few thresholds on the way are kept beside the
+    # forest.
     steps = limit * np.arange(1, STEPS + 1) / (STEPS + 1)
     sets = [Sets(n) for _ in steps]
     kept, batch, count = none(), [], 0
 
     def wanted(a: np.ndarray, b: np.ndarray, lower: np.ndarray) -> np.ndarray:
-        level = np.searchsorted(steps, lower, side="left") - 1  # steps[level] < lower, which is at most the length
+        level = (
+            np.searchsorted(steps, lower, side="left") - 1
+        )  # steps[level] < lower, which is at most the length
         out = np.ones(len(a), bool)
         for k in range(len(steps)):
             here = np.flatnonzero(level == k)
@@ -83,6 +109,8 @@ def _search(prepared: Prepared, limit: float, *, tiles: Iterable[int] | None = N
     return merged([kept, *batch], n)
 
 
-def _search_lot(files: list[str], folder: str, limit: float, lot: list[int]) -> tuple[list[int], Edges]:
+def _search_lot(
+    files: list[str], folder: str, limit: float, lot: list[int]
+) -> tuple[list[int], Edges]:
     """One worker's part, see `components.spread`."""
     return lot, _search(given(files, folder), limit, tiles=lot, desc=None)

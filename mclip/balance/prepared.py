@@ -1,12 +1,14 @@
 """Rows prepared for the search for links: a few coordinates a row, sorted into cells.
 
-1. Rows are rotated to the principal axes of a sample and cut to the leading AXES coordinates y and the norm r of what
-   is left. For unit rows `|x - x'| >= |z - z'|` with z = (y, r), itself a unit vector: one product of 64 numbers a
-   pair instead of the full width.
+1. Rows are rotated to the principal axes of a sample and cut to the leading AXES coordinates y and
+   the norm r of what is left. For unit rows `|x - x'| >= |z - z'|` with z = (y, r), itself a unit
+   vector: one product of 64 numbers a pair instead of the full width.
 2. These short rows are sorted into cells, which `mclip.balance.cells` tells apart.
-3. The coordinates that follow, a thirty-second of the width, are kept beside them for a second look.
+3. The coordinates that follow, a thirty-second of the width, are kept beside them for a second
+   look.
 
-Both are fp16, a sixth of the bytes of 1,280 fp16 columns; what they are rounded by is part of the bounds.
+Both are fp16, a sixth of the bytes of 1,280 fp16 columns; what they are rounded by is part of the
+bounds.
 """
 
 import warnings
@@ -37,9 +39,12 @@ ROUNDED = 2.0**-10 + 2.0**-17  # what a product of unit rows is off by when both
 class Prepared:
     """Rows prepared for `mclip.balance.links.search`, sorted by cell; tiles of cells.
 
-    order : (n,) row at each place. z : (n, k) fp16, the short rows in that order; tail : (n, m) fp16, the coordinates
-    that follow and the norm of what is left then. starts : (cells + 1,) first place of each cell. centres : (cells, k).
-    extent : (cells, cells) fp16, see `cells.extents`. tiles : (tiles + 1,) first cell of each tile. inverse : (n,)
+    order : (n,) row at each place. z : (n, k) fp16, the short rows in that order; tail : (n, m)
+        fp16, the coordinates
+    that follow and the norm of what is left then. starts : (cells + 1,) first place of each cell.
+        centres : (cells, k).
+    extent : (cells, cells) fp16, see `cells.extents`. tiles : (tiles + 1,) first cell of each tile.
+        inverse : (n,)
     float64, 1 / norm of each row, in the rows' own order.
     """
 
@@ -55,7 +60,9 @@ class Prepared:
 
     @property
     def margin(self) -> float:
-        """What a float32 product of two unit rows may be off by: rounding of both, and a sum of width products."""
+        """What a float32 product of two unit rows may be off by: rounding of both, and a sum of
+        width products.
+        """
         return (self.rows.width + 8) * 2.0**-24
 
     @property
@@ -65,7 +72,9 @@ class Prepared:
 
     @property
     def slack_of_second(self) -> float:
-        """The same with their tails: they and what they follow are parts of unit vectors, so rounding counts once."""
+        """The same with their tails: they and what they follow are parts of unit vectors, so
+        rounding counts once.
+        """
         return ROUNDED + 2 * (self.z.shape[1] + self.tail.shape[1] + 16) * 2.0**-24
 
     @property
@@ -79,19 +88,33 @@ class Prepared:
         return self.rows.unit32(rows, self.inverse[rows]).to(self.z.device)
 
 
-def prepare(rows: Rows, *, axes: int | None = None, tile: int | None = None, parts: int = PARTS,
-            cell: int | None = None, device: str | None = None) -> Prepared:
+def prepare(
+    rows: Rows,
+    *,
+    axes: int | None = None,
+    tile: int | None = None,
+    parts: int = PARTS,
+    cell: int | None = None,
+    device: str | None = None,
+) -> Prepared:
     """Read all rows once: norms, short rows, cells. RowsError names a row without a direction.
 
-    axes : leading coordinates; None: by the width, at most AXES. cell : rows a cell, on average; None: CELL, more where
-    that were more than CELLS cells. tile : rows a tile, about; None: a part of `parts`, at most TILE.
+    axes : leading coordinates; None: by the width, at most AXES. cell : rows a cell, on average;
+        None: CELL, more where
+    that were more than CELLS cells. tile : rows a tile, about; None: a part of `parts`, at most
+        TILE.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     n, width = len(rows), rows.width
     k = min(axes or min(AXES, max(FEWER, width // 16 - 1)), width)
     more = min(width // MORE, width - k)
-    basis, = threads(lambda count: _axes(rows, count), [k + more])  # one thread: several would wait by spinning
-    z, tail = torch.empty(n, k + 1, dtype=torch.float16), torch.empty(n, more + 1, dtype=torch.float16)
+    (basis,) = threads(
+        lambda count: _axes(rows, count), [k + more]
+    )  # one thread: several would wait by spinning
+    z, tail = (
+        torch.empty(n, k + 1, dtype=torch.float16),
+        torch.empty(n, more + 1, dtype=torch.float16),
+    )
     inverse = np.empty(n)
 
     def shorten(start: int) -> None:
@@ -101,7 +124,10 @@ def prepare(rows: Rows, *, axes: int | None = None, tile: int | None = None, par
         y = (block @ basis).div_(norm[:, None])
         for out, part, used in ((z, y[:, :k], k), (tail, y[:, k:], k + more)):
             # in float64: rounding in 1 - |y|^2 would be magnified
-            out[at, :-1], out[at, -1] = part, (1 - y[:, :used].square().sum(1)).clamp_min_(0).sqrt_()
+            out[at, :-1], out[at, -1] = (
+                part,
+                (1 - y[:, :used].square().sum(1)).clamp_min_(0).sqrt_(),
+            )
 
     with progress.bar(desc="balance: read", unit="row", total=n) as bar:
         for _ in threads(shorten, range(0, n, BLOCK)):
@@ -110,22 +136,33 @@ def prepare(rows: Rows, *, axes: int | None = None, tile: int | None = None, par
     label = assign(z, centres)
     order = np.argsort(label, kind="stable")
     starts = np.append(0, np.cumsum(np.bincount(label, minlength=len(centres))))
-    for part in (z.numpy(), tail.numpy()):  # a few columns at a time: a second copy of all would double what this takes
+    for part in (
+        z.numpy(),
+        tail.numpy(),
+    ):  # a few columns at a time: a second copy of all would double what this takes
         for at in range(0, part.shape[1], 8):
-            part[:, at:at + 8] = part[order, at:at + 8]
+            part[:, at : at + 8] = part[order, at : at + 8]
     tile = tile or max(LEAST, min(TILE, n // parts))
-    tiles = np.append(np.unique(starts[:-1] // tile, return_index=True)[1], len(centres))  # of whole cells
+    tiles = np.append(
+        np.unique(starts[:-1] // tile, return_index=True)[1], len(centres)
+    )  # of whole cells
     z = z.to(where)
-    return Prepared(rows, order, z, tail.to(where), starts, centres, extents(z, starts, centres), tiles, inverse)
+    return Prepared(
+        rows, order, z, tail.to(where), starts, centres, extents(z, starts, centres), tiles, inverse
+    )
 
 
 def _axes(rows: Rows, count: int) -> torch.Tensor:
-    """(width, count) float64, orthonormal: about the principal axes of a sample, the largest variance first."""
+    """(width, count) float64, orthonormal: about the principal axes of a sample, the largest
+    variance first.
+    """
     n, width = len(rows), rows.width
     sample = np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64))
-    second = torch.zeros(width, width)  # how near the axes come decides how much is ruled out, not what is found
+    second = torch.zeros(
+        width, width
+    )  # how near the axes come decides how much is ruled out, not what is found
     for at in range(0, len(sample), BLOCK):
-        part = torch.from_numpy(rows.unit(sample[at:at + BLOCK])).float()
+        part = torch.from_numpy(rows.unit(sample[at : at + BLOCK])).float()
         second.addmm_(part.T, part)
     start = torch.randn(width, min(width, count + 16), generator=torch.Generator().manual_seed(0))
     basis = torch.linalg.qr(start.double())[0]
@@ -140,16 +177,25 @@ _TENSORS = ("z", "tail", "centres", "extent")
 
 
 def save(prepared: Prepared, folder: str | Path) -> None:
-    """Write what `prepare` made, so that other processes need not: about a tenth of the embeddings' fp16 bytes."""
+    """Write what `prepare` made, so that other processes need not: about a tenth of the embeddings'
+    fp16 bytes.
+    """
     for name in _ARRAYS + _TENSORS:
         value = getattr(prepared, name)
-        np.save(Path(folder) / f"{name}.npy", value.cpu().numpy() if isinstance(value, torch.Tensor) else value)
+        np.save(
+            Path(folder) / f"{name}.npy",
+            value.cpu().numpy() if isinstance(value, torch.Tensor) else value,
+        )
 
 
 def load(folder: str | Path, rows: Rows) -> Prepared:
     """What `save` wrote, memory-mapped, on the CPU."""
-    found = {name: np.load(Path(folder) / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-             for name in _ARRAYS + _TENSORS}
+    found = {
+        name: np.load(Path(folder) / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        for name in _ARRAYS + _TENSORS
+    }
     with warnings.catch_warnings():  # a memmap is read-only: so are its tensors
         warnings.simplefilter("ignore", UserWarning)
-        return Prepared(rows, **{**found, **{name: torch.from_numpy(found[name]) for name in _TENSORS}})
+        return Prepared(
+            rows, **{**found, **{name: torch.from_numpy(found[name]) for name in _TENSORS}}
+        )

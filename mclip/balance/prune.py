@@ -1,13 +1,16 @@
-"""What else drops images by their embeddings: the baselines of the threshold ablation, at a size that is given.
+"""What else drops images by their embeddings: the baselines of the threshold ablation, at a size
+that is given.
 
     keep = prune.semdedup(embeddings, count, clusters=300, seed=0)      # (n,) bool, exactly `count` True
 
-- `semdedup`: SemDeDup (arXiv 2303.09540): k-means; within a cluster, of two images nearer than a threshold one goes.
-- `density`: density-based pruning (arXiv 2401.04578): dense clusters that lie close to others give most away.
+- `semdedup`: SemDeDup (arXiv 2303.09540): k-means; within a cluster, of two images nearer than a
+  threshold one goes.
+- `density`: density-based pruning (arXiv 2401.04578): dense clusters that lie close to others give
+  most away.
 - `random`: the control.
 
-None of them sees pairs across clusters, which `mclip.balance` does. All take the number of rows to keep, so that
-they are compared at equal size; SemDeDup's threshold follows from it.
+None of them sees pairs across clusters, which `mclip.balance` does. All take the number of rows to
+keep, so that they are compared at equal size; SemDeDup's threshold follows from it.
 """
 
 from typing import NamedTuple
@@ -27,21 +30,25 @@ class PruneError(ValueError):
 
 
 class SemDeDup(NamedTuple):
-    """square : (n,) float64, squared L2 distance of each row to the nearest one of its cluster that goes before it in
-    the order of keeping, infinite for the first. At a threshold t the rows with square <= t are removed."""
+    """square : (n,) float64, squared L2 distance of each row to the nearest one of its cluster that
+    goes before it in the order of keeping, infinite for the first. At a threshold t the rows with
+    square <= t are removed.
+    """
 
     square: np.ndarray
     clusters: Clusters
 
 
-def semdedup_distances(embeddings, *, clusters: int, seed: int, order: str = "hard", iterations: int = 20) -> SemDeDup:
+def semdedup_distances(
+    embeddings, *, clusters: int, seed: int, order: str = "hard", iterations: int = 20
+) -> SemDeDup:
     """What SemDeDup removes at every threshold, by one pass over the clusters.
 
     Parameters
     ----------
     clusters : of the k-means; sqrt(n) is a good start, the paper takes 50,000 for 440M.
-    order : which of two near images stays: "hard" the one farther from the centre (the paper's), "easy" the nearer
-        one, "random".
+    order : which of two near images stays: "hard" the one farther from the centre (the paper's),
+        "easy" the nearer one, "random".
     """
     if order not in ORDERS:
         raise PruneError(f"order: expected one of {', '.join(ORDERS)}, found {order!r}")
@@ -57,30 +64,45 @@ def semdedup_distances(embeddings, *, clusters: int, seed: int, order: str = "ha
             later = torch.from_numpy(rows.unit(members[start:stop])).float()
             best = torch.full((stop - start,), -torch.inf)
             for before in range(0, stop, 4096):
-                earlier = members[before:min(before + 4096, stop)]
+                earlier = members[before : min(before + 4096, stop)]
                 product = later @ torch.from_numpy(rows.unit(earlier)).float().T
                 if before == start:  # only those that go before
-                    product.masked_fill_(torch.ones_like(product, dtype=torch.bool).triu_(), -torch.inf)
+                    product.masked_fill_(
+                        torch.ones_like(product, dtype=torch.bool).triu_(), -torch.inf
+                    )
                 best = torch.maximum(best, product.amax(1))
             square[members[start:stop]] = np.maximum(2 - 2 * best.double().numpy(), 0)
     return SemDeDup(square, found)
 
 
-def semdedup(embeddings, count: int, *, clusters: int, seed: int, order: str = "hard",
-             iterations: int = 20) -> np.ndarray:
-    """(n,) bool: the `count` rows that SemDeDup keeps at the threshold that leaves so many; of rows at the very same
-    distance those of lower number stay."""
-    square = semdedup_distances(embeddings, clusters=clusters, seed=seed, order=order, iterations=iterations).square
+def semdedup(
+    embeddings, count: int, *, clusters: int, seed: int, order: str = "hard", iterations: int = 20
+) -> np.ndarray:
+    """(n,) bool: the `count` rows that SemDeDup keeps at the threshold that leaves so many; of rows
+    at the very same distance those of lower number stay.
+    """
+    square = semdedup_distances(
+        embeddings, clusters=clusters, seed=seed, order=order, iterations=iterations
+    ).square
     return _most(square, count)
 
 
-def density(embeddings, count: int, *, clusters: int, seed: int, temperature: float = 0.1, neighbours: int = 20,
-            iterations: int = 20) -> np.ndarray:
+def density(
+    embeddings,
+    count: int,
+    *,
+    clusters: int,
+    seed: int,
+    temperature: float = 0.1,
+    neighbours: int = 20,
+    iterations: int = 20,
+) -> np.ndarray:
     """(n,) bool: density-based pruning to `count` rows.
 
-    A cluster's complexity is d_inter * d_intra: the mean cosine distance of its centre to the `neighbours` nearest
-    centres, times that of its members to it. Its budget is near count * softmax(complexity / temperature), the nearest
-    point in squares with at least one and at most all of its members; the members farthest from the centre stay.
+    A cluster's complexity is d_inter * d_intra: the mean cosine distance of its centre to the
+    `neighbours` nearest centres, times that of its members to it. Its budget is near count *
+    softmax(complexity / temperature), the nearest point in squares with at least one and at most
+    all of its members; the members farthest from the centre stay.
     """
     found = cluster(embeddings, clusters, iterations=iterations, seed=seed)
     sizes, distance = found.sizes, 1 - found.similarity.astype(np.float64)
@@ -89,13 +111,17 @@ def density(embeddings, count: int, *, clusters: int, seed: int, temperature: fl
     intra = np.bincount(found.labels, distance, minlength=len(sizes)) / np.maximum(sizes, 1)
     index = faiss.IndexFlatIP(found.centres.shape[1])
     index.add(found.centres[full])
-    near = index.search(found.centres, min(neighbours + 1, int(full.sum())))[0][:, 1:]  # the first is itself
+    near = index.search(found.centres, min(neighbours + 1, int(full.sum())))[0][
+        :, 1:
+    ]  # the first is itself
     inter = (1 - near.astype(np.float64)).mean(axis=1) if near.shape[1] else np.ones(len(sizes))
     weight = np.where(full, np.exp((inter * intra - (inter * intra).max()) / temperature), 0)
     budget = whole_budget(count * weight[full] / weight.sum(), sizes[full], count)
     of = np.zeros(len(sizes), np.int64)
     of[full] = budget
-    order = np.lexsort((np.arange(len(distance)), -distance, found.labels))  # by cluster, the farthest first
+    order = np.lexsort(
+        (np.arange(len(distance)), -distance, found.labels)
+    )  # by cluster, the farthest first
     place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     keep = np.zeros(len(order), bool)
     keep[order] = place < np.repeat(of, sizes)
@@ -103,15 +129,18 @@ def density(embeddings, count: int, *, clusters: int, seed: int, temperature: fl
 
 
 def whole_budget(target: np.ndarray, sizes: np.ndarray, count: int) -> np.ndarray:
-    """Integers x with sum `count`, 1 <= x <= sizes, nearest to `target` in squares (up to the rounding).
+    """Integers x with sum `count`, 1 <= x <= sizes, nearest to `target` in squares (up to the
+    rounding).
 
-    The quadratic program min |x - target|^2 under these constraints has the solution clip(target + v, 1, sizes) for
-    the one v that makes the sum right; v is found by bisection.
+    The quadratic program min |x - target|^2 under these constraints has the solution clip(target +
+    v, 1, sizes) for the one v that makes the sum right; v is found by bisection.
     """
     low, high = -target.max() - 1, float(sizes.max()) + 1
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if np.clip(target + middle, 1, sizes).sum() < count else (low, middle)
+        low, high = (
+            (middle, high) if np.clip(target + middle, 1, sizes).sum() < count else (low, middle)
+        )
     x = np.clip(target + high, 1, sizes)
     whole = np.floor(x + 1e-9).astype(np.int64)
     left = count - whole.sum()
@@ -138,5 +167,7 @@ def _most(square: np.ndarray, count: int) -> np.ndarray:
 
 def _check(count: int, n: int, least: int) -> None:
     if not least <= count <= n:
-        raise PruneError(f"count: {count} rows to keep of {n}" + (f", at least one of each of {least} clusters"
-                                                                 if least else ""))
+        raise PruneError(
+            f"count: {count} rows to keep of {n}"
+            + (f", at least one of each of {least} clusters" if least else "")
+        )

@@ -1,4 +1,6 @@
-"""Union-find on arrays: sets of the rows 0..n-1, joined a batch of links at a time; forests of links."""
+"""Union-find on arrays: sets of the rows 0..n-1, joined a batch of links at a time; forests of
+links.
+"""
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -8,7 +10,8 @@ from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 class Sets:
     """parent[x] is x for a set's root, else a row nearer to it.
 
-    One thread at a time may `join`; others may `find` and compare meanwhile: they then see an earlier state.
+    One thread at a time may `join`; others may `find` and compare meanwhile: they then see an
+    earlier state.
     """
 
     def __init__(self, n: int):
@@ -28,7 +31,9 @@ class Sets:
         return self.find(a) == self.find(b)
 
     def join(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Join the sets of a[k] and b[k], for all k; the lowest root of those that meet becomes the root."""
+        """Join the sets of a[k] and b[k], for all k; the lowest root of those that meet becomes the
+        root.
+        """
         both = np.concatenate([a, b])
         roots, place = np.unique(self.find(both), return_inverse=True)
         x, y = np.split(place, 2)
@@ -52,5 +57,7 @@ def minimum_forest(a: np.ndarray, b: np.ndarray, n: int) -> np.ndarray:
     a, b : (m,) vertices 0..n-1 of each edge, the shortest edge first, no two vertices twice.
     """
     # ranks for lengths: scipy takes an edge of length 0, an exact duplicate, for no edge
-    tree = minimum_spanning_tree(coo_array((np.arange(1, len(a) + 1), (a, b)), shape=(n, n)).tocsr())
+    tree = minimum_spanning_tree(
+        coo_array((np.arange(1, len(a) + 1), (a, b)), shape=(n, n)).tocsr()
+    )
     return np.sort(tree.data).astype(np.int64) - 1

@@ -1,13 +1,14 @@
 """Image augmentations as parameters that can be stored and replayed (papers.md 2.1).
 
-An augmentation is one row of 4 + 2 * ops float32 numbers:
-`[top, left, height, width, op, magnitude, op, magnitude, ...]`; the crop box is in pixels of the source image,
-`op` indexes OPS and `magnitude` is the signed value that torchvision's RandAugment applies at `image_px`.
+An augmentation is one row of 4 + 2 * ops float32 numbers: `[top, left, height, width, op,
+magnitude, op, magnitude, ...]`; the crop box is in pixels of the source image, `op` indexes OPS and
+`magnitude` is the signed value that torchvision's RandAugment applies at `image_px`.
 
-`draw` makes rows from a sample's key alone, so they don't depend on order, shard or worker. `replay` turns a row
-and the source image into the augmented picture of `image_px` pixels: the picture is *defined* at that size, and who
-wants another (a teacher, a student) resizes it. So teacher and student see the same picture, and a translation in
-pixels means the same to both. (The published reinforced sets replay translations of 224 px unscaled at other sizes.)
+`draw` makes rows from a sample's key alone, so they don't depend on order, shard or worker.
+`replay` turns a row and the source image into the augmented picture of `image_px` pixels: the
+picture is *defined* at that size, and who wants another (a teacher, a student) resizes it. So
+teacher and student see the same picture, and a translation in pixels means the same to both. (The
+published reinforced sets replay translations of 224 px unscaled at other sizes.)
 """
 
 import functools
@@ -79,8 +80,12 @@ def _space(image_px: int) -> dict[str, tuple[torch.Tensor, bool]]:
     return RandAugment(num_magnitude_bins=BINS)._augmentation_space(BINS, (image_px, image_px))
 
 
-def _crop(rng: np.random.Generator, width: int, height: int, scale_min: float) -> tuple[int, int, int, int]:
-    """torchvision's RandomResizedCrop.get_params with a numpy generator: (top, left, height, width)."""
+def _crop(
+    rng: np.random.Generator, width: int, height: int, scale_min: float
+) -> tuple[int, int, int, int]:
+    """torchvision's RandomResizedCrop.get_params with a numpy generator: (top, left, height,
+    width).
+    """
     for _ in range(10):
         area = width * height * rng.uniform(scale_min, 1.0)
         ratio = np.exp(rng.uniform(np.log(RATIO[0]), np.log(RATIO[1])))
@@ -109,10 +114,14 @@ def replay_all(image: Image.Image, rows: np.ndarray, image_px: int) -> np.ndarra
 
 
 def to_input(pixels: torch.Tensor, size_px: int, mean: tuple, std: tuple) -> torch.Tensor:
-    """uint8 pictures (b, 3, h, w) as a model's input: resized (bicubic, antialiased), scaled, normalised, float32."""
+    """uint8 pictures (b, 3, h, w) as a model's input: resized (bicubic, antialiased), scaled,
+    normalised, float32.
+    """
     x = pixels.float()
     if x.shape[-1] != size_px or x.shape[-2] != size_px:
-        x = torch.nn.functional.interpolate(x, (size_px, size_px), mode="bicubic", antialias=True).clamp_(0, 255)
+        x = torch.nn.functional.interpolate(
+            x, (size_px, size_px), mode="bicubic", antialias=True
+        ).clamp_(0, 255)
     mean_t = torch.tensor(mean, device=x.device).view(1, 3, 1, 1) * 255
     std_t = torch.tensor(std, device=x.device).view(1, 3, 1, 1) * 255
     return ((x - mean_t) / std_t).contiguous(memory_format=torch.channels_last)
@@ -128,15 +137,22 @@ def from_published(param_aug: list) -> np.ndarray:
     for i, entry in enumerate(param_aug):
         try:
             (top, left, height, width), ops = entry
-            rows.append([top, left, height, width, *(v for op, value in ops for v in (op, value or 0.0))])
+            rows.append(
+                [top, left, height, width, *(v for op, value in ops for v in (op, value or 0.0))]
+            )
         except (TypeError, ValueError):
-            raise ValueError(f"param_aug[{i}]: expected [[top, left, h, w], [[op, magnitude], ...]]") from None
+            raise ValueError(
+                f"param_aug[{i}]: expected [[top, left, h, w], [[op, magnitude], ...]]"
+            ) from None
     return np.asarray(rows, dtype=np.float32)
 
 
 def to_published(rows: np.ndarray) -> list:
     """The inverse of `from_published`."""
     return [
-        [[int(v) for v in row[:4]], [[int(op), float(value)] for op, value in row[4:].reshape(-1, 2)]]
+        [
+            [int(v) for v in row[:4]],
+            [[int(op), float(value)] for op, value in row[4:].reshape(-1, 2)],
+        ]
         for row in rows
     ]

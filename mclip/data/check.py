@@ -2,8 +2,9 @@
 
     manifest = check_shards(["/data/cc3m/{00000..00331}.tar"], "data/pairs", state="data/cache/checked")
 
-Shards are independent, so they go to as many processes as there are cores, or to a Ray cluster (mclip.system.workers). What was
-found of each lies in the state's folder until all are done: a killed check goes on where it was.
+Shards are independent, so they go to as many processes as there are cores, or to a Ray cluster
+(mclip.system.workers). What was found of each lies in the state's folder until all are done: a
+killed check goes on where it was.
 """
 
 import io
@@ -28,34 +29,45 @@ from mclip.system.workers import run_tasks
 
 
 def expand(patterns: Iterable[str]) -> list[str]:
-    """Shards that patterns name, in order, each once: `{000..099}` and globs expand, URLs stay as they are.
+    """Shards that patterns name, in order, each once: `{000..099}` and globs expand, URLs stay as
+    they are.
 
-    A glob that matches nothing stays too, so that it is reported as missing instead of silently dropped.
+    A glob that matches nothing stays too, so that it is reported as missing instead of silently
+    dropped.
     """
     from webdataset.shardlists import expand_urls
 
     found: list[str] = []
     for pattern in patterns:
         for url in expand_urls(pattern):
-            matches = sorted(glob(url, recursive=True)) if has_magic(url) and not tars.is_url(url) else []
+            matches = (
+                sorted(glob(url, recursive=True)) if has_magic(url) and not tars.is_url(url) else []
+            )
             found.extend(matches or [url])
     return list(dict.fromkeys(found))
 
 
-def check_shards(sources: Iterable[str], folder: str | Path, *, state: str | Path | None = None,
-                 workers: int | None = None, backend: str = "processes") -> dict[str, Any]:
+def check_shards(
+    sources: Iterable[str],
+    folder: str | Path,
+    *,
+    state: str | Path | None = None,
+    workers: int | None = None,
+    backend: str = "processes",
+) -> dict[str, Any]:
     """Read every shard once, decode every image, and write `folder`/manifest.json of what is good.
 
-    Skipped, each named with its reason: a corrupt image, an empty or missing caption, a missing image, an
-    extension nobody reads, a duplicate key (the first good one is kept), what a truncated tar cuts off (what
-    comes before is kept), a missing shard. Nothing is copied: the manifest points at the sources.
+    Skipped, each named with its reason: a corrupt image, an empty or missing caption, a missing
+    image, an extension nobody reads, a duplicate key (the first good one is kept), what a truncated
+    tar cuts off (what comes before is kept), a missing shard. Nothing is copied: the manifest
+    points at the sources.
 
     Parameters
     ----------
     sources : as `expand` takes them
     folder : where the manifest goes; not a folder that holds the sources
-    state : folder for what was found so far, deleted at the end; a file that has changed meanwhile is read again. None:
-        a temporary one
+    state : folder for what was found so far, deleted at the end; a file that has changed meanwhile
+        is read again. None: a temporary one
     workers : processes; None: one a core
     backend : of several workers, see mclip.system.workers
 
@@ -64,15 +76,23 @@ def check_shards(sources: Iterable[str], folder: str | Path, *, state: str | Pat
     the manifest
     """
     sources, folder = expand(sources), Path(folder)
-    inside = [s for s in sources if not tars.is_url(s) and folder.resolve() in Path(s).resolve().parents]
+    inside = [
+        s for s in sources if not tars.is_url(s) and folder.resolve() in Path(s).resolve().parents
+    ]
     if inside:
-        raise ShardError(f"data.shards: {inside[0]} lies in {folder}, which this stage writes: move it elsewhere")
+        raise ShardError(
+            f"data.shards: {inside[0]} lies in {folder}, which this stage writes: move it elsewhere"
+        )
     if not sources:
         raise ShardError("data.shards: no shard named")
     with tempfile.TemporaryDirectory() if state is None else nullcontext(state) as place:
-        results = {source: Path(place) / f"{digest([source, _stamp(source)])}.json" for source in sources}
+        results = {
+            source: Path(place) / f"{digest([source, _stamp(source)])}.json" for source in sources
+        }
         todo = [(source, file) for source, file in results.items() if not file.exists()]
-        with bar(desc="check shards", unit="shard", total=len(sources), initial=len(sources) - len(todo)) as progress:
+        with bar(
+            desc="check shards", unit="shard", total=len(sources), initial=len(sources) - len(todo)
+        ) as progress:
             workers = min(workers or os.cpu_count() or 1, max(1, len(todo)))
             for _ in run_tasks(_check_shard, todo, workers=workers, backend=backend):
                 progress.update()
@@ -112,14 +132,20 @@ def _stamp(source: str) -> list[int] | None:
 
 
 def _gathered(results: dict[str, Path], folder: Path) -> tuple[list[dict], list[dict]]:
-    """The manifest's shards and what they skip, in order: a duplicate key is known by all that comes before it."""
+    """The manifest's shards and what they skip, in order: a duplicate key is known by all that
+    comes before it.
+    """
     from mclip.data.stores import lookup  # here: the workers do without pandas
 
     twice = _twice(lookup.hashes(_Found.read(result).keys) for result in results.values())
     shards, skipped, seen = [], [], set()
     for source, result in results.items():
         found = _Found.read(result)
-        file = source if tars.is_url(source) or Path(source).is_absolute() else os.path.relpath(source, folder)
+        file = (
+            source
+            if tars.is_url(source) or Path(source).is_absolute()
+            else os.path.relpath(source, folder)
+        )
         bad = [{"file": file, **entry} for entry in found.skipped]
         suspects = np.flatnonzero(np.isin(lookup.hashes(found.keys), twice))
         again = 0
@@ -129,7 +155,9 @@ def _gathered(results: dict[str, Path], folder: Path) -> tuple[list[dict], list[
                 again += 1
             seen.add(key)
         if found.sha256 is not None:
-            shards.append({"file": file, "samples": len(found.good) - again, "sha256": found.sha256})
+            shards.append(
+                {"file": file, "samples": len(found.good) - again, "sha256": found.sha256}
+            )
         else:
             result.unlink()  # it may be there the next time
         skipped += sorted(bad, key=lambda entry: entry.get("index", 1 << 62))
@@ -137,7 +165,9 @@ def _gathered(results: dict[str, Path], folder: Path) -> tuple[list[dict], list[
 
 
 def _twice(hashes: Iterable[np.ndarray]) -> np.ndarray:
-    """Those that are there more than once. So 8 bytes a key are held, and as text only keys that have one of these."""
+    """Those that are there more than once. So 8 bytes a key are held, and as text only keys that
+    have one of these.
+    """
     every = np.concatenate([np.empty(0, np.uint64), *hashes])
     every.sort()
     return np.unique(every[1:][every[1:] == every[:-1]])
@@ -157,7 +187,9 @@ def _look_through(source: str) -> _Found:
                 if key is None:
                     skipped.append({"key": None, "reason": damage})
                 # a cut between files that nobody needs leaves the last sample whole
-                elif reason := (isinstance(as_sample(key, files), str) and damage) or _problem(key, files):
+                elif reason := (isinstance(as_sample(key, files), str) and damage) or _problem(
+                    key, files
+                ):
                     skipped.append({"index": index, "key": _readable(key), "reason": reason})
                 else:
                     good.append((index, key))
@@ -166,7 +198,9 @@ def _look_through(source: str) -> _Found:
                 raise OSError("nothing came from it")
             return _Found(stream.sha256.hexdigest(), good, skipped)
     except OSError as err:
-        return _Found(None, [], [{"key": None, "reason": f"missing shard: {err.strerror or tars.short(err)}"}])
+        return _Found(
+            None, [], [{"key": None, "reason": f"missing shard: {err.strerror or tars.short(err)}"}]
+        )
 
 
 def _problem(key: str, files: dict[str, bytes]) -> str | None:
@@ -178,7 +212,9 @@ def _problem(key: str, files: dict[str, bytes]) -> str | None:
         return sample
     try:
         with Image.open(io.BytesIO(sample.image)) as image:
-            image.draft("RGB", (32, 32))  # JPEG: every byte is still parsed, eight times fewer pixels are made
+            image.draft(
+                "RGB", (32, 32)
+            )  # JPEG: every byte is still parsed, eight times fewer pixels are made
             image.load()
     except Exception as err:  # Pillow's decoders raise nearly anything on damaged bytes
         return f"corrupt image: {tars.short(err)}"

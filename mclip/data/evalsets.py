@@ -1,9 +1,9 @@
 """Evaluation sets in CLIP_benchmark's webdataset layout, read as they lie: nothing is unpacked.
 
-    SET/{test,train}/{0,1,...}.tar + nshards.txt     KEY.{png,webp,jpg} + KEY.cls or .txt (a caption a line)
-                                                     KEY.npy: numbers about the picture, such as its region
-    SET/classnames.txt                               one class a line; KEY.cls is its line number, from 0
-    SET/zeroshot_classification_templates.txt        one prompt a line, {c} is the class name
+SET/{test,train}/{0,1,...}.tar + nshards.txt     KEY.{png,webp,jpg} + KEY.cls or .txt (a caption a line)
+                                                 KEY.npy: numbers about the picture, such as its region
+SET/classnames.txt                               one class a line; KEY.cls is its line number, from 0
+SET/zeroshot_classification_templates.txt        one prompt a line, {c} is the class name
 """
 
 import io
@@ -40,8 +40,11 @@ class Split(NamedTuple):
     groups: list[int] = []  # noqa: RUF012 - a number a picture, where one was asked for; never changed in place
 
 
-def read_split(folder: str | Path, task: str, split: str = "test", groups: int | None = None) -> Split:
-    """Index one split: labels or captions now, pictures by their place in the tar (see `read_image`).
+def read_split(
+    folder: str | Path, task: str, split: str = "test", groups: int | None = None
+) -> Split:
+    """Index one split: labels or captions now, pictures by their place in the tar (see
+    `read_image`).
 
     task: "classification" reads KEY.cls, "retrieval" KEY.txt. A set may hold both.
     groups: the column of KEY.npy to keep as the picture's group.
@@ -49,7 +52,9 @@ def read_split(folder: str | Path, task: str, split: str = "test", groups: int |
     folder, answer = Path(folder), ANSWER[task]
     count = folder / split / "nshards.txt"
     if not count.exists():
-        raise EvalError(f"{count} is missing: {folder} is not in CLIP_benchmark's webdataset layout")
+        raise EvalError(
+            f"{count} is missing: {folder} is not in CLIP_benchmark's webdataset layout"
+        )
     classes, templates = (
         _lines(folder / "classnames.txt"),
         _lines(folder / "zeroshot_classification_templates.txt"),
@@ -75,19 +80,29 @@ def read_split(folder: str | Path, task: str, split: str = "test", groups: int |
                             sample["group"] = _number(tar.extractfile(member).read(), groups)
                 tar.fileobj.seek(tar.offset)
                 if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                    raise tarfile.ReadError("truncated, no end-of-archive mark")  # tarfile passes over it
+                    raise tarfile.ReadError(
+                        "truncated, no end-of-archive mark"
+                    )  # tarfile passes over it
         except (tarfile.TarError, OSError) as err:
-            problems.append(f"{path}: {err or type(err).__name__}, read {len(samples)} samples of it")
+            problems.append(
+                f"{path}: {err or type(err).__name__}, read {len(samples)} samples of it"
+            )
         for key, sample in samples.items():
             if "place" not in sample:
                 problems.append(f"{path}: {key}: no picture ({', '.join(IMAGES)})")
             elif not (sample.get("answer") or "").strip():
-                lacks = "is not UTF-8" if sample.get("answer", "") is None else "is missing or empty"
+                lacks = (
+                    "is not UTF-8" if sample.get("answer", "") is None else "is missing or empty"
+                )
                 problems.append(f"{path}: {key}: its .{answer} {lacks}")
             elif task == "classification" and not sample["answer"].strip().isdecimal():
-                problems.append(f"{path}: {key}: .cls holds {sample['answer'].strip()[:20]!r}, not a class number")
+                problems.append(
+                    f"{path}: {key}: .cls holds {sample['answer'].strip()[:20]!r}, not a class number"
+                )
             elif groups is not None and sample.get("group") is None:
-                problems.append(f"{path}: {key}: no .npy with a column {groups}, which the set's metric groups by")
+                problems.append(
+                    f"{path}: {key}: no .npy with a column {groups}, which the set's metric groups by"
+                )
             else:
                 keys.append(key)
                 places.append(sample["place"])
@@ -95,15 +110,18 @@ def read_split(folder: str | Path, task: str, split: str = "test", groups: int |
                 if task == "classification":
                     labels.append(int(sample["answer"]))
                 else:
-                    captions.append([line.strip() for line in sample["answer"].splitlines() if line.strip()])
+                    captions.append(
+                        [line.strip() for line in sample["answer"].splitlines() if line.strip()]
+                    )
     return Split(keys, places, labels, captions, classes, templates, problems, group)
 
 
 def at_hand(name: str, sets: Mapping[str, Any], task: str | None = None) -> str:
-    """The set `name`, or if it is not here the first one that is, one of the same task before others.
+    """The set `name`, or if it is not here the first one that is, one of the same task before
+    others.
 
-    A notebook that shows one set of many should show something where that one has not been fetched; which one it
-    became is printed.
+    A notebook that shows one set of many should show something where that one has not been fetched;
+    which one it became is printed.
 
     Parameters
     ----------
@@ -114,12 +132,18 @@ def at_hand(name: str, sets: Mapping[str, Any], task: str | None = None) -> str:
     ------
     EvalError : no such set is here.
     """
-    fits = [n for n in sets if task in (None, sets[n].task) and (Path(sets[n].path) / "test" / "nshards.txt").exists()]
+    fits = [
+        n
+        for n in sets
+        if task in (None, sets[n].task) and (Path(sets[n].path) / "test" / "nshards.txt").exists()
+    ]
     if name in fits:
         return name
     if not fits:
-        raise EvalError(f"{name} is not here ({sets[name].path}), nor is any other{f' {task}' if task else ''} set of "
-                        "evaluate.sets: `python -m mclip.params.registry` tells where to get them")
+        raise EvalError(
+            f"{name} is not here ({sets[name].path}), nor is any other{f' {task}' if task else ''} set of "
+            "evaluate.sets: `python -m mclip.params.registry` tells where to get them"
+        )
     other = next((n for n in fits if sets[n].task == sets[name].task), fits[0])
     print(f"{name} is not here ({sets[name].path}), {other} takes its place")
     return other
@@ -135,10 +159,15 @@ def read_image(place: tuple[str, int, int]) -> Image.Image:
 
 
 def same_pictures(a: Split, b: Split) -> bool:
-    """Do two splits hold the same pictures in the same order? They are only read where all sizes agree."""
+    """Do two splits hold the same pictures in the same order? They are only read where all sizes
+    agree.
+    """
     if [size for *_, size in a.places] != [size for *_, size in b.places]:
         return False
-    return all(one == other or _bytes(one) == _bytes(other) for one, other in zip(a.places, b.places, strict=True))
+    return all(
+        one == other or _bytes(one) == _bytes(other)
+        for one, other in zip(a.places, b.places, strict=True)
+    )
 
 
 def _bytes(place: tuple[str, int, int]) -> bytes:
@@ -162,7 +191,9 @@ class _Pictures(torch.utils.data.Dataset):
             return i, re.sub(r" ?<.*?>", "", f"{type(err).__name__}: {err}")  # no memory address
 
 
-def _collate(items: list[tuple[int, Tensor | str]]) -> tuple[list[int], Tensor | None, dict[int, str]]:
+def _collate(
+    items: list[tuple[int, Tensor | str]],
+) -> tuple[list[int], Tensor | None, dict[int, str]]:
     good = [(i, x) for i, x in items if isinstance(x, Tensor)]
     bad = {i: x for i, x in items if not isinstance(x, Tensor)}
     return [i for i, _ in good], torch.stack([x for _, x in good]) if good else None, bad
@@ -172,7 +203,9 @@ def batches(
     split: Split, preprocess, batch_size: int = 256, workers: int = 0
 ) -> Iterator[tuple[list[int], Tensor | None, dict[int, str]]]:
     """(indices, (b, 3, h, w) pictures, {index: why} of the broken ones) in the split's order."""
-    workers = workers if len(split.places) > batch_size else 0  # starting two processes costs more than 256 pictures
+    workers = (
+        workers if len(split.places) > batch_size else 0
+    )  # starting two processes costs more than 256 pictures
     yield from torch.utils.data.DataLoader(
         _Pictures(split.places, preprocess), batch_size, num_workers=workers, collate_fn=_collate
     )
@@ -181,7 +214,10 @@ def batches(
 def without(split: Split, kept: list[int], broken: dict[int, str]) -> Split:
     """The split with the samples `kept` only, and the broken ones named among its problems."""
     pick = lambda values: [values[i] for i in kept] if len(values) == len(split.keys) else values  # noqa: E731
-    lines = [f"{split.places[i][0]}: {split.keys[i]}: picture can't be read ({why})" for i, why in broken.items()]
+    lines = [
+        f"{split.places[i][0]}: {split.keys[i]}: picture can't be read ({why})"
+        for i, why in broken.items()
+    ]
     return split._replace(
         keys=pick(split.keys),
         places=pick(split.places),

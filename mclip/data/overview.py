@@ -1,7 +1,8 @@
 """A checked folder of pairs as a table, and single pictures of it: what the data notebook looks at.
 
-Web sets are too large to hold: `table` reads whole shards, evenly spread over the set, up to a limit, and keeps
-no image; `pictures` and `described` read the shards again for the few that are shown.
+Web sets are too large to hold: `table` reads whole shards, evenly spread over the set, up to a
+limit, and keeps no image; `pictures` and `described` read the shards again for the few that are
+shown.
 """
 
 from collections.abc import Iterable
@@ -15,10 +16,11 @@ from mclip.data import shards
 
 
 def table(folder: str | Path, limit: int = 50_000) -> pd.DataFrame:
-    """One row a pair: key, shard, caption, words, part, concept, variant; about `limit` rows at most.
+    """One row a pair: key, shard, caption, words, part, concept, variant; about `limit` rows at
+    most.
 
-    `part` is the metadata's style ("all pairs" without one), `concept` its concept (without one the caption):
-    what the demo's metadata has, and what stands for it in sets that have none.
+    `part` is the metadata's style ("all pairs" without one), `concept` its concept (without one the
+    caption): what the demo's metadata has, and what stands for it in sets that have none.
     """
     listed = shards.read_manifest(folder)["shards"]
     full = [i for i, shard in enumerate(listed) if shard["samples"]]
@@ -32,20 +34,31 @@ def table(folder: str | Path, limit: int = 50_000) -> pd.DataFrame:
 
 
 def described(folder: str | Path, keys: Iterable[str], numbers: Iterable[int]) -> pd.DataFrame:
-    """The rows of `table` of these pairs, in their order; of each key its shard's number is asked for."""
+    """The rows of `table` of these pairs, in their order; of each key its shard's number is asked
+    for.
+    """
     wanted = pd.DataFrame({"key": keys, "shard": numbers})
     rows = {}
     for number, part in wanted.groupby("shard"):
         own = set(part["key"])
-        rows |= {s.key: _row(s, number) for s in shards.iter_samples(folder, shards=[number]) if s.key in own}
+        rows |= {
+            s.key: _row(s, number)
+            for s in shards.iter_samples(folder, shards=[number])
+            if s.key in own
+        }
     return pd.DataFrame([rows[key] for key in wanted["key"]])
 
 
 def _row(s: shards.Sample, number: int) -> dict:
-    return {"key": s.key, "shard": number, "caption": s.caption, "words": len(s.caption.split()),
-            "part": str(s.meta.get("style") or "all pairs"),
-            "concept": str(s.meta.get("concept") or s.caption),
-            "variant": str(s.meta.get("variant") or "")}
+    return {
+        "key": s.key,
+        "shard": number,
+        "caption": s.caption,
+        "words": len(s.caption.split()),
+        "part": str(s.meta.get("style") or "all pairs"),
+        "concept": str(s.meta.get("concept") or s.caption),
+        "variant": str(s.meta.get("variant") or ""),
+    }
 
 
 def pictures(folder: str | Path, rows: pd.DataFrame) -> list[Image.Image]:

@@ -1,13 +1,15 @@
 """Image-text pairs as webdataset tars: write, read.
 
 A shard is a tar of `KEY.{jpg,jpeg,png,webp}` + `KEY.txt` + `KEY.json`, as img2dataset writes it and
-open_clip's trainer reads it. A folder of shards is whole when it has its manifest.json, written last::
+open_clip's trainer reads it. A folder of shards is whole when it has its manifest.json, written
+last::
 
     {"shards": [{"file", "samples", "sha256"}, ...], "samples": n,
      "skipped": [{"file", "key", "reason"}, ...]}
 
-`file` is relative to the folder, absolute or a URL; `samples` counts what is kept. `mclip.data.check` makes the
-manifest of somebody else's set, which lists what is skipped; `iter_samples` then skips exactly that.
+`file` is relative to the folder, absolute or a URL; `samples` counts what is kept.
+`mclip.data.check` makes the manifest of somebody else's set, which lists what is skipped;
+`iter_samples` then skips exactly that.
 """
 
 import io
@@ -28,7 +30,9 @@ MANIFEST = "manifest.json"
 
 
 class ShardError(ValueError):
-    """A folder of shards is missing, not whole or not what its manifest says; the message names the file."""
+    """A folder of shards is missing, not whole or not what its manifest says; the message names the
+    file.
+    """
 
 
 class Sample(NamedTuple):
@@ -77,7 +81,9 @@ def write_shards(
     with whole_folder(folder) as scratch:
         for sample in samples:
             if sample.key in seen or "." in sample.key.rpartition("/")[2]:
-                raise ShardError(f"{folder}: key {sample.key!r} {'twice' if sample.key in seen else 'has a dot'}")
+                raise ShardError(
+                    f"{folder}: key {sample.key!r} {'twice' if sample.key in seen else 'has a dot'}"
+                )
             seen.add(sample.key)
             batch.append(
                 {
@@ -111,7 +117,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def iter_samples(folder: str | Path, *, shards: list[int] | None = None) -> Iterator[Sample]:
-    """The samples of a checked folder in the manifest's order, less exactly what it lists as skipped.
+    """The samples of a checked folder in the manifest's order, less exactly what it lists as
+    skipped.
 
     shards: indices into the manifest's shards; None: all. Nothing is decoded.
     """
@@ -119,11 +126,17 @@ def iter_samples(folder: str | Path, *, shards: list[int] | None = None) -> Iter
         state = (Path(folder) / MANIFEST).stat()
     except OSError:
         state = None  # which read_manifest says
-    entries, skip = _entries(Path(folder), state and (state.st_size, state.st_mtime_ns, state.st_ino))
+    entries, skip = _entries(
+        Path(folder), state and (state.st_size, state.st_mtime_ns, state.st_ino)
+    )
     for number in range(len(entries)) if shards is None else shards:
         shard = entries[number]
         out, count = skip.get(shard["file"], set()), 0
-        source = shard["file"] if tars.is_url(shard["file"]) else os.path.normpath(Path(folder) / shard["file"])
+        source = (
+            shard["file"]
+            if tars.is_url(shard["file"])
+            else os.path.normpath(Path(folder) / shard["file"])
+        )
         try:
             with tars.open_source(source) as file:
                 for index, (key, files, _) in enumerate(tars.groups(file)):
@@ -146,7 +159,9 @@ def iter_samples(folder: str | Path, *, shards: list[int] | None = None) -> Iter
 
 @lru_cache(maxsize=4)
 def _entries(folder: Path, state: Any) -> tuple[list[dict], dict[str, set[int]]]:
-    """The manifest's shards, and the indices that each file skips: read once, not for each shard of thousands."""
+    """The manifest's shards, and the indices that each file skips: read once, not for each shard of
+    thousands.
+    """
     manifest, skip = read_manifest(folder), {}
     for entry in manifest["skipped"]:
         if "index" in entry:
@@ -155,7 +170,9 @@ def _entries(folder: Path, state: Any) -> tuple[list[dict], dict[str, set[int]]]
 
 
 def as_sample(key: str, files: dict[str, bytes]) -> Sample | str:
-    """A tar's files of one key as a Sample, or the reason why they are none. The image is not decoded."""
+    """A tar's files of one key as a Sample, or the reason why they are none. The image is not
+    decoded.
+    """
     ext = next((e for e in IMAGE_EXTENSIONS if e in files), None)
     if ext is None:
         odd = sorted(set(files) - {"txt", "json"})
@@ -202,7 +219,9 @@ def decode(sample: Sample | bytes) -> Image.Image:
     return image.convert("RGB")
 
 
-def manifest_of(shards: list[dict], skipped: list[dict], info: dict[str, Any] | None = None) -> dict[str, Any]:
+def manifest_of(
+    shards: list[dict], skipped: list[dict], info: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """What manifest.json holds."""
     return {
         "shards": shards,

@@ -1,7 +1,8 @@
 """Tars as streams: written with nothing in them but the samples, read as far as they are readable.
 
-webdataset writes them and opens URLs; reading is the standard library's, because a damaged tar must give up
-its good samples, and because webdataset imports torch, which processes that only read do without.
+webdataset writes them and opens URLs; reading is the standard library's, because a damaged tar must
+give up its good samples, and because webdataset imports torch, which processes that only read do
+without.
 """
 
 import hashlib
@@ -14,7 +15,8 @@ from typing import Any, BinaryIO
 
 
 def write_tar(path: str | Path, samples: Iterable[dict[str, Any]]) -> tuple[int, str]:
-    """A tar of {"__key__": key, extension: bytes, ...} with nothing in it but them: same samples, same bytes.
+    """A tar of {"__key__": key, extension: bytes, ...} with nothing in it but them: same samples,
+    same bytes.
 
     Returns (samples, sha256). Names are sorted within a sample; time 0, a fixed owner.
     """
@@ -22,7 +24,9 @@ def write_tar(path: str | Path, samples: Iterable[dict[str, Any]]) -> tuple[int,
 
     count = 0
     with open(path, "wb") as file:
-        writer = TarWriter(file, user="mclip", group="mclip", mode=0o644, mtime=0, encoder=False, compress=False)
+        writer = TarWriter(
+            file, user="mclip", group="mclip", mode=0o644, mtime=0, encoder=False, compress=False
+        )
         for count, sample in enumerate(samples, 1):  # noqa: B007 - the last count is what is returned
             writer.write(sample)
         writer.close()
@@ -31,11 +35,13 @@ def write_tar(path: str | Path, samples: Iterable[dict[str, Any]]) -> tuple[int,
 
 
 def groups(stream: BinaryIO) -> Iterator[tuple[str | None, dict[str, bytes], str | None]]:
-    """(key, {extension: bytes}, None) for each sample of a tar, in order, as far as the tar is readable.
+    """(key, {extension: bytes}, None) for each sample of a tar, in order, as far as the tar is
+    readable.
 
-    With a reason in place of None: a file that is part of no sample (it has no files then), and the last sample
-    of a damaged tar, which may be incomplete. A damaged tar ends with (None, {}, what is wrong with it). An
-    extension that comes again starts a new sample, so that adjacent duplicates are told apart.
+    With a reason in place of None: a file that is part of no sample (it has no files then), and the
+    last sample of a damaged tar, which may be incomplete. A damaged tar ends with (None, {}, what
+    is wrong with it). An extension that comes again starts a new sample, so that adjacent
+    duplicates are told apart.
     """
     key, files, damage = None, {}, None
     try:
@@ -45,7 +51,9 @@ def groups(stream: BinaryIO) -> Iterator[tuple[str | None, dict[str, bytes], str
             if not member.isreg():
                 continue
             folder, slash, name = member.name.rpartition("/")
-            if name.startswith("__") or name.startswith("._"):  # webdataset's own entries, macOS's forks
+            if name.startswith("__") or name.startswith(
+                "._"
+            ):  # webdataset's own entries, macOS's forks
                 continue
             base, dot, ext = name.partition(".")
             data, ext = tar.extractfile(member).read(), ext.lower()
@@ -69,8 +77,8 @@ def groups(stream: BinaryIO) -> Iterator[tuple[str | None, dict[str, bytes], str
 class Recorder:
     """A stream that notes its sha256, length and last non-zero byte while it is read.
 
-    tarfile takes a cut between two members, or rubbish where a header should be, for the end of the archive;
-    the two numbers tell them apart from a proper end.
+    tarfile takes a cut between two members, or rubbish where a header should be, for the end of the
+    archive; the two numbers tell them apart from a proper end.
     """
 
     def __init__(self, file: BinaryIO):
@@ -117,8 +125,8 @@ def open_source(source: str) -> BinaryIO:
     from webdataset.gopen import gopen
 
     stream = gopen(source, "rb")
-    # a command that fails, or that is stopped before its end, must not take the samples that it gave with it:
-    # what it left out is seen from the tar itself
+    # a command that fails, or that is stopped before its end, must not take the samples that it
+    # gave with it: what it left out is seen from the tar itself
     stream.ignore_errors = True
     return stream
 

@@ -1,7 +1,9 @@
-"""The captions of a set of pairs and their tokens, each read and tokenised once for all the runs that train on it.
+"""The captions of a set of pairs and their tokens, each read and tokenised once for all the runs
+that train on it.
 
-Without a GPU short runs are many: reading 12,000 captions from their tars and tokenising 14,000 in Python would be a
-quarter of a study's training. Both are kept below `cache`, under the digest of all that they are made of.
+Without a GPU short runs are many: reading 12,000 captions from their tars and tokenising 14,000 in
+Python would be a quarter of a study's training. Both are kept below `cache`, under the digest of
+all that they are made of.
 """
 
 import hashlib
@@ -33,12 +35,16 @@ def read_captions(pairs: str, cache: str | Path) -> tuple[list[str], list[str]]:
         rows = [(s.key, s.caption) for s in shards.iter_samples(pairs)]
         pd.DataFrame(rows, columns=["key", "caption"], dtype=str).to_parquet(draft, index=False)
 
-    table = pd.read_parquet(made_once(cache, "captions", ".parquet", shards.read_manifest(pairs), build))
+    table = pd.read_parquet(
+        made_once(cache, "captions", ".parquet", shards.read_manifest(pairs), build)
+    )
     return table["key"].tolist(), table["caption"].tolist()
 
 
 def tokenise(texts: list[str], tokenizer: Tokenizer, cache: str | Path | None) -> torch.Tensor:
-    """(n, context) int32. Kept only of CLIP's own tokenizer: the others are fast, and their files are many."""
+    """(n, context) int32. Kept only of CLIP's own tokenizer: the others are fast, and their files
+    are many.
+    """
     identity = _identity(tokenizer)
     if cache is None or identity is None:
         return _tokenised(texts, tokenizer)
@@ -47,11 +53,15 @@ def tokenise(texts: list[str], tokenizer: Tokenizer, cache: str | Path | None) -
         with open(draft, "wb") as file:  # numpy would add a suffix to a path
             np.save(file, _tokenised(texts, tokenizer).numpy(), allow_pickle=False)
 
-    return torch.from_numpy(np.load(made_once(cache, "tokens", ".npy", [identity, texts], build), allow_pickle=False))
+    return torch.from_numpy(
+        np.load(made_once(cache, "tokens", ".npy", [identity, texts], build), allow_pickle=False)
+    )
 
 
 def _tokenised(texts: list[str], tokenizer: Tokenizer) -> torch.Tensor:
-    return torch.cat([tokenizer(texts[i:i + AT_ONCE]) for i in range(0, len(texts), AT_ONCE)]).to(torch.int32)
+    return torch.cat([tokenizer(texts[i : i + AT_ONCE]) for i in range(0, len(texts), AT_ONCE)]).to(
+        torch.int32
+    )
 
 
 def _identity(tokenizer: Tokenizer) -> list | None:

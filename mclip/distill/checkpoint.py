@@ -1,4 +1,6 @@
-"""A run's checkpoint: what it takes to go on with the same batches to the same bytes, whatever the number of ranks."""
+"""A run's checkpoint: what it takes to go on with the same batches to the same bytes, whatever the
+number of ranks.
+"""
 
 from pathlib import Path
 
@@ -13,21 +15,38 @@ from mclip.system.files import whole
 FILE = "checkpoint.pt"
 
 
-def save(scratch: Path, step: int, together: nn.Module, optimizer: Optimizer, averaged: AveragedModel | None,
-         history: list[dict]) -> None:
+def save(
+    scratch: Path,
+    step: int,
+    together: nn.Module,
+    optimizer: Optimizer,
+    averaged: AveragedModel | None,
+    history: list[dict],
+) -> None:
     """Write it, whole or not at all; every rank calls this, rank 0 writes."""
     states = sharding.whole(together, optimizer)
     if states is None:  # another rank
         return
     scratch.mkdir(parents=True, exist_ok=True)
     with whole(scratch / FILE) as draft:
-        torch.save({"step": step, "model": states[0], "optimizer": states[1],
-                    "averaged": averaged.state_dict() if averaged is not None else None, "history": history}, draft)
+        torch.save(
+            {
+                "step": step,
+                "model": states[0],
+                "optimizer": states[1],
+                "averaged": averaged.state_dict() if averaged is not None else None,
+                "history": history,
+            },
+            draft,
+        )
 
 
-def resume(scratch: Path, together: nn.Module, optimizer: Optimizer,
-           averaged: AveragedModel | None) -> tuple[int, list[dict]]:
-    """Read it into module, optimizer and average: the steps done and the history; 0 and none where there is none."""
+def resume(
+    scratch: Path, together: nn.Module, optimizer: Optimizer, averaged: AveragedModel | None
+) -> tuple[int, list[dict]]:
+    """Read it into module, optimizer and average: the steps done and the history; 0 and none where
+    there is none.
+    """
     file = scratch / FILE
     if not file.exists():
         return 0, []

@@ -1,9 +1,10 @@
 """A causal text tower while a student trains: positions behind a caption's end are not computed.
 
-The tower's output is that of the end token, the largest id, and under a causal mask it reads nothing that comes after.
-Captions of half the context are common (of the default's 16 tokens they use 9, of CLIP's 77 about 20), so a batch goes
-through the tower in two groups, each cut to its longest caption: the same features to rounding, a third of the text
-tower's arithmetic less in the default.
+The tower's output is that of the end token, the largest id, and under a causal mask it reads
+nothing that comes after. Captions of half the context are common (of the default's 16 tokens they
+use 9, of CLIP's 77 about 20), so a batch goes through the tower in two groups, each cut to its
+longest caption: the same features to rounding, a third of the text tower's arithmetic less in the
+default.
 """
 
 from collections.abc import Callable
@@ -23,10 +24,11 @@ class _Text(nn.Module):
 
 
 def text_encoder(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What gives the features of `model.encode_text`, (b, context) tokens -> (b, d), at less cost where that is exact.
+    """What gives the features of `model.encode_text`, (b, context) tokens -> (b, d), at less cost
+    where that is exact.
 
-    That is where open_clip's own tower has a causal mask and takes the largest token for the end; elsewhere it is
-    `model.encode_text` itself. Gradients flow to every parameter.
+    That is where open_clip's own tower has a causal mask and takes the largest token for the end;
+    elsewhere it is `model.encode_text` itself. Gradients flow to every parameter.
     """
     causal = type(model) is open_clip.CLIP and getattr(model, "attn_mask", None) is not None
     if not causal or model.text_pool_type != "argmax":
@@ -40,16 +42,21 @@ def text_encoder(model: nn.Module) -> Callable[[Tensor], Tensor]:
         for rows in (order[:cut], order[cut:]):
             if len(rows):
                 n = int(length[rows[-1]])
-                shorter = {"model.positional_embedding": model.positional_embedding[:n],
-                           "model.attn_mask": model.attn_mask[:n, :n]}
-                parts.append(torch.func.functional_call(text, shorter, (tokens[rows.to(tokens.device), :n],)))
+                shorter = {
+                    "model.positional_embedding": model.positional_embedding[:n],
+                    "model.attn_mask": model.attn_mask[:n, :n],
+                }
+                parts.append(
+                    torch.func.functional_call(text, shorter, (tokens[rows.to(tokens.device), :n],))
+                )
         return torch.cat(parts)[order.argsort().to(tokens.device)]
 
     return encode
 
 
 def split(length: Tensor) -> int:
-    """How many of the shortest texts make a group of their own so that both groups, padded, are least.
+    """How many of the shortest texts make a group of their own so that both groups, padded, are
+    least.
 
     length : (b,), ascending.
     """

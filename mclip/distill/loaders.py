@@ -1,13 +1,15 @@
 """Batches of a training set (`mclip.distill.targets`). Two loaders give the same content:
 
-- `CachedLoader`: every view decoded and augmented once into a memory-mapped uint8 file under data/cache, shared by
-  all recipes and seeds; for sets that fit on a local disk. Batches are a function of (seed, step): resuming is exact.
-- `StreamedLoader`: shards are read, decoded and augmented as they come, and of the other stages' files only what a
-  shard needs; for sets that don't.
+- `CachedLoader`: every view decoded and augmented once into a memory-mapped uint8 file under
+  data/cache, shared by all recipes and seeds; for sets that fit on a local disk. Batches are a
+  function of (seed, step): resuming is exact.
+- `StreamedLoader`: shards are read, decoded and augmented as they come, and of the other stages'
+  files only what a shard needs; for sets that don't.
 
-A batch is a dict of tensors: image (b, 3, s, s) uint8; tokens (b, context), ids (b,) int64 (equal captions have equal
-ids); with synthetic captions syn_tokens, syn_ids; with a teacher label (b,), teacher_image and teacher_text (b, d);
-with a reinforced set ensemble_image, ensemble_text, ensemble_syn (b, D).
+A batch is a dict of tensors: image (b, 3, s, s) uint8; tokens (b, context), ids (b,) int64 (equal
+captions have equal ids); with synthetic captions syn_tokens, syn_ids; with a teacher label (b,),
+teacher_image and teacher_text (b, d); with a reinforced set ensemble_image, ensemble_text,
+ensemble_syn (b, D).
 """
 
 import itertools
@@ -32,17 +34,29 @@ SHUFFLE_BUFFER = 2000
 class CachedLoader:
     """Batches of a set whose pixels are cached; batch `step` is a function of (seed, step).
 
-    A global batch is cut into `world` equal parts, one a rank, so the samples of a step don't depend on `world`.
+    A global batch is cut into `world` equal parts, one a rank, so the samples of a step don't
+    depend on `world`.
     """
 
-    def __init__(self, side: Side, pixels: np.ndarray, batch_size: int, *, seed: int, rank: int = 0, world: int = 1,
-                 teacher_slice: list[int] | None = None):
+    def __init__(
+        self,
+        side: Side,
+        pixels: np.ndarray,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        teacher_slice: list[int] | None = None,
+    ):
         _check_size(batch_size, len(side))
         self.side, self.pixels, self.batch_size, self.seed = side, pixels, batch_size, seed
         self.rank, self.world, self.teacher_slice = rank, world, teacher_slice
-        # of the epoch that is under way: to shuffle millions of pairs at each step would take longer than the step
+        # of the epoch that is under way: to shuffle millions of pairs at each step would take
+        # longer than the step
         self._order = lru_cache(maxsize=1)(
-            lambda epoch: np.random.default_rng([seed, 1, epoch]).permutation(len(side)))
+            lambda epoch: np.random.default_rng([seed, 1, epoch]).permutation(len(side))
+        )
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
         """The batch of a step (0-based)."""
@@ -61,29 +75,49 @@ class CachedLoader:
 
 def _check_size(batch_size: int, pairs: int) -> None:
     if batch_size > pairs:
-        raise ValueError(f"distill.train.batch_size {batch_size} is more than the {pairs} pairs there are")
+        raise ValueError(
+            f"distill.train.batch_size {batch_size} is more than the {pairs} pairs there are"
+        )
 
 
 @dataclass(frozen=True)
 class _Opened:
-    """A shard in a stream: everything but its pixels, and which augmentations each of its samples has."""
+    """A shard in a stream: everything but its pixels, and which augmentations each of its samples
+    has.
+    """
 
     side: Side
-    rows: dict[str, np.ndarray] | None  # stored augmentations by key; None: light ones, drawn from the key
+    rows: (
+        dict[str, np.ndarray] | None
+    )  # stored augmentations by key; None: light ones, drawn from the key
     view_px: int
 
     def picture(self, sample: shards.Sample, view: int, spec: TrainingSet) -> np.ndarray:
         """One view of a sample at the student's size: (3, image_px, image_px) uint8."""
         image = shards.decode(sample)
-        rows = light_rows(sample.key, image.size, spec, view + 1) if self.rows is None else self.rows[sample.key]
+        rows = (
+            light_rows(sample.key, image.size, spec, view + 1)
+            if self.rows is None
+            else self.rows[sample.key]
+        )
         return views_of(image, rows[view : view + 1], self.view_px, spec.image_px)[0]
 
 
 class _Stream(IterableDataset):
-    """Batches from shuffled shards, through a shuffle buffer; endless. A picture is decoded as its batch is made."""
+    """Batches from shuffled shards, through a shuffle buffer; endless. A picture is decoded as its
+    batch is made.
+    """
 
-    def __init__(self, spec: TrainingSet, tokenizer: Tokenizer, batch_size: int, seed: int, rank: int, world: int,
-                 teacher_slice: list[int] | None):
+    def __init__(
+        self,
+        spec: TrainingSet,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world: int,
+        teacher_slice: list[int] | None,
+    ):
         self.spec, self.tokenizer, self.batch_size, self.seed = spec, tokenizer, batch_size, seed
         self.rank, self.world, self.teacher_slice = rank, world, teacher_slice
         self.sides = ShardSides(spec)
@@ -102,7 +136,9 @@ class _Stream(IterableDataset):
         while True:
             yield self._batch(list(itertools.islice(samples, self.batch_size)), rng)
 
-    def _samples(self, mine: int, parts: int, rng: np.random.Generator) -> Iterator[tuple[_Opened, int, shards.Sample]]:
+    def _samples(
+        self, mine: int, parts: int, rng: np.random.Generator
+    ) -> Iterator[tuple[_Opened, int, shards.Sample]]:
         """Shuffled samples, each with its shard and its place there."""
         count = self.count
         buffer: list[tuple[_Opened, int, shards.Sample]] = []
@@ -135,8 +171,9 @@ class _Stream(IterableDataset):
             if sample.key in at:
                 yield opened, at[sample.key], sample
 
-    def _batch(self, items: list[tuple[_Opened, int, shards.Sample]],
-               rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def _batch(
+        self, items: list[tuple[_Opened, int, shards.Sample]], rng: np.random.Generator
+    ) -> dict[str, torch.Tensor]:
         view = rng.integers(self.n_views, size=len(items))
         parts, places = [], []
         for opened in {id(o): o for o, _, _ in items}.values():  # one selection a shard
@@ -147,22 +184,50 @@ class _Stream(IterableDataset):
             places.append(place)
         back = torch.from_numpy(np.argsort(np.concatenate(places)))
         batch = {name: torch.cat([p[name] for p in parts])[back] for name in parts[0]}
-        pictures = [o.picture(sample, int(v), self.spec) for (o, _, sample), v in zip(items, view, strict=True)]
+        pictures = [
+            o.picture(sample, int(v), self.spec)
+            for (o, _, sample), v in zip(items, view, strict=True)
+        ]
         batch["image"] = torch.from_numpy(np.stack(pictures))
         return batch
 
 
 class StreamedLoader:
-    """Batches from shards as they are read. `batch(step)` must be called with rising steps; after a resume the
-    stream starts anew with a seed of its own, so no sample is preferred."""
+    """Batches from shards as they are read. `batch(step)` must be called with rising steps; after a
+    resume the stream starts anew with a seed of its own, so no sample is preferred.
+    """
 
-    def __init__(self, spec: TrainingSet, tokenizer: Tokenizer, batch_size: int, *, seed: int, start: int = 0,
-                 rank: int = 0, world: int = 1, workers: int = 2, teacher_slice: list[int] | None = None):
+    def __init__(
+        self,
+        spec: TrainingSet,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        *,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 2,
+        teacher_slice: list[int] | None = None,
+    ):
         if spec.fraction == 1:  # of a part only reading everything tells
-            _check_size(batch_size, pair_count(spec))  # a stream of nothing would never come to an end
-        stream = _Stream(spec, tokenizer, batch_size // world, seed + 1_000_003 * start, rank, world, teacher_slice)
-        self._batches = iter(DataLoader(stream, batch_size=None, num_workers=workers,
-                                        pin_memory=torch.cuda.is_available()))
+            _check_size(
+                batch_size, pair_count(spec)
+            )  # a stream of nothing would never come to an end
+        stream = _Stream(
+            spec,
+            tokenizer,
+            batch_size // world,
+            seed + 1_000_003 * start,
+            rank,
+            world,
+            teacher_slice,
+        )
+        self._batches = iter(
+            DataLoader(
+                stream, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available()
+            )
+        )
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
         """The next batch."""

@@ -1,8 +1,9 @@
 """Train the student with one recipe, a run a seed (papers.md 1.5, 2.2, 2.3).
 
-`plan` says what to run, `run_recipe` starts `mclip.distill.trainer` for each: torchrun with `distill.train.processes` processes,
-`parallel_runs` of them side by side. A run that was finished by a killed stage is not trained again; one that was under
-way goes on at its checkpoint. This module imports neither torch nor open_clip: the training processes do.
+`plan` says what to run, `run_recipe` starts `mclip.distill.trainer` for each: torchrun with
+`distill.train.processes` processes, `parallel_runs` of them side by side. A run that was finished
+by a killed stage is not trained again; one that was under way goes on at its checkpoint. This
+module imports neither torch nor open_clip: the training processes do.
 """
 
 import hashlib
@@ -29,8 +30,18 @@ class TrainingError(RuntimeError):
     """A training process failed; the message has its last words and where the whole log is."""
 
 
-def plan(name: str, recipe: Recipe, student: str, train: Train, seeds: list[int], *, teacher: str | None,
-         data: dict | None = None, out: str | Path = "models/students", scratch: Path = SCRATCH) -> list[Run]:
+def plan(
+    name: str,
+    recipe: Recipe,
+    student: str,
+    train: Train,
+    seeds: list[int],
+    *,
+    teacher: str | None,
+    data: dict | None = None,
+    out: str | Path = "models/students",
+    scratch: Path = SCRATCH,
+) -> list[Run]:
     """The runs of a recipe, one a seed.
 
     Parameters
@@ -50,25 +61,51 @@ def plan(name: str, recipe: Recipe, student: str, train: Train, seeds: list[int]
     )
     runs = []
     for seed in seeds:
-        identity = json.dumps([CHECKPOINTS, name, seed, student, architecture(student), t.model_dump(),
-                               recipe.model_dump(), shards.read_manifest(spec.pairs)["shards"]], sort_keys=True)
+        identity = json.dumps(
+            [
+                CHECKPOINTS,
+                name,
+                seed,
+                student,
+                architecture(student),
+                t.model_dump(),
+                recipe.model_dump(),
+                shards.read_manifest(spec.pairs)["shards"],
+            ],
+            sort_keys=True,
+        )
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
-        runs.append(Run(name=name, seed=seed, student=student, train=t, recipe=recipe, data=spec,
-                        out=str(Path(out) / name / f"seed{seed}"), scratch=str(scratch / f"{name}-{seed}-{digest}")))
+        runs.append(
+            Run(
+                name=name,
+                seed=seed,
+                student=student,
+                train=t,
+                recipe=recipe,
+                data=spec,
+                out=str(Path(out) / name / f"seed{seed}"),
+                scratch=str(scratch / f"{name}-{seed}-{digest}"),
+            )
+        )
     return runs
 
 
 def architecture(student: str) -> str:
     """The student's architecture where it lies in a file; it may change under the same name."""
     folder = Path(student.removeprefix("local-dir:"))
-    for file in (folder / "open_clip_config.json", Path(__file__).parent / "models" / "configs" / f"{student}.json"):
+    for file in (
+        folder / "open_clip_config.json",
+        Path(__file__).parent / "models" / "configs" / f"{student}.json",
+    ):
         if file.is_file():
             return file.read_text()
     return student
 
 
 def run_recipe(runs: list[Run], *, side_by_side: int | None = None) -> pd.DataFrame:
-    """`train_all`, then the histories of all seeds: columns seed, step, samples, lr, logit_scale, loss, one a term."""
+    """`train_all`, then the histories of all seeds: columns seed, step, samples, lr, logit_scale,
+    loss, one a term.
+    """
     train_all(runs, side_by_side=side_by_side)
     return history(runs)
 
@@ -79,10 +116,11 @@ def finished(run: Run) -> bool:
 
 
 def train_all(runs: list[Run], *, side_by_side: int | None = None) -> None:
-    """Train those of the runs that aren't finished, `parallel_runs` side by side, the longest first.
+    """Train those of the runs that aren't finished, `parallel_runs` side by side, the longest
+    first.
 
-    Raises TrainingError with the last lines of the log of the first run that failed; the others are stopped, their
-    checkpoints stay.
+    Raises TrainingError with the last lines of the log of the first run that failed; the others are
+    stopped, their checkpoints stay.
     """
     todo = {run.out: run for run in runs if not finished(run)}
     waiting, running = sorted(todo.values(), key=lambda run: -run.train.samples), {}
@@ -119,21 +157,36 @@ def _start(run: Run) -> subprocess.Popen:
     arguments = ["mclip.distill.trainer", str(scratch / "run.json")]
     command = warm.command(*arguments)
     if run.train.processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                   f"--nproc_per_node={run.train.processes}", "-m", *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={run.train.processes}",
+            "-m",
+            *arguments,
+        ]
     env = dict(os.environ)
     if run.train.threads:
-        # before torch starts: its pool, and OpenMP's, are sized once; no busy waiting where runs share cores
-        env |= {"OMP_NUM_THREADS": str(run.train.threads), "MKL_NUM_THREADS": str(run.train.threads)}
+        # before torch starts: its pool, and OpenMP's, are sized once; no busy waiting where runs
+        # share cores
+        env |= {
+            "OMP_NUM_THREADS": str(run.train.threads),
+            "MKL_NUM_THREADS": str(run.train.threads),
+        }
     # the log takes what the run prints; its progress bar goes to the terminal by MCLIP_PROGRESS
     with open(scratch / "log.txt", "a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, stdin=subprocess.DEVNULL)
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=env, stdin=subprocess.DEVNULL
+        )
 
 
 def _last_words(run: Run, code: int) -> str:
     log = Path(run.scratch) / "log.txt"
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-    return f"{run.name} seed {run.seed} ended with exit status {code}; the whole log is {log}\n{tail}"
+    return (
+        f"{run.name} seed {run.seed} ended with exit status {code}; the whole log is {log}\n{tail}"
+    )
 
 
 def facts(run: Run) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """A training run's checkpoint with W whole, whatever the number of ranks that W's rows lie on.
 
-`whole` and `own` translate between what each rank has of a model's and its optimizer's state and what a file holds.
+`whole` and `own` translate between what each rank has of a model's and its optimizer's state and
+what a file holds.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ from mclip.losses.cluster import ClusterLoss, part
 
 
 def whole(model: nn.Module, optimizer: Optimizer) -> tuple[dict, dict] | None:
-    """Both state_dicts as one process would have them; on rank 0, None on others. All ranks must call this."""
+    """Both state_dicts as one process would have them; on rank 0, None on others. All ranks must
+    call this.
+    """
     states = model.state_dict(), optimizer.state_dict()
     for cluster, holder, key in _shards(model, optimizer, *states):
         holder[key] = _gathered(holder[key], cluster)
@@ -24,19 +27,25 @@ def whole(model: nn.Module, optimizer: Optimizer) -> tuple[dict, dict] | None:
 def own(model: nn.Module, optimizer: Optimizer, model_state: dict, optimizer_state: dict) -> None:
     """Load what `whole` returned; each rank keeps its part."""
     for cluster, holder, key in _shards(model, optimizer, model_state, optimizer_state):
-        rows = part(cluster.clusters, dist.get_rank(cluster.group), dist.get_world_size(cluster.group))
+        rows = part(
+            cluster.clusters, dist.get_rank(cluster.group), dist.get_world_size(cluster.group)
+        )
         holder[key] = holder[key][rows].clone()
     model.load_state_dict(model_state)
     optimizer.load_state_dict(optimizer_state)
 
 
 def clip_gradients(model: nn.Module, most: float) -> Tensor:
-    """`nn.utils.clip_grad_norm_` over all parameters, once each, where some lie on several ranks in parts."""
+    """`nn.utils.clip_grad_norm_` over all parameters, once each, where some lie on several ranks in
+    parts.
+    """
     sharded = [m for m in model.modules() if isinstance(m, ClusterLoss) and m.group is not None]
     if not sharded:
         return nn.utils.clip_grad_norm_(model.parameters(), most)
     parts = {id(m.weight) for m in sharded}
-    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None and id(p) not in parts])
+    norm = nn.utils.get_total_norm(
+        [p.grad for p in model.parameters() if p.grad is not None and id(p) not in parts]
+    )
     for m in sharded:
         square = m.weight.grad.norm() ** 2
         dist.all_reduce(square, group=m.group)
@@ -47,12 +56,16 @@ def clip_gradients(model: nn.Module, most: float) -> Tensor:
 
 def sharded_names(model: nn.Module) -> list[str]:
     """Parameters that differ between ranks, which DDP must neither send nor average."""
-    return [f"{name}.weight".lstrip(".") for name, m in model.named_modules()
-            if isinstance(m, ClusterLoss) and m.group is not None]
+    return [
+        f"{name}.weight".lstrip(".")
+        for name, m in model.named_modules()
+        if isinstance(m, ClusterLoss) and m.group is not None
+    ]
 
 
-def _shards(model: nn.Module, optimizer: Optimizer, model_state: dict,
-            optimizer_state: dict) -> Iterator[tuple[ClusterLoss, dict, str]]:
+def _shards(
+    model: nn.Module, optimizer: Optimizer, model_state: dict, optimizer_state: dict
+) -> Iterator[tuple[ClusterLoss, dict, str]]:
     """(loss, dict, key) of each tensor that has W's rows."""
     order = [id(p) for group in optimizer.param_groups for p in group["params"]]
     for name, m in model.named_modules():

@@ -1,4 +1,6 @@
-"""One batch through student and objective: forward and backward, all at once or in parts, on one rank or several."""
+"""One batch through student and objective: forward and backward, all at once or in parts, on one
+rank or several.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -22,15 +24,25 @@ class Together(nn.Module):
         self.student, self.objective = student, objective
         self.encode_text = text_encoder(student)
 
-    def forward(self, batch: dict[str, torch.Tensor], mean: tuple, std: tuple, precision: torch.dtype,
-                given: dict[str, torch.Tensor] | None = None, part: slice | None = None,
-                encode_only: bool = False) -> dict[str, torch.Tensor]:
+    def forward(
+        self,
+        batch: dict[str, torch.Tensor],
+        mean: tuple,
+        std: tuple,
+        precision: torch.dtype,
+        given: dict[str, torch.Tensor] | None = None,
+        part: slice | None = None,
+        encode_only: bool = False,
+    ) -> dict[str, torch.Tensor]:
         if given is None or part is not None:
             own = self._encode(batch, mean, std, precision)
             if encode_only:
                 return own
         if given is not None:  # accumulation: this part's features in the cached whole
-            own = {k: torch.cat([given[k][: part.start], v, given[k][part.stop :]]) for k, v in own.items()}
+            own = {
+                k: torch.cat([given[k][: part.start], v, given[k][part.stop :]])
+                for k, v in own.items()
+            }
             batch = given["batch"]
         sides = {k: v for k, v in batch.items() if k not in ("image", "tokens", "syn_tokens")}
         return self.objective({**sides, **own}, self.student.logit_scale.exp())
@@ -48,16 +60,26 @@ class Together(nn.Module):
         return {k: F.normalize(v.float(), dim=-1) for k, v in out.items()}
 
 
-def backward(wrapped: nn.Module, together: Together, batch: dict[str, torch.Tensor], mean: tuple, std: tuple,
-             precision: torch.dtype, accumulate: int, grad_checkpoint: bool = False) -> dict[str, torch.Tensor]:
+def backward(
+    wrapped: nn.Module,
+    together: Together,
+    batch: dict[str, torch.Tensor],
+    mean: tuple,
+    std: tuple,
+    precision: torch.dtype,
+    accumulate: int,
+    grad_checkpoint: bool = False,
+) -> dict[str, torch.Tensor]:
     """Forward and backward of one batch, gradients added to the parameters'; the terms' values.
 
     wrapped : `averaged_over_ranks` of `together`, or itself on one rank.
 
-    With accumulate > 1 the batch goes through the towers in parts: first without gradients to collect all features,
-    then each part again with them, its rows replaced in the whole, so that the contrastive batch is the whole one.
+    With accumulate > 1 the batch goes through the towers in parts: first without gradients to
+    collect all features, then each part again with them, its rows replaced in the whole, so that
+    the contrastive batch is the whole one.
     """
-    # what goes through the towers a second time, in accumulation or a checkpoint's backward, was counted before
+    # what goes through the towers a second time, in accumulation or a checkpoint's backward, was
+    # counted before
     again = _statistics_kept if grad_checkpoint else contextlib.nullcontext
     if accumulate == 1:
         terms = wrapped(batch, mean, std, precision)
@@ -65,8 +87,16 @@ def backward(wrapped: nn.Module, together: Together, batch: dict[str, torch.Tens
             sum(terms.values()).backward()
         return {k: v.detach() for k, v in terms.items()}
     parts = [{k: v[i::accumulate] for k, v in batch.items()} for i in range(accumulate)]
-    sides = {k: torch.cat([p[k] for p in parts]) for k in batch if k not in ("image", "tokens", "syn_tokens")}
-    state = None if together.objective.cluster is None else together.objective.cluster.get_extra_state().clone()
+    sides = {
+        k: torch.cat([p[k] for p in parts])
+        for k in batch
+        if k not in ("image", "tokens", "syn_tokens")
+    }
+    state = (
+        None
+        if together.objective.cluster is None
+        else together.objective.cluster.get_extra_state().clone()
+    )
     with torch.no_grad(), _statistics_kept(together.student):
         cached = [together(p, mean, std, precision, encode_only=True) for p in parts]
         given: dict = {k: torch.cat([c[k] for c in cached]) for k in cached[0]}
@@ -83,7 +113,11 @@ def backward(wrapped: nn.Module, together: Together, batch: dict[str, torch.Tens
                 sum(terms.values()).backward()
         at = stop
     # W, the projections and the logit scale got the whole batch's gradient once a part
-    shared = [p for n, p in together.named_parameters() if n.startswith("objective.") or n == "student.logit_scale"]
+    shared = [
+        p
+        for n, p in together.named_parameters()
+        if n.startswith("objective.") or n == "student.logit_scale"
+    ]
     for p in shared:
         if p.grad is not None:
             p.grad /= accumulate
@@ -93,7 +127,12 @@ def backward(wrapped: nn.Module, together: Together, batch: dict[str, torch.Tens
 @contextlib.contextmanager
 def _statistics_kept(module: nn.Module) -> Iterator[None]:
     """Batch norm's running statistics come out as they went in."""
-    buffers = [b for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for b in m.buffers(False)]
+    buffers = [
+        b
+        for m in module.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        for b in m.buffers(False)
+    ]
     before = [b.clone() for b in buffers]
     yield
     with torch.no_grad():
@@ -104,5 +143,7 @@ def _statistics_kept(module: nn.Module) -> Iterator[None]:
 def averaged_over_ranks(together: Together) -> nn.Module:
     """DDP around it; what is sharded over the ranks, the cluster centres, keeps its own gradient."""
     ddp = nn.parallel.DistributedDataParallel
-    ddp._set_params_and_buffers_to_ignore_for_model(together, sharding.sharded_names(together))  # torch's only way
+    ddp._set_params_and_buffers_to_ignore_for_model(
+        together, sharding.sharded_names(together)
+    )  # torch's only way
     return ddp(together)

@@ -1,8 +1,10 @@
-"""What a training set says of each pair beside its pixels: caption, and what the teachers said of it.
+"""What a training set says of each pair beside its pixels: caption, and what the teachers said of
+it.
 
-It ties together what the stages wrote: the pairs, which of them `balance` kept, cluster labels, teacher embeddings, the
-reinforced set. `load_side` reads all of it, for sets that are held in memory; `ShardSides` one shard's part, for sets
-that are not: it finds a shard's keys in mapped tables (`mclip.data.stores.lookup`) and opens that shard's files only.
+It ties together what the stages wrote: the pairs, which of them `balance` kept, cluster labels,
+teacher embeddings, the reinforced set. `load_side` reads all of it, for sets that are held in
+memory; `ShardSides` one shard's part, for sets that are not: it finds a shard's keys in mapped
+tables (`mclip.data.stores.lookup`) and opens that shard's files only.
 """
 
 from collections.abc import Callable, Iterator
@@ -72,7 +74,8 @@ def _keys(spec: TrainingSet) -> Iterator[str]:
 def load_side(spec: TrainingSet) -> Side:
     """Everything but the pixels, in memory.
 
-    Raises FileNotFoundError naming the stage to run, ValueError where the parts do not fit together.
+    Raises FileNotFoundError naming the stage to run, ValueError where the parts do not fit
+    together.
     """
     if spec.pairs_kind == "reinforced":
         count = len(shards.read_manifest(spec.pairs)["shards"])
@@ -86,7 +89,10 @@ def load_side(spec: TrainingSet) -> Side:
     if not side.keys:
         raise ValueError(f"no pair to train on ({spec.pairs_kind} pairs of {spec.pairs})")
     if spec.teacher is not None:
-        clusters, table = cluster_store.read(spec.clusters), embedding_store.load(Path(spec.embeddings) / spec.teacher)
+        clusters, table = (
+            cluster_store.read(spec.clusters),
+            embedding_store.load(Path(spec.embeddings) / spec.teacher),
+        )
         label_of = dict(zip(map(str, clusters.keys), clusters.labels.tolist(), strict=True))
         labels = np.array([label_of.get(key, -1) for key in side.keys], np.int64)
         side.arrays |= _taught(spec, side.keys, labels, table.keys, table.image, table.text)
@@ -94,9 +100,11 @@ def load_side(spec: TrainingSet) -> Side:
 
 
 class ShardSides:
-    """`load_side` for one shard at a time: `sides(index, samples)` holds what those samples need and nothing else.
+    """`load_side` for one shard at a time: `sides(index, samples)` holds what those samples need
+    and nothing else.
 
-    The tables in which it finds their keys are made once under `spec.cache`, by the first process that wants them.
+    The tables in which it finds their keys are made once under `spec.cache`, by the first process
+    that wants them.
     """
 
     def __init__(self, spec: TrainingSet):
@@ -105,11 +113,18 @@ class ShardSides:
         if spec.pairs_kind == "kept":
             self.kept = balance_store.lookup_kept(spec.balance, spec.cache)
         if spec.teacher is not None:
-            self.labels = lookup.make(spec.cache, "labels", cluster_store.table(spec.clusters),
-                                      lambda: cluster_store.labels(spec.clusters))
+            self.labels = lookup.make(
+                spec.cache,
+                "labels",
+                cluster_store.table(spec.clusters),
+                lambda: cluster_store.labels(spec.clusters),
+            )
 
-    def __call__(self, index: int, samples: list[shards.Sample]) -> tuple[Side, reinforced.Shard | None]:
-        """The shard's side, which may have no pair, and where it is reinforced what is stored of it.
+    def __call__(
+        self, index: int, samples: list[shards.Sample]
+    ) -> tuple[Side, reinforced.Shard | None]:
+        """The shard's side, which may have no pair, and where it is reinforced what is stored of
+        it.
 
         Raises as `load_side`.
         """
@@ -128,38 +143,71 @@ class ShardSides:
 
 def _reinforced(spec: TrainingSet, parts: list[reinforced.Shard]) -> Side:
     keys, captions = ([x for p in parts for x in getattr(p, name)] for name in ("keys", "captions"))
-    arrays = {"ensemble_image": torch.cat([p.image_emb for p in parts]),
-              "ensemble_texts": torch.cat([p.text_emb for p in parts])}
-    side = Side(row=np.arange(len(keys)), keys=keys, captions=captions, known=captions, arrays=arrays,
-                syn_text=[texts for p in parts for texts in p.syn_text])
-    return _cut(side, np.array([in_part(key, spec.fraction) for key in keys], bool)) if spec.fraction < 1 else side
+    arrays = {
+        "ensemble_image": torch.cat([p.image_emb for p in parts]),
+        "ensemble_texts": torch.cat([p.text_emb for p in parts]),
+    }
+    side = Side(
+        row=np.arange(len(keys)),
+        keys=keys,
+        captions=captions,
+        known=captions,
+        arrays=arrays,
+        syn_text=[texts for p in parts for texts in p.syn_text],
+    )
+    return (
+        _cut(side, np.array([in_part(key, spec.fraction) for key in keys], bool))
+        if spec.fraction < 1
+        else side
+    )
 
 
 def _plain(spec: TrainingSet, keys: list[str], captions: list[str], kept: Kept | None) -> Side:
     side = Side(row=np.arange(len(keys)), keys=keys, captions=captions, known=captions, arrays={})
     if kept is not None:
         side = _cut(side, kept(keys))
-    return _cut(side, np.array([in_part(key, spec.fraction) for key in side.keys], bool)) if spec.fraction < 1 else side
+    return (
+        _cut(side, np.array([in_part(key, spec.fraction) for key in side.keys], bool))
+        if spec.fraction < 1
+        else side
+    )
 
 
 def _cut(side: Side, chosen: np.ndarray) -> Side:
     """The chosen samples (n,) bool of a side; `known` stays."""
     part = np.flatnonzero(chosen)
-    return Side(row=side.row[part], keys=[side.keys[i] for i in part], captions=[side.captions[i] for i in part],
-                known=side.known, arrays={name: values[part] for name, values in side.arrays.items()},
-                syn_text=side.syn_text and [side.syn_text[i] for i in part])
+    return Side(
+        row=side.row[part],
+        keys=[side.keys[i] for i in part],
+        captions=[side.captions[i] for i in part],
+        known=side.known,
+        arrays={name: values[part] for name, values in side.arrays.items()},
+        syn_text=side.syn_text and [side.syn_text[i] for i in part],
+    )
 
 
-def _taught(spec: TrainingSet, keys: list[str], labels: np.ndarray, table_keys: list[str], image: np.ndarray,
-            text: np.ndarray) -> dict[str, torch.Tensor]:
-    """Cluster label and the teacher's embeddings of each key's picture and caption; labels: -1 where there is none."""
+def _taught(
+    spec: TrainingSet,
+    keys: list[str],
+    labels: np.ndarray,
+    table_keys: list[str],
+    image: np.ndarray,
+    text: np.ndarray,
+) -> dict[str, torch.Tensor]:
+    """Cluster label and the teacher's embeddings of each key's picture and caption; labels: -1
+    where there is none.
+    """
     if (labels < 0).any():
-        raise ValueError(f"{spec.clusters}: no cluster label for {(labels < 0).sum()} pairs, the first is "
-                         f"{keys[int(np.argmax(labels < 0))]}; run `dvc repro cluster`")
+        raise ValueError(
+            f"{spec.clusters}: no cluster label for {(labels < 0).sum()} pairs, the first is "
+            f"{keys[int(np.argmax(labels < 0))]}; run `dvc repro cluster`"
+        )
     position = {key: i for i, key in enumerate(table_keys)}
     if missing := [key for key in keys if key not in position]:
-        raise ValueError(f"{Path(spec.embeddings) / spec.teacher}: no embedding of {len(missing)} pairs, the first is "
-                         f"{missing[0]}; run `dvc repro embed`")
+        raise ValueError(
+            f"{Path(spec.embeddings) / spec.teacher}: no embedding of {len(missing)} pairs, the first is "
+            f"{missing[0]}; run `dvc repro embed`"
+        )
     rows = np.array([position[key] for key in keys], np.int64)
     return {
         "label": torch.from_numpy(labels),
@@ -168,15 +216,20 @@ def _taught(spec: TrainingSet, keys: list[str], labels: np.ndarray, table_keys: 
     }
 
 
-def add_tokens(side: Side, tokenizer: Tokenizer, *, synthetic: bool, cache: str | None = None) -> None:
-    """Tokenise the captions, each distinct one once, into `tokens`, `ids` (and `syn_tokens`, `syn_ids`).
+def add_tokens(
+    side: Side, tokenizer: Tokenizer, *, synthetic: bool, cache: str | None = None
+) -> None:
+    """Tokenise the captions, each distinct one once, into `tokens`, `ids` (and `syn_tokens`,
+    `syn_ids`).
 
     cache : a folder that keeps the tokens for the next run.
     """
     lists = {"": [[c] for c in side.captions]}
     if synthetic:
         if not side.syn_text or not side.syn_text[0]:
-            raise ValueError("synthetic captions wanted, but the reinforced set has none (reinforce.n_syn)")
+            raise ValueError(
+                "synthetic captions wanted, but the reinforced set has none (reinforce.n_syn)"
+            )
         lists["syn_"] = side.syn_text
     for prefix, texts in lists.items():
         distinct = sorted({t for group in texts for t in group} if prefix else set(side.known))
@@ -188,12 +241,18 @@ def add_tokens(side: Side, tokenizer: Tokenizer, *, synthetic: bool, cache: str 
         side.arrays[f"{prefix}ids"] = ids[where]
 
 
-def select(side: Side, rows: np.ndarray, view: np.ndarray, pick: np.ndarray,
-           teacher_slice: list[int] | None) -> dict[str, torch.Tensor]:
-    """The side of one batch: for each row its arrays, the embedding of its view, its synthetic caption `pick`.
+def select(
+    side: Side,
+    rows: np.ndarray,
+    view: np.ndarray,
+    pick: np.ndarray,
+    teacher_slice: list[int] | None,
+) -> dict[str, torch.Tensor]:
+    """The side of one batch: for each row its arrays, the embedding of its view, its synthetic
+    caption `pick`.
 
-    `teacher_slice`: where the teacher is one of the ensemble, its slice; then teacher_image is its embedding of the
-    augmented picture rather than of the plain one.
+    `teacher_slice`: where the teacher is one of the ensemble, its slice; then teacher_image is its
+    embedding of the augmented picture rather than of the plain one.
     """
     a, at, v = side.arrays, torch.from_numpy(rows), torch.from_numpy(view)
     batch = {"tokens": a["tokens"][at, 0].long(), "ids": a["ids"][at, 0]}

@@ -2,8 +2,9 @@
 
     python -m mclip.distill.trainer RUN.json          # RUN.json is written by mclip.distill; see Run
 
-Every recipe of both papers goes through this one loop; a recipe is a set of loss weights and data choices
-(`Objective`). A killed run goes on at its last checkpoint with the same batches; the model folder appears at the end.
+Every recipe of both papers goes through this one loop; a recipe is a set of loss weights and data
+choices (`Objective`). A killed run goes on at its last checkpoint with the same batches; the model
+folder appears at the end.
 """
 
 import argparse
@@ -48,16 +49,20 @@ def learning_rate(step: int, steps: int, train: Train, peak: float) -> float:
 
 
 def parameter_groups(together: Together, train: Train) -> list[dict]:
-    """AdamW's groups: weight decay on matrices only; W, the cluster centres, with a learning rate of its own."""
+    """AdamW's groups: weight decay on matrices only; W, the cluster centres, with a learning rate
+    of its own.
+    """
     centres, decayed, plain = [], [], []
     for name, p in together.named_parameters():
         if name == "objective.cluster.weight":
             centres.append(p)
         else:
             (decayed if p.ndim >= 2 else plain).append(p)
-    groups = [{"params": decayed, "weight_decay": train.weight_decay, "peak": train.lr},
-              {"params": plain, "weight_decay": 0.0, "peak": train.lr},
-              {"params": centres, "weight_decay": 0.0, "peak": train.lr_centres}]
+    groups = [
+        {"params": decayed, "weight_decay": train.weight_decay, "peak": train.lr},
+        {"params": plain, "weight_decay": 0.0, "peak": train.lr},
+        {"params": centres, "weight_decay": 0.0, "peak": train.lr_centres},
+    ]
     return [g for g in groups if g["params"]]
 
 
@@ -91,18 +96,28 @@ def steps(run: Run) -> Iterator[int]:
     reinforced_pairs = run.data.pairs_kind == "reinforced"
     ensemble = reinforced.read_meta(run.data.reinforced)["teachers"] if reinforced_pairs else []
     side, vocabulary = _side(run, student, tokenizer) if t.cache_pixels else (None, None)
-    objective = _objective(run, student, ensemble, kernel=chosen(t.loss_kernel, t.batch_size, device))
+    objective = _objective(
+        run, student, ensemble, kernel=chosen(t.loss_kernel, t.batch_size, device)
+    )
     together = Together(student, objective).to(device)
     wrapped = averaged_over_ranks(together) if world > 1 else together
     optimizer = torch.optim.AdamW(parameter_groups(together, t), lr=t.lr, betas=t.betas, fused=True)
-    averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(t.ema), use_buffers=True) if t.ema else None
+    averaged = (
+        AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(t.ema), use_buffers=True)
+        if t.ema
+        else None
+    )
     total = max(1, t.samples // t.batch_size)
     scratch = Path(run.scratch)
     start, history = checkpoint.resume(scratch, together, optimizer, averaged)
     loader = _loader(run, tokenizer, ensemble, side, start=start, rank=rank, world=world)
     mean, std = (tuple(student.visual.preprocess_cfg[k]) for k in ("mean", "std"))
     sums: dict[str, float] = {}
-    progress = bar(desc=f"{run.name} seed {run.seed}", unit="sample", total=total * t.batch_size) if rank == 0 else None
+    progress = (
+        bar(desc=f"{run.name} seed {run.seed}", unit="sample", total=total * t.batch_size)
+        if rank == 0
+        else None
+    )
     if progress is not None:
         progress.update(start * t.batch_size)
     following = loader.batch(start) if start < total else {}
@@ -110,7 +125,9 @@ def steps(run: Run) -> Iterator[int]:
         batch = {k: v.to(device, non_blocking=True) for k, v in following.items()}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, t, group["peak"])
-        found = backward(wrapped, together, batch, mean, std, precision, t.accumulate, t.grad_checkpoint)
+        found = backward(
+            wrapped, together, batch, mean, std, precision, t.accumulate, t.grad_checkpoint
+        )
         if t.grad_clip:
             sharding.clip_gradients(together, t.grad_clip)
         optimizer.step()
@@ -120,20 +137,29 @@ def steps(run: Run) -> Iterator[int]:
         if averaged is not None:
             averaged.update_parameters(student)
         if step + 1 < total:
-            following = loader.batch(step + 1)  # a GPU is still at work: only the next line waits for it
+            following = loader.batch(
+                step + 1
+            )  # a GPU is still at work: only the next line waits for it
         terms = {k: float(v) for k, v in found.items()}
         loss = sum(terms.values())
         if not math.isfinite(loss):
-            raise FloatingPointError(f"{run.name} seed {run.seed}: the loss is {loss} at step {step}; "
-                                     "a smaller distill.train.lr or precision: fp32 may help")
+            raise FloatingPointError(
+                f"{run.name} seed {run.seed}: the loss is {loss} at step {step}; "
+                "a smaller distill.train.lr or precision: fp32 may help"
+            )
         for k, v in {"loss": loss, **terms}.items():
             sums[k] = sums.get(k, 0.0) + v
         if (step + 1) % HISTORY_EVERY == 0 or step + 1 == total:
             n = (step % HISTORY_EVERY) + 1
-            history.append({"step": step + 1, "samples": (step + 1) * t.batch_size,
-                            "lr": optimizer.param_groups[0]["lr"],
-                            "logit_scale": float(student.logit_scale.detach().exp()),
-                            **{k: v / n for k, v in sums.items()}})
+            history.append(
+                {
+                    "step": step + 1,
+                    "samples": (step + 1) * t.batch_size,
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "logit_scale": float(student.logit_scale.detach().exp()),
+                    **{k: v / n for k, v in sums.items()},
+                }
+            )
             sums = {}
         if (step + 1) % t.checkpoint_every == 0 and step + 1 < total and not sums:
             checkpoint.save(scratch, step + 1, together, optimizer, averaged, history)
@@ -152,16 +178,22 @@ def steps(run: Run) -> Iterator[int]:
         dist.destroy_process_group()
 
 
-def _objective(run: Run, student: nn.Module, ensemble: list[dict], kernel: str = "plain") -> Objective:
+def _objective(
+    run: Run, student: nn.Module, ensemble: list[dict], kernel: str = "plain"
+) -> Objective:
     w, centres = run.recipe.weight, None
     if w.cluster or w.instance:
         centres = torch.from_numpy(cluster_store.read_centres(run.data.clusters))
     width = student.mclip["config"]["embed_dim"]
-    return Objective(run.recipe, width, ensemble=ensemble, centres=centres, seed=run.seed, kernel=kernel)
+    return Objective(
+        run.recipe, width, ensemble=ensemble, centres=centres, seed=run.seed, kernel=kernel
+    )
 
 
 def _side(run: Run, student: nn.Module, tokenizer) -> tuple[targets.Side, Kept | None]:
-    """What the set has beside pixels, its tokens those of the student, whose vocabulary is cut to them."""
+    """What the set has beside pixels, its tokens those of the student, whose vocabulary is cut to
+    them.
+    """
     side = targets.load_side(run.data)
     targets.add_tokens(side, tokenizer, synthetic=run.recipe.synthetic, cache=run.data.cache)
     captions = {name: side.arrays[name] for name in ("tokens", "syn_tokens") if name in side.arrays}
@@ -171,24 +203,44 @@ def _side(run: Run, student: nn.Module, tokenizer) -> tuple[targets.Side, Kept |
     return side, vocabulary
 
 
-def _loader(run: Run, tokenizer, ensemble: list[dict], side: targets.Side | None, *, start: int, rank: int,
-            world: int):
+def _loader(
+    run: Run,
+    tokenizer,
+    ensemble: list[dict],
+    side: targets.Side | None,
+    *,
+    start: int,
+    rank: int,
+    world: int,
+):
     """The batches from step `start` on; side: None to stream the shards."""
-    # where the cluster teacher is one of the ensemble: its slice, for its embedding of the augmented picture
+    # where the cluster teacher is one of the ensemble: its slice, for its embedding of the
+    # augmented picture
     its_slice = next((t["slice"] for t in ensemble if t["name"] == run.data.teacher), None)
     common = {"seed": run.seed, "rank": rank, "world": world, "teacher_slice": its_slice}
     if side is None:
-        return loaders.StreamedLoader(run.data, tokenizer, run.train.batch_size, start=start,
-                                      workers=run.train.workers, **common)
+        return loaders.StreamedLoader(
+            run.data,
+            tokenizer,
+            run.train.batch_size,
+            start=start,
+            workers=run.train.workers,
+            **common,
+        )
     pixels = pixel_cache(run.data, workers=run.train.workers)
     return loaders.CachedLoader(side, pixels, run.train.batch_size, **common)
 
 
 @contextlib.contextmanager
 def started(runs: Iterable[Run]) -> Iterator[list[Iterator[int]]]:
-    """`steps` of each run, to be timed: in a scratch folder that goes, nothing is trained to the end."""
+    """`steps` of each run, to be timed: in a scratch folder that goes, nothing is trained to the
+    end.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        each = [steps(replace(run, out=f"{folder}/out{i}", scratch=f"{folder}/{i}")) for i, run in enumerate(runs)]
+        each = [
+            steps(replace(run, out=f"{folder}/out{i}", scratch=f"{folder}/{i}"))
+            for i, run in enumerate(runs)
+        ]
         try:
             yield each
         finally:
@@ -209,18 +261,26 @@ def _finish(run: Run, student: nn.Module, history: list[dict]) -> None:
     out = Path(run.out)
     models.export(student, out)
     image = sum(p.numel() for p in student.visual.parameters())
-    facts = {"pairs": targets.pair_count(run.data), "image_params": image,
-             "text_params": sum(p.numel() for p in student.parameters()) - image}
+    facts = {
+        "pairs": targets.pair_count(run.data),
+        "image_params": image,
+        "text_params": sum(p.numel() for p in student.parameters()) - image,
+    }
     write_whole(out / "training.json", json.dumps(facts, indent=1) + "\n")
     with whole(out / "history.csv") as draft, open(draft, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(history[0]))
         writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in history)
+        writer.writerows(
+            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+            for row in history
+        )
     (Path(run.scratch) / checkpoint.FILE).unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m mclip.distill.trainer", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m mclip.distill.trainer", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("run", type=Path, help="RUN.json, written by mclip.distill")
     train(Run.load(parser.parse_args(argv).run))
 

@@ -1,8 +1,9 @@
 """The token embedding while a student trains: only the rows that its captions use.
 
-A caption set of a few thousand words uses a few thousand of CLIP's 49,408 tokens, but each step fills, clips and
-updates all rows' gradients and moments: a sixth of the default's step. Rows without a gradient change by weight decay
-alone, all by the same factor; one of them is kept to see by how much.
+A caption set of a few thousand words uses a few thousand of CLIP's 49,408 tokens, but each step
+fills, clips and updates all rows' gradients and moments: a sixth of the default's step. Rows
+without a gradient change by weight decay alone, all by the same factor; one of them is kept to see
+by how much.
 
     kept = vocabulary.shrink(student, [tokens, syn_tokens])    # before the optimizer is made
     tokens = kept.tokens(tokens)                               # ids of the small table
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 class Kept:
     """What was cut.
 
-    ids : (m,) token ids of the small table's rows, ascending. whole : (vocabulary, width), the table before training.
+    ids : (m,) token ids of the small table's rows, ascending. whole : (vocabulary, width), the
+        table before training.
     witness : the place among `ids` of a token that no caption has.
     """
 
@@ -29,12 +31,16 @@ class Kept:
     witness: int
 
     def tokens(self, tokens: Tensor) -> Tensor:
-        """The tokens as rows of the small table, same shape and dtype. Their order stays: the end's is the largest."""
+        """The tokens as rows of the small table, same shape and dtype. Their order stays: the end's
+        is the largest.
+        """
         return torch.searchsorted(self.ids, tokens).to(tokens.dtype)
 
     @torch.no_grad()
     def restore(self, student: nn.Module) -> None:
-        """Put the whole table back: the trained rows, and the others with the weight decay that the witness had."""
+        """Put the whole table back: the trained rows, and the others with the weight decay that the
+        witness had.
+        """
         table = _table(student)
         before = self.whole[self.ids[self.witness]].to(table.weight)
         after = table.weight[self.witness]
@@ -52,9 +58,9 @@ def shrink(student: nn.Module, captions: Sequence[Tensor]) -> Kept | None:
     captions : all tokens that the training will see, any shapes.
 
     Returns
-    -------
-    None where the student is left as it is: its text tower finds the end of a caption by anything but the largest
-    token (`pool_type` argmax) or pads with anything but 0, has no such table, or the captions use half of it and more.
+    ------- None where the student is left as it is: its text tower finds the end of a caption by
+    anything but the largest token (`pool_type` argmax) or pads with anything but 0, has no such
+    table, or the captions use half of it and more.
     """
     table = _table(student)
     text = getattr(student, "text", student)
@@ -77,6 +83,8 @@ def shrink(student: nn.Module, captions: Sequence[Tensor]) -> Kept | None:
 
 
 def _table(student: nn.Module) -> nn.Embedding | None:
-    """The token embedding of an open_clip model, which lies in the model itself or in its text tower."""
+    """The token embedding of an open_clip model, which lies in the model itself or in its text
+    tower.
+    """
     table = getattr(getattr(student, "text", student), "token_embedding", None)
     return table if isinstance(table, nn.Embedding) else None

@@ -13,5 +13,17 @@ from mclip.evaluate.features import class_features, image_features, prompts
 from mclip.evaluate.scores import Result, confusion, headline, predictions, summary, write
 from mclip.evaluate.suite import evaluate, evaluate_many, load_students
 
-__all__ = ["Result", "class_features", "confusion", "evaluate", "evaluate_many", "headline", "image_features",
-           "load_students", "predictions", "prompts", "summary", "write"]
+__all__ = [
+    "Result",
+    "class_features",
+    "confusion",
+    "evaluate",
+    "evaluate_many",
+    "headline",
+    "image_features",
+    "load_students",
+    "predictions",
+    "prompts",
+    "summary",
+    "write",
+]

@@ -1,4 +1,6 @@
-"""Features that an evaluation compares: pictures and classes as several models see them, each made once."""
+"""Features that an evaluation compares: pictures and classes as several models see them, each made
+once.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -20,9 +22,11 @@ def image_features(
     precision: str = "fp32",
     known: list[tuple[Split, list[int], dict[int, str], list[Tensor]]] | None = None,
 ) -> tuple[Split, list[Tensor]]:
-    """Unit-norm (n, d) float32 embeddings of every readable picture by each model, decoded once for all.
+    """Unit-norm (n, d) float32 embeddings of every readable picture by each model, decoded once for
+    all.
 
-    known : what these models have encoded so far, to which this is added; the same pictures are not encoded again.
+    known : what these models have encoded so far, to which this is added; the same pictures are not
+        encoded again.
     """
     for other, kept, broken, features in known or ():
         if same_pictures(split, other):
@@ -38,8 +42,12 @@ def image_features(
                 yield readable
 
     device = next(models[0].parameters()).device
-    parts = list(side_by_side(lambda batch: [encode(batch) for encode in encoders], pictures(), device))
-    features = [torch.cat(own) for own in zip(*parts, strict=True)] or [torch.empty(0, 0) for _ in models]
+    parts = list(
+        side_by_side(lambda batch: [encode(batch) for encode in encoders], pictures(), device)
+    )
+    features = [torch.cat(own) for own in zip(*parts, strict=True)] or [
+        torch.empty(0, 0) for _ in models
+    ]
     if known is not None:
         known.append((split, kept, broken, features))
     return without(split, kept, broken), features
@@ -51,12 +59,16 @@ def prompts(split: Split) -> list[str]:
 
 
 def class_features(features: Tensor, classes: int) -> Tensor:
-    """(classes * templates, d) unit-norm embeddings of `prompts` -> (classes, d): their mean, normalised again."""
+    """(classes * templates, d) unit-norm embeddings of `prompts` -> (classes, d): their mean,
+    normalised again.
+    """
     return F.normalize(features.view(classes, -1, features.shape[-1]).mean(1), dim=-1)
 
 
 def once(tokenizer: Callable[[list[str]], Tensor]) -> Callable[[list[str]], Tensor]:
-    """The tokenizer for models that are given the same texts, which it takes apart for the first of them only."""
+    """The tokenizer for models that are given the same texts, which it takes apart for the first of
+    them only.
+    """
     known: dict[tuple[str, ...], Tensor] = {}
 
     def tokenize(texts: list[str]) -> Tensor:

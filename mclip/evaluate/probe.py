@@ -1,8 +1,9 @@
 """Linear probe: logistic regression on frozen features, as CLIP evaluates representations.
 
-Why C is searched over twelve decades: on features of this scale the default's teachers do best at 0.001 to 0.01, their
-students at 0.01 to 0.1. A grid that began at 1 gave the largest teacher 61.6 % on CIFAR-10 with 1,000 pictures, below
-its own zero-shot 68.0 %; C = 0.001 gives 68.0 %, 0.01 68.4 %.
+Why C is searched over twelve decades: on features of this scale the default's teachers do best at
+0.001 to 0.01, their students at 0.01 to 0.1. A grid that began at 1 gave the largest teacher 61.6 %
+on CIFAR-10 with 1,000 pictures, below its own zero-shot 68.0 %; C = 0.001 gives 68.0 %, 0.01 68.4
+%.
 """
 
 import warnings
@@ -32,13 +33,15 @@ def probes(
     seed: int = 0,
     max_iter: int = 1000,
 ) -> list[tuple[float, float]]:
-    """Linear probe of several models' (n, d) features: top-1 and the C that was chosen, a pair a model.
+    """Linear probe of several models' (n, d) features: top-1 and the C that was chosen, a pair a
+    model.
 
-    Multinomial logistic regression on frozen features as in CLIP (Radford et al., 2021, section 3.2 and appendix
-    A.3): L-BFGS, at most 1,000 iterations, the strength of the L2 penalty found by `search` on a validation split
-    (20 % of the train split, drawn with `seed`), then a fit on the whole train split. Features are the unit-norm
-    embeddings times sqrt(d), so that a coordinate's mean square is 1 and one grid of C suits every width; they are
-    not standardised one by one, and nor are CLIP's.
+    Multinomial logistic regression on frozen features as in CLIP (Radford et al., 2021, section 3.2
+    and appendix A.3): L-BFGS, at most 1,000 iterations, the strength of the L2 penalty found by
+    `search` on a validation split (20 % of the train split, drawn with `seed`), then a fit on the
+    whole train split. Features are the unit-norm embeddings times sqrt(d), so that a coordinate's
+    mean square is 1 and one grid of C suits every width; they are not standardised one by one, and
+    nor are CLIP's.
 
     Raises
     ------
@@ -51,10 +54,15 @@ def probes(
         raise ValueError("linear probe: the train split holds one class only")
 
     def one(x: np.ndarray, x_test: np.ndarray) -> tuple[float, float]:
-        x, x_test = x * x.shape[1] ** 0.5, x_test * x.shape[1] ** 0.5  # float32 still: half the time
-        # each fit of the search starts from the solution of the one before and stops ten times earlier than the last:
-        # a quarter of the iterations, the same peak
-        regression = LogisticRegression(solver="lbfgs", max_iter=max_iter, warm_start=True, tol=1e-3)
+        x, x_test = (
+            x * x.shape[1] ** 0.5,
+            x_test * x.shape[1] ** 0.5,
+        )  # float32 still: half the time
+        # each fit of the search starts from the solution of the one before and stops ten times
+        # earlier than the last: a quarter of the iterations, the same peak
+        regression = LogisticRegression(
+            solver="lbfgs", max_iter=max_iter, warm_start=True, tol=1e-3
+        )
 
         def score(value: float) -> float:
             going.update()
@@ -66,19 +74,29 @@ def probes(
         return float(final.score(x_test, y_test)), best
 
     most = len(train) * (len(c) + 2 * halvings + 1)  # a search that passed its peak stops earlier
-    # One BLAS thread a fit: the products are small, and two threads that wait for each other took ten times as long.
-    with warnings.catch_warnings(), threadpool_limits(1), bar(desc="linear probe", unit="fit", total=most) as going:
-        warnings.simplefilter("ignore", ConvergenceWarning)  # bounded on purpose; accuracy is flat by then
+    # One BLAS thread a fit: the products are small, and two threads that wait for each other took
+    # ten times as long.
+    with (
+        warnings.catch_warnings(),
+        threadpool_limits(1),
+        bar(desc="linear probe", unit="fit", total=most) as going,
+    ):
+        warnings.simplefilter(
+            "ignore", ConvergenceWarning
+        )  # bounded on purpose; accuracy is flat by then
         return joblib.Parallel(n_jobs=-1, prefer="threads")(
             joblib.delayed(one)(a.numpy(), b.numpy()) for a, b in zip(train, test, strict=True)
         )
 
 
-def search(score: Callable[[float], float], c: Sequence[float] = GRID, halvings: int = HALVINGS) -> float:
-    """The C of the highest score by CLIP's search: the grid, then its steps around the peak halved again and again.
+def search(
+    score: Callable[[float], float], c: Sequence[float] = GRID, halvings: int = HALVINGS
+) -> float:
+    """The C of the highest score by CLIP's search: the grid, then its steps around the peak halved
+    again and again.
 
-    The grid is walked upwards and left once two values in a row score below the best: the weaker the penalty, the
-    slower the fit. Of equals the smallest C, so the strongest penalty.
+    The grid is walked upwards and left once two values in a row score below the best: the weaker
+    the penalty, the slower the fit. Of equals the smallest C, so the strongest penalty.
     """
     grid = sorted(c)
     scores: dict[float, float] = {}

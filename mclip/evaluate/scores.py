@@ -1,4 +1,6 @@
-"""What an evaluation found, as tables: the headline number, the files of `reports/metrics`, confusions."""
+"""What an evaluation found, as tables: the headline number, the files of `reports/metrics`,
+confusions.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,7 +21,9 @@ from mclip.system.files import write_whole
 class Result(NamedTuple):
     """What `evaluate.evaluate_many` returns; lists are in the order of the models."""
 
-    metrics: list[dict[str, dict[str, float]]]  # a model -> set -> metric; a missing set has no metrics
+    metrics: list[
+        dict[str, dict[str, float]]
+    ]  # a model -> set -> metric; a missing set has no metrics
     chance: dict[str, dict[str, float]]
     problems: list[str]  # missing sets, broken samples: one line each
     splits: dict[str, Split]  # the test split of each set that is there, broken pictures left out
@@ -28,14 +32,17 @@ class Result(NamedTuple):
     gallery: dict[str, list[str]]  # what the rows of `texts` are: class names or captions
     probe_c: dict[str, list[float]]  # the C that each model's probe chose
     scale: list[float]  # the models' logit scales; 100, CLIP's, where one has none
-    train: dict[str, tuple[list[int], list[Tensor]]]  # sets with a probe: the train split's labels, (n, d) pictures
+    train: dict[
+        str, tuple[list[int], list[Tensor]]
+    ]  # sets with a probe: the train split's labels, (n, d) pictures
 
 
 def headline(metrics: Mapping[str, Mapping[str, float]], sets: Mapping[str, EvalSet]) -> float:
-    """One number a model: the mean of the main metric over the held-out sets (kind other than "in domain").
+    """One number a model: the mean of the main metric over the held-out sets (kind other than "in
+    domain").
 
-    The main metric is `EvalSet.main`: zero-shot top-1, for retrieval the mean of both R@1, or the set's own. Sets
-    without metrics do not count; with no held-out set at all, every set counts.
+    The main metric is `EvalSet.main`: zero-shot top-1, for retrieval the mean of both R@1, or the
+    set's own. Sets without metrics do not count; with no held-out set at all, every set counts.
     """
     there = {name: spec for name, spec in sets.items() if metrics.get(name)}
     held_out = {name: spec for name, spec in there.items() if spec.kind != IN_DOMAIN} or there
@@ -44,12 +51,15 @@ def headline(metrics: Mapping[str, Mapping[str, float]], sets: Mapping[str, Eval
 
 
 def summary(
-    results: Sequence[Mapping[str, Mapping[str, float]]], sets: Mapping[str, EvalSet], *, digits: int = 5
+    results: Sequence[Mapping[str, Mapping[str, float]]],
+    sets: Mapping[str, EvalSet],
+    *,
+    digits: int = 5,
 ) -> dict[str, Any]:
     """{set: {metric: {"mean", "std"}}, "mean": {"mean", "std", "sets"}} over the seeds.
 
-    For `dvc metrics show`: a nested dict of numbers. std is the sample standard deviation (n - 1), 0 for one
-    seed. "mean" holds the headline number.
+    For `dvc metrics show`: a nested dict of numbers. std is the sample standard deviation (n - 1),
+    0 for one seed. "mean" holds the headline number.
     """
 
     def spread(values: list[float]) -> dict[str, float]:
@@ -86,7 +96,8 @@ def write_all(
     sets: Mapping[str, EvalSet],
     folder: str | Path = "reports/metrics",
 ) -> pd.DataFrame:
-    """FOLDER/NAME.json, {recipe: summary}, for DVC, and FOLDER/NAME.csv with every seed's numbers and chance.
+    """FOLDER/NAME.json, {recipe: summary}, for DVC, and FOLDER/NAME.csv with every seed's numbers
+    and chance.
 
     found : recipe, or variant of one -> the metrics of each of its `seeds`.
 
@@ -95,7 +106,17 @@ def write_all(
     what the CSV file holds: compare.COLUMNS.
     """
     rows = [
-        (recipe, key, spec.kind, spec.task, metric, seed, round(values[key][metric], 6), round(guess, 6), spec.main)
+        (
+            recipe,
+            key,
+            spec.kind,
+            spec.task,
+            metric,
+            seed,
+            round(values[key][metric], 6),
+            round(guess, 6),
+            spec.main,
+        )
         for recipe, metrics in found.items()
         for key, spec in sets.items()
         if key in chance
@@ -116,11 +137,15 @@ def predictions(result: Result, name: str, model: int = 0) -> np.ndarray:
 
 
 def confusion(result: Result, name: str) -> pd.DataFrame:
-    """Share of each true class (row) that is taken for each class (column), the mean over the models."""
+    """Share of each true class (row) that is taken for each class (column), the mean over the
+    models.
+    """
     split = result.splits[name]
     labels, n = np.asarray(split.labels), len(split.classes)
     counts = sum(
-        np.bincount(labels * n + nearest(result.images[name][i], result.texts[name][i]), minlength=n * n)
+        np.bincount(
+            labels * n + nearest(result.images[name][i], result.texts[name][i]), minlength=n * n
+        )
         for i in range(len(result.metrics))
     ).reshape(n, n)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)

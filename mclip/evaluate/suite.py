@@ -1,4 +1,5 @@
-"""Zero-shot classification, linear probe and retrieval on sets in the layout of `mclip.data.evalsets`.
+"""Zero-shot classification, linear probe and retrieval on sets in the layout of
+`mclip.data.evalsets`.
 
     from mclip import evaluate, models, params
     model, _, preprocess, tokenizer = models.create("local-dir:models/teachers/large")
@@ -9,20 +10,23 @@
 
 Metrics are fractions, 0 to 1 (see mclip.evaluate.metrics):
 
-- `top1`, `top5`, `mean_per_class`: zero-shot; a class's embedding is the mean of the unit-norm embeddings of
-  its prompts, normalised again (CLIP's prompt ensemble).
+- `top1`, `top5`, `mean_per_class`: zero-shot; a class's embedding is the mean of the unit-norm
+  embeddings of its prompts, normalised again (CLIP's prompt ensemble).
 - `probe_top1`: logistic regression on frozen features (mclip.evaluate.probe).
-- `i2t_r1`, `t2i_r1` (and 5, 10), `mean_r1` of both: retrieval. Image to text asks whether a right caption is among
-  the k nearest, text to image whether a right picture is. `captions: each` (CLIP_benchmark's way) makes every
-  caption an entry of its own; `distinct` makes one of equal ones, right for all their pictures.
+- `i2t_r1`, `t2i_r1` (and 5, 10), `mean_r1` of both: retrieval. Image to text asks whether a right
+  caption is among the k nearest, text to image whether a right picture is. `captions: each`
+  (CLIP_benchmark's way) makes every caption an entry of its own; `distinct` makes one of equal
+  ones, right for all their pictures.
 
-Zero-shot and retrieval give CLIP_benchmark's numbers on the same model and set (tests/evaluation/test_parity.py).
+Zero-shot and retrieval give CLIP_benchmark's numbers on the same model and set
+(tests/evaluation/test_parity.py).
 
-`worst_group_top1` and others where a set has them: mclip.evaluate.metrics. Few-shot: mclip.evaluate.fewshot, on `Result.train`.
+`worst_group_top1` and others where a set has them: mclip.evaluate.metrics. Few-shot:
+mclip.evaluate.fewshot, on `Result.train`.
 
-Every picture is decoded once for all models of a call (`evaluate_many`) and encoded once for all tasks, also where two
-sets hold the same pictures; nothing is written to disk. A missing set or a picture that can't be decoded is named in
-`Result.problems`.
+Every picture is decoded once for all models of a call (`evaluate_many`) and encoded once for all
+tasks, also where two sets hold the same pictures; nothing is written to disk. A missing set or a
+picture that can't be decoded is named in `Result.problems`.
 """
 
 import warnings
@@ -38,7 +42,13 @@ import torch
 from mclip.data.evalsets import EvalError, Split, read_split
 from mclip.evaluate import probe
 from mclip.evaluate.features import class_features, image_features, once, prompts
-from mclip.evaluate.metrics import caption_pairs, classification, classification_chance, retrieval, retrieval_chance
+from mclip.evaluate.metrics import (
+    caption_pairs,
+    classification,
+    classification_chance,
+    retrieval,
+    retrieval_chance,
+)
 from mclip.evaluate.scores import Result
 from mclip.models import create, decoders, encode_texts, for_inference, logit_scale
 from mclip.params import EvalSet, registry
@@ -69,8 +79,12 @@ def evaluate_many(
     models = [model.to(device).eval() for model in models]
     scale = [logit_scale(model) if hasattr(model, "logit_scale") else 100.0 for model in models]
     result = Result([{} for _ in models], {}, [], {}, {}, {}, {}, {}, scale, {})
-    loading = {"batch_size": batch_size, "workers": decoders(device, workers), "precision": precision,
-               "known": []}
+    loading = {
+        "batch_size": batch_size,
+        "workers": decoders(device, workers),
+        "precision": precision,
+        "known": [],
+    }
     tests, shared = {}, set()
     for name, spec in sets.items():
         if missing := _missing(name, spec):
@@ -78,11 +92,16 @@ def evaluate_many(
             continue
         with _named(name):
             tests[name] = _named_classes(name, read_split(spec.path, spec.task, groups=spec.groups))
-        shared.update(prompts(tests[name]) if spec.task == "classification" else chain(*tests[name].captions))
+        shared.update(
+            prompts(tests[name]) if spec.task == "classification" else chain(*tests[name].captions)
+        )
     # sets have prompts in common: each text is encoded once a model
     row = {text: i for i, text in enumerate(sorted(shared))}
     tokens = once(tokenizer)
-    known = [encode_texts(m, tokens, list(row), batch_size=batch_size, precision=precision) for m in models]
+    known = [
+        encode_texts(m, tokens, list(row), batch_size=batch_size, precision=precision)
+        for m in models
+    ]
     for name, spec in bar(list(sets.items()), desc="evaluate", unit="set"):
         for metrics in result.metrics:
             metrics[name] = {}
@@ -95,26 +114,45 @@ def evaluate_many(
             if train:
                 train, train_images = image_features(models, train, preprocess, **loading)
                 result.train[name] = train.labels, train_images
-        result.problems.extend(f"{name}: {line}" for line in split.problems + (train.problems if train else []))
+        result.problems.extend(
+            f"{name}: {line}" for line in split.problems + (train.problems if train else [])
+        )
         result.splits[name], result.images[name] = split, images
         if spec.task == "classification":
             rows, result.gallery[name] = [row[text] for text in prompts(split)], split.classes
             result.texts[name] = [class_features(own[rows], len(split.classes)) for own in known]
             options = {"groups": split.groups, "f1": spec.main == "f1_macro"}
-            found = [classification(x, texts, split.labels, **options)
-                     for x, texts in zip(images, result.texts[name], strict=True)]
+            found = [
+                classification(x, texts, split.labels, **options)
+                for x, texts in zip(images, result.texts[name], strict=True)
+            ]
             guess = classification_chance(len(split.classes))
         else:
-            result.gallery[name], pairs = caption_pairs(split.captions, distinct=spec.captions == "distinct")
+            result.gallery[name], pairs = caption_pairs(
+                split.captions, distinct=spec.captions == "distinct"
+            )
             rows = [row[text] for text in result.gallery[name]]
             result.texts[name] = [own[rows] for own in known]
-            found = [retrieval(x, texts, pairs) for x, texts in zip(images, result.texts[name], strict=True)]
+            found = [
+                retrieval(x, texts, pairs)
+                for x, texts in zip(images, result.texts[name], strict=True)
+            ]
             guess = retrieval_chance(pairs)
         if train:
-            fits = probe.probes(train_images, train.labels, images, split.labels, c=probe_c, halvings=probe_halvings,
-                                seed=seed)
+            fits = probe.probes(
+                train_images,
+                train.labels,
+                images,
+                split.labels,
+                c=probe_c,
+                halvings=probe_halvings,
+                seed=seed,
+            )
             result.probe_c[name] = [best for _, best in fits]
-            found = [metrics | {"probe_top1": score} for metrics, (score, _) in zip(found, fits, strict=True)]
+            found = [
+                metrics | {"probe_top1": score}
+                for metrics, (score, _) in zip(found, fits, strict=True)
+            ]
         for metrics, own in zip(result.metrics, found, strict=True):
             metrics[name] = own
         result.chance[name] = {metric: guess[metric] for metric in found[0]}
@@ -131,7 +169,9 @@ def _missing(name: str, spec: EvalSet) -> str | None:
 
 
 def _named_classes(name: str, split: Split) -> Split:
-    """The split with open_clip's ImageNet names and templates where it is ImageNet's and has none of its own."""
+    """The split with open_clip's ImageNet names and templates where it is ImageNet's and has none
+    of its own.
+    """
     entry = registry.get(name)
     if entry and entry.imagenet:
         classes = split.classes or list(open_clip.IMAGENET_CLASSNAMES)
@@ -162,7 +202,9 @@ def _named(name: str) -> Iterator[None]:
         raise EvalError(f"evaluate.sets.{name}: {err}") from None
 
 
-def evaluate(model, preprocess, tokenizer, sets: Mapping[str, EvalSet], **options) -> dict[str, dict[str, float]]:
+def evaluate(
+    model, preprocess, tokenizer, sets: Mapping[str, EvalSet], **options
+) -> dict[str, dict[str, float]]:
     """{set: {metric: 0..1}} of one model; a missing set has no metrics and is named in a warning."""
     result = evaluate_many([model], preprocess, tokenizer, sets, **options)
     for line in result.problems:
@@ -173,7 +215,9 @@ def evaluate(model, preprocess, tokenizer, sets: Mapping[str, EvalSet], **option
 def load_students(
     recipe: str, seeds: Sequence[int], folder: str | Path = "models/students"
 ) -> tuple[list[torch.nn.Module], Any, Any]:
-    """A recipe's trained students, ready for inference, with the preprocessing and tokenizer that they share."""
+    """A recipe's trained students, ready for inference, with the preprocessing and tokenizer that
+    they share.
+    """
     students = []
     for seed in seeds:
         path = Path(folder) / recipe / f"seed{seed}"
@@ -186,7 +230,11 @@ def load_students(
 
 def _check(split: Split, spec: EvalSet) -> None:
     if not split.keys:
-        raise EvalError(f"{spec.path}: no readable sample in test ({(split.problems or ['it is empty'])[0]})")
+        raise EvalError(
+            f"{spec.path}: no readable sample in test ({(split.problems or ['it is empty'])[0]})"
+        )
     top = max(split.labels, default=-1)
     if spec.task == "classification" and top >= len(split.classes):
-        raise EvalError(f"{spec.path}/classnames.txt: {len(split.classes)} classes, but labels go up to {top}")
+        raise EvalError(
+            f"{spec.path}/classnames.txt: {len(split.classes)} classes, but labels go up to {top}"
+        )

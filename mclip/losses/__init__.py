@@ -5,7 +5,8 @@
     ClusterLoss     cluster.py       CLIP-CID: discrimination and distribution over cluster centres
     affinity_loss   affinity.py      MobileCLIP: KL between teachers' and student's similarity matrices
 
-All take unit-norm embeddings (b, d) and a logit scale that is already exponentiated, and return a scalar.
+All take unit-norm embeddings (b, d) and a logit scale that is already exponentiated, and return a
+scalar.
 """
 
 from mclip.losses.affinity import affinity_loss

@@ -1,8 +1,8 @@
 """CLIP-CID's cluster-level distillation (arXiv 2408.09441; papers.md 1.3).
 
-W (k, d) is a fully connected layer that starts as the cluster centres. Omega is the batch's positive centres
-plus a random fraction r of the others (PartialFC, arXiv 2203.15565). With s_i, t_i the student's and the
-teacher's unit-norm image embeddings and y_i the sample's cluster:
+W (k, d) is a fully connected layer that starts as the cluster centres. Omega is the batch's
+positive centres plus a random fraction r of the others (PartialFC, arXiv 2203.15565). With s_i, t_i
+the student's and the teacher's unit-norm image embeddings and y_i the sample's cluster:
 
     L_CD      = -(1/b) sum_i log( exp(g w_yi.s_i) / sum_{j in Omega} exp(g w_j.s_i) )
     L_KL      = (1/b) sum_i KL( softmax_Omega(W t_i / tau) || softmax_Omega(W s_i / tau) )
@@ -21,36 +21,56 @@ from mclip.losses.contrastive import check_pair, check_unit, similarity
 
 
 class ClusterLoss(nn.Module):
-    """L_cluster of the module's docstring; owns W and, where the student's width is not d, its projection.
+    """L_cluster of the module's docstring; owns W and, where the student's width is not d, its
+    projection.
 
     Parameters
     ----------
-    centres : (k, d), unit norm; W's first value. Anything else makes training collapse, says the paper.
-    sample_rate : r in (0, 1]; 1 uses all centres. In `eval()` all centres are used, nothing is drawn.
+    centres : (k, d), unit norm; W's first value. Anything else makes training collapse, says the
+        paper.
+    sample_rate : r in (0, 1]; 1 uses all centres. In `eval()` all centres are used, nothing is
+        drawn.
     alpha : weight of L_KL, 0..1
     reading : "convex" | "additive"
     scale : g of L_CD
     tau : temperature of L_KL; None: 1 / scale, so that both terms look at the same logits
-    student_dim : the student's width; where it differs from d a learned linear map (no bias) takes the
-        student's embedding to d, and the result is normalised again
-    normalise : keep W's rows at unit norm in the product (PartialFC does); False takes the formula by the
-        letter: rows start at unit norm and may then grow
-    teacher_grad : let L_KL's target W t_i carry gradient into W; False: it is a fixed target, so that
-        flattening W is no way to make both sides alike
-    check_norm : refuse samples, student's or teacher's, that are not of unit norm (as in `clip_loss`)
-    seed : of the generator that draws Omega; its state is part of state_dict(): a resumed run draws the same
+    student_dim : the student's width; where it differs from d a learned linear map (no bias) takes
+        the student's embedding to d, and the result is normalised again
+    normalise : keep W's rows at unit norm in the product (PartialFC does); False takes the formula
+        by the letter: rows start at unit norm and may then grow
+    teacher_grad : let L_KL's target W t_i carry gradient into W; False: it is a fixed target, so
+        that flattening W is no way to make both sides alike
+    check_norm : refuse samples, student's or teacher's, that are not of unit norm (as in
+        `clip_loss`)
+    seed : of the generator that draws Omega; its state is part of state_dict(): a resumed run draws
+        the same
     """
 
-    def __init__(self, centres: Tensor, sample_rate: float = 0.1, alpha: float = 0.999,
-                 reading: str = "convex", scale: float = 20.0, *, tau: float | None = None,
-                 student_dim: int | None = None, normalise: bool = False, teacher_grad: bool = False,
-                 check_norm: bool = False, seed: int = 0):
+    def __init__(
+        self,
+        centres: Tensor,
+        sample_rate: float = 0.1,
+        alpha: float = 0.999,
+        reading: str = "convex",
+        scale: float = 20.0,
+        *,
+        tau: float | None = None,
+        student_dim: int | None = None,
+        normalise: bool = False,
+        teacher_grad: bool = False,
+        check_norm: bool = False,
+        seed: int = 0,
+    ):
         super().__init__()
         centres = torch.as_tensor(centres)
         if centres.ndim != 2 or 0 in centres.shape:
-            raise ValueError(f"centres: expected shape (clusters, width), found {tuple(centres.shape)}")
+            raise ValueError(
+                f"centres: expected shape (clusters, width), found {tuple(centres.shape)}"
+            )
         if not 0 < sample_rate <= 1:
-            raise ValueError(f"sample_rate: expected a number above 0 and at most 1, found {sample_rate}")
+            raise ValueError(
+                f"sample_rate: expected a number above 0 and at most 1, found {sample_rate}"
+            )
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha: expected a number from 0 to 1, found {alpha}")
         if reading not in ("convex", "additive"):
@@ -58,19 +78,27 @@ class ClusterLoss(nn.Module):
         if scale <= 0 or (tau is not None and tau <= 0):
             raise ValueError(f"scale and tau must be above 0, found scale {scale}, tau {tau}")
         self.weight = nn.Parameter(centres.detach().clone())
-        self.clusters, self.first, self.group = len(centres), 0, None  # until `shard`: all rows are here
+        self.clusters, self.first, self.group = (
+            len(centres),
+            0,
+            None,
+        )  # until `shard`: all rows are here
         width = centres.shape[1]
-        self.project = None if student_dim in (None, width) else nn.Linear(student_dim, width, bias=False)
+        self.project = (
+            None if student_dim in (None, width) else nn.Linear(student_dim, width, bias=False)
+        )
         self.sample_rate, self.alpha, self.reading = sample_rate, alpha, reading
         self.scale, self.tau = scale, 1 / scale if tau is None else tau
         self.normalise, self.teacher_grad, self.check_norm = normalise, teacher_grad, check_norm
         self.generator = torch.Generator().manual_seed(seed)
 
     def shard(self, group: dist.ProcessGroup) -> "ClusterLoss":
-        """Keep this rank's part of W only: rows `first` to `first + len(weight)`, contiguous, by rank.
+        """Keep this rank's part of W only: rows `first` to `first + len(weight)`, contiguous, by
+        rank.
 
-        Omega does not depend on the number of ranks. `mclip.losses.tiled.clusters.cluster_loss` then takes the ranks' parts
-        of the batch; `weight` is a new parameter, for an optimizer made after this call. DDP must leave it alone.
+        Omega does not depend on the number of ranks. `mclip.losses.tiled.clusters.cluster_loss`
+        then takes the ranks' parts of the batch; `weight` is a new parameter, for an optimizer made
+        after this call. DDP must leave it alone.
         """
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         self.first = part(self.clusters, rank, world).start
@@ -79,9 +107,13 @@ class ClusterLoss(nn.Module):
         return self
 
     def forward(self, image: Tensor, teacher_image: Tensor, labels: Tensor) -> Tensor:
-        """image (b, d or student_dim), teacher_image (b, d), both unit norm; labels (b,) int64 in 0..k-1."""
+        """image (b, d or student_dim), teacher_image (b, d), both unit norm; labels (b,) int64 in
+        0..k-1.
+        """
         if self.group is not None:
-            raise RuntimeError("W is spread over ranks: call mclip.losses.tiled.clusters.cluster_loss(module, ...)")
+            raise RuntimeError(
+                "W is spread over ranks: call mclip.losses.tiled.clusters.cluster_loss(module, ...)"
+            )
         image = self.projected(image, teacher_image, labels)
         omega = self.sample(labels)
         w = self.weight if omega is None else self.weight[omega]
@@ -91,8 +123,12 @@ class ClusterLoss(nn.Module):
         student = similarity(image, w, 1.0)
         teacher = similarity(teacher_image.detach(), w if self.teacher_grad else w.detach(), 1.0)
         discrimination = F.cross_entropy(self.scale * student, position)
-        distribution = F.kl_div(F.log_softmax(student / self.tau, 1), F.log_softmax(teacher / self.tau, 1),
-                                reduction="batchmean", log_target=True)
+        distribution = F.kl_div(
+            F.log_softmax(student / self.tau, 1),
+            F.log_softmax(teacher / self.tau, 1),
+            reduction="batchmean",
+            log_target=True,
+        )
         return self.weights[0] * discrimination + self.weights[1] * distribution
 
     @property
@@ -101,27 +137,36 @@ class ClusterLoss(nn.Module):
         return (1 - self.alpha if self.reading == "convex" else 1.0), self.alpha
 
     def projected(self, image: Tensor, teacher_image: Tensor, labels: Tensor) -> Tensor:
-        """The student's rows as wide as the centres, once all arguments of `forward` are found to fit."""
+        """The student's rows as wide as the centres, once all arguments of `forward` are found to
+        fit.
+        """
         self._check_labels(labels, len(image))
         if self.project is not None:
             if image.ndim != 2 or image.shape[1] != self.project.in_features:
-                raise ValueError(f"image: expected width student_dim = {self.project.in_features}, "
-                                 f"found {tuple(image.shape)}")
+                raise ValueError(
+                    f"image: expected width student_dim = {self.project.in_features}, "
+                    f"found {tuple(image.shape)}"
+                )
             if self.check_norm:
                 check_unit(image, "image")
             image = F.normalize(self.project(image), dim=1)
         check_pair(image, teacher_image, ("image", "teacher_image"), norm=self.check_norm)
         if image.shape[1] != self.weight.shape[1]:
-            raise ValueError(f"image is {image.shape[1]} wide, the cluster centres {self.weight.shape[1]}: "
-                             "give student_dim so that the student is projected")
+            raise ValueError(
+                f"image is {image.shape[1]} wide, the cluster centres {self.weight.shape[1]}: "
+                "give student_dim so that the student is projected"
+            )
         return image
 
     def sample(self, labels: Tensor) -> Tensor | None:
-        """Omega as sorted cluster indices: every positive, and round(r * others) of the others; None: all."""
+        """Omega as sorted cluster indices: every positive, and round(r * others) of the others;
+        None: all.
+        """
         if self.sample_rate == 1 or not self.training:
             return None
         positive = labels.unique().cpu()
-        # every cluster draws a number; positives are always in, of the others the largest numbers win
+        # every cluster draws a number; positives are always in, of the others the largest numbers
+        # win
         draw = torch.rand(self.clusters, generator=self.generator)
         draw[positive] = 2.0
         count = len(positive) + round(self.sample_rate * (self.clusters - len(positive)))
@@ -137,13 +182,17 @@ class ClusterLoss(nn.Module):
         if size == 0:
             raise ValueError("image: the batch is empty")
         if labels.shape != (size,) or labels.dtype != torch.int64:
-            raise ValueError(f"labels: expected shape ({size},) int64, "
-                             f"found {tuple(labels.shape)} {labels.dtype}")
+            raise ValueError(
+                f"labels: expected shape ({size},) int64, "
+                f"found {tuple(labels.shape)} {labels.dtype}"
+            )
         low, high = (int(v) for v in labels.aminmax())
         if low < 0 or high >= self.clusters:
             bad = low if low < 0 else high
-            raise ValueError(f"labels: cluster {bad} is out of range, there are {self.clusters} centres "
-                             f"(0 to {self.clusters - 1}); are labels and centres of one `cluster` run?")
+            raise ValueError(
+                f"labels: cluster {bad} is out of range, there are {self.clusters} centres "
+                f"(0 to {self.clusters - 1}); are labels and centres of one `cluster` run?"
+            )
 
 
 def part(n: int, rank: int, world: int) -> slice:

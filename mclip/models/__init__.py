@@ -1,12 +1,14 @@
 """Models by name, in and out of files, and fast inference with them.
 
-- `create(name)`: a model, its two preprocessings and its tokenizer from one string, always open_clip's:
-  `ViT-bigG-14/laion2b_s39b_b160k`, `local-dir:models/teachers/large`, `hf-hub:org/repo`, a model and a file of
-  weights (`MobileCLIP-S0/checkpoints/mobileclip_s0.pt`, as published), or a model alone (random init, to be trained):
-  open_clip's and those of mclip/models/configs, MobileCLIP-S0 with its text encoder MCt among them.
-- `export(model, folder)`: open_clip's `local-dir` layout, for `open_clip.create_model_and_transforms`.
-- `for_inference(model)`: branches, batch norm and LayerScale folded into single convolutions, channels last; the same
-  outputs.
+- `create(name)`: a model, its two preprocessings and its tokenizer from one string, always
+  open_clip's: `ViT-bigG-14/laion2b_s39b_b160k`, `local-dir:models/teachers/large`,
+  `hf-hub:org/repo`, a model and a file of weights (`MobileCLIP-S0/checkpoints/mobileclip_s0.pt`, as
+  published), or a model alone (random init, to be trained): open_clip's and those of
+  mclip/models/configs, MobileCLIP-S0 with its text encoder MCt among them.
+- `export(model, folder)`: open_clip's `local-dir` layout, for
+  `open_clip.create_model_and_transforms`.
+- `for_inference(model)`: branches, batch norm and LayerScale folded into single convolutions,
+  channels last; the same outputs.
 - `encode_images`, `encode_texts`: unit-norm float32 embeddings, each distinct caption encoded once
   (`encode_texts_with_all`: by several models, a text encoder that they share runs once).
 
@@ -17,18 +19,31 @@
 from mclip.models import fastvit, mct, resnet, tokens  # noqa: F401 - they register towers and encoders
 from mclip.models.factory import ModelError, create, export, image_size, logit_scale, weights_sha256
 from mclip.models.inference import (
-           decoders,
-           encode_images,
-           encode_texts,
-           encode_texts_with_all,
-           for_inference,
-           image_encoder,
-           resolve_precision,
-           side_by_side,
+    decoders,
+    encode_images,
+    encode_texts,
+    encode_texts_with_all,
+    for_inference,
+    image_encoder,
+    resolve_precision,
+    side_by_side,
 )
 
 mct.register()
 
-__all__ = ["ModelError", "create", "decoders", "encode_images", "encode_texts",
-           "encode_texts_with_all", "export", "for_inference",
-           "image_encoder", "image_size", "logit_scale", "resolve_precision", "side_by_side", "weights_sha256"]
+__all__ = [
+    "ModelError",
+    "create",
+    "decoders",
+    "encode_images",
+    "encode_texts",
+    "encode_texts_with_all",
+    "export",
+    "for_inference",
+    "image_encoder",
+    "image_size",
+    "logit_scale",
+    "resolve_precision",
+    "side_by_side",
+    "weights_sha256",
+]

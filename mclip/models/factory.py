@@ -3,13 +3,15 @@
 What is added to `open_clip.create_model_and_transforms`:
 
 - errors of one line that say what is missing and what to do;
-- a teacher folder works from any working directory: its text tower is configured by the folder's own
-  config.json. open_clip alone takes `hf_model_name` literally (a path relative to the working directory), so
-  it loads such a folder from the directory where the folder was written, i.e. the repository's root;
+- a teacher folder works from any working directory: its text tower is configured by the folder's
+  own config.json. open_clip alone takes `hf_model_name` literally (a path relative to the working
+  directory), so it loads such a folder from the directory where the folder was written, i.e. the
+  repository's root;
 - tags trained with QuickGELU (`ViT-B-32/openai`) get it, where open_clip would only warn;
-- a file of weights in place of a tag, MobileCLIP's published ones (`image_encoder.*`, `text_encoder.*`) with the
-  preprocessing that they were trained with, where open_clip would take CLIP's. open_clip's and timm's converters
-  rename their parameters; the names of MobileCLIP-S0's text encoder are in mclip/models/mct.py.
+- a file of weights in place of a tag, MobileCLIP's published ones (`image_encoder.*`,
+  `text_encoder.*`) with the preprocessing that they were trained with, where open_clip would take
+  CLIP's. open_clip's and timm's converters rename their parameters; the names of MobileCLIP-S0's
+  text encoder are in mclip/models/mct.py.
 
     local-dir layout: open_clip_config.json (model_cfg, preprocess_cfg), open_clip_model.safetensors,
                       and for Hugging Face text towers config.json and the tokenizer's files
@@ -59,26 +61,30 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def create(name: str, *, device: str | torch.device = "cpu") -> tuple[torch.nn.Module, Any, Any, Any]:
+def create(
+    name: str, *, device: str | torch.device = "cpu"
+) -> tuple[torch.nn.Module, Any, Any, Any]:
     """Make a model from its name.
 
     Parameters
     ----------
     name : `ARCH/TAG` (downloaded), `ARCH/FILE` (weights, .pt or .safetensors), `local-dir:FOLDER`,
-        `hf-hub:ORG/REPO`, or `ARCH` alone: an architecture of open_clip or of mclip/models/configs with random
-        weights (seed torch before).
+        `hf-hub:ORG/REPO`, or `ARCH` alone: an architecture of open_clip or of mclip/models/configs
+        with random weights (seed torch before).
     device : where the model goes.
 
     Returns
     -------
-    model, preprocess_train, preprocess_eval, tokenizer : as open_clip makes them, but the model in eval mode: as
-        open_clip leaves it, batch norm and dropout would change what an encoder says. `model.mclip` keeps the
-        name, the configuration and the tokenizer, so that `export` can write them.
+    model, preprocess_train, preprocess_eval, tokenizer : as open_clip makes them, but the model in
+        eval mode: as open_clip leaves it, batch norm and dropout would change what an encoder says.
+        `model.mclip` keeps the name, the configuration and the tokenizer, so that `export` can
+        write them.
 
     Raises
     ------
-    ModelError : one line: an unknown name (with the nearest known ones), a file that is missing, weights of another
-        shape or with other parameters than the architecture's (with the models that they fit).
+    ModelError : one line: an unknown name (with the nearest known ones), a file that is missing,
+        weights of another shape or with other parameters than the architecture's (with the models
+        that they fit).
     """
     if name.startswith(LOCAL):
         config, overrides = _local_config(name)
@@ -91,19 +97,32 @@ def create(name: str, *, device: str | torch.device = "cpu") -> tuple[torch.nn.M
     try:
         with quiet():
             model, train, evaluate = open_clip.create_model_and_transforms(
-                arch, tag, device=device, pretrained_text=False,
-                force_quick_gelu=_wants_quick_gelu(arch, tag), **overrides)
+                arch,
+                tag,
+                device=device,
+                pretrained_text=False,
+                force_quick_gelu=_wants_quick_gelu(arch, tag),
+                **overrides,
+            )
             tokenizer = open_clip.get_tokenizer(arch)
             if config is None:
                 config = open_clip.get_model_config(arch)
     except (RuntimeError, OSError, ValueError, TypeError, AssertionError, KeyError) as err:
-        raise ModelError(f"{name}: {_misfit(name, arch, tag, overrides) or _first_line(err)}") from err
+        raise ModelError(
+            f"{name}: {_misfit(name, arch, tag, overrides) or _first_line(err)}"
+        ) from err
     model.mclip = {"name": name, "config": config, "tokenizer": tokenizer}
     return model.eval(), train, evaluate, tokenizer
 
 
-def export(model: torch.nn.Module, folder: str | Path, *, config: dict[str, Any] | None = None,
-           preprocess: dict[str, Any] | None = None, tokenizer: Any = None) -> Path:
+def export(
+    model: torch.nn.Module,
+    folder: str | Path,
+    *,
+    config: dict[str, Any] | None = None,
+    preprocess: dict[str, Any] | None = None,
+    tokenizer: Any = None,
+) -> Path:
     """Write a model in open_clip's local-dir layout; other files of the folder stay.
 
     Parameters
@@ -119,15 +138,19 @@ def export(model: torch.nn.Module, folder: str | Path, *, config: dict[str, Any]
         raise ModelError(f"export to {folder}: the model has no known configuration; give config=")
     tokenizer = tokenizer if tokenizer is not None else known.get("tokenizer")
     if is_folded(model):
-        raise ModelError(f"export to {folder}: the model is folded for inference, which open_clip can't build; "
-                         "export the one that for_inference was given")
+        raise ModelError(
+            f"export to {folder}: the model is folded for inference, which open_clip can't build; "
+            "export the one that for_inference was given"
+        )
     folder = Path(folder)
     text = config["text_cfg"]
     if "hf_model_name" in text:
         text |= {"hf_model_name": folder.as_posix(), "hf_model_pretrained": False}
     if hasattr(tokenizer, "save_pretrained"):
         text["hf_tokenizer_name"] = folder.as_posix()
-    config.get("vision_cfg", {}).pop("timm_model_pretrained", None)  # set by open_clip while loading
+    config.get("vision_cfg", {}).pop(
+        "timm_model_pretrained", None
+    )  # set by open_clip while loading
     preprocess = {**getattr(model.visual, "preprocess_cfg", {}), **(preprocess or {})}
     preprocess = {k: preprocess[k] for k in _PREPROCESS_KEYS if k in preprocess}
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +163,11 @@ def export(model: torch.nn.Module, folder: str | Path, *, config: dict[str, Any]
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
         save_file(tensors, part / WEIGHTS_FILE)
         (part / CONFIG_FILE).write_text(
-            json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2, sort_keys=True) + "\n")
+            json.dumps(
+                {"model_cfg": config, "preprocess_cfg": preprocess}, indent=2, sort_keys=True
+            )
+            + "\n"
+        )
         # the configuration goes first and comes back last: a folder that has one is whole
         (folder / CONFIG_FILE).unlink(missing_ok=True)
         for file in sorted(part.iterdir(), key=lambda f: f.name == CONFIG_FILE):
@@ -187,12 +214,16 @@ def weights_file(name: str) -> Path | None:
 
 
 def preprocessing(size: int, preprocess_cfg: dict[str, Any], *, train: bool = False) -> Any:
-    """open_clip's transform for a preprocess_cfg at an image size (PIL image -> (3, size, size) float)."""
+    """open_clip's transform for a preprocess_cfg at an image size (PIL image -> (3, size, size)
+    float).
+    """
     return image_transform_v2(PreprocessCfg(**{**preprocess_cfg, "size": size}), is_train=train)
 
 
 def _split(name: str) -> tuple[str, str | None]:
-    """`ARCH/TAG` or `ARCH/FILE` -> both, checked against what open_clip and mclip/models/configs know."""
+    """`ARCH/TAG` or `ARCH/FILE` -> both, checked against what open_clip and mclip/models/configs
+    know.
+    """
     for file in sorted((Path(__file__).parent / "configs").glob("*.json")):
         if file.stem not in open_clip.list_models():
             open_clip.add_model_config(file)
@@ -205,8 +236,10 @@ def _split(name: str) -> tuple[str, str | None]:
     else:
         near = weights.near_names(parts[0], known)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ModelError(f"{name}: open_clip and mclip/models/configs have no model {parts[0]!r}{hint} "
-                         "(a folder is written local-dir:FOLDER)")
+        raise ModelError(
+            f"{name}: open_clip and mclip/models/configs have no model {parts[0]!r}{hint} "
+            "(a folder is written local-dir:FOLDER)"
+        )
     if tag and not open_clip.get_pretrained_cfg(arch, tag) and not Path(tag).is_file():
         if "/" in tag or Path(tag).suffix in (".pt", ".pth", ".bin", ".safetensors"):
             raise ModelError(f"{name}: there is no file {tag}")
@@ -224,7 +257,9 @@ def _from_file(name: str, file: str | None) -> dict[str, Any]:
 
 
 def _misfit(name: str, arch: str, tag: str | None, overrides: dict[str, Any]) -> str | None:
-    """What is wrong with weights that could not be loaded, in one line; None when it isn't their names or shapes."""
+    """What is wrong with weights that could not be loaded, in one line; None when it isn't their
+    names or shapes.
+    """
     with contextlib.suppress(Exception), quiet():  # the error that there was is the one to tell
         file = weights_file(name)
         return weights.misfit(file, arch, alternatives=bool(tag), **overrides) if file else None
@@ -236,11 +271,17 @@ def _wants_quick_gelu(arch: str, tag: str | None) -> bool:
 
 
 def _local_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model_cfg of a local-dir folder, and what to override so that it loads from any directory."""
+    """The model_cfg of a local-dir folder, and what to override so that it loads from any
+    directory.
+    """
     folder = Path(name.removeprefix(LOCAL))
     file = folder / CONFIG_FILE
     if not file.is_file():
-        stage = "teachers" if folder.parts[:1] == ("models",) and "students" not in folder.parts else None
+        stage = (
+            "teachers"
+            if folder.parts[:1] == ("models",) and "students" not in folder.parts
+            else None
+        )
         stage = "distill" if "students" in folder.parts else stage
         todo = f": run `dvc repro {stage}` first" if stage else ""
         raise ModelError(f"{file} is missing{todo}")

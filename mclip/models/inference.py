@@ -1,10 +1,12 @@
-"""Fast inference: branches, batch norm and LayerScale folded, channels last, bf16 where hardware multiplies it fast.
+"""Fast inference: branches, batch norm and LayerScale folded, channels last, bf16 where hardware
+multiplies it fast.
 
-On 2 CPU cores folding and channels last take EfficientNet-Lite0 at 64 px from 676 to 1,114 images/s.
+On 2 CPU cores folding and channels last take EfficientNet-Lite0 at 64 px from 676 to 1,114
+images/s.
 
-`torch.no_grad`, never `torch.inference_mode`: torch 2.15's linear takes another path for the transposed input of
-attention there, in bf16 on a CPU with AMX: a ViT-B/16 with four pictures took 5.8 s instead of 0.3. In fp32 both give
-the same bits.
+`torch.no_grad`, never `torch.inference_mode`: torch 2.15's linear takes another path for the
+transposed input of attention there, in bf16 on a CPU with AMX: a ViT-B/16 with four pictures took
+5.8 s instead of 0.3. In fp32 both give the same bits.
 """
 
 import collections
@@ -30,7 +32,9 @@ T, R = TypeVar("T"), TypeVar("R")
 SCALES = (LayerScale2d, fastvit.LayerScale2d)  # x -> gamma x, a factor a channel
 
 
-def resolve_precision(precision: str = "auto", device: str | torch.device | None = None) -> torch.dtype:
+def resolve_precision(
+    precision: str = "auto", device: str | torch.device | None = None
+) -> torch.dtype:
     """ "fp32", "bf16" or "auto" as a dtype; auto: bf16 on CUDA >= 8.0 or a CPU with AMX, else fp32."""
     if precision == "fp32":
         return torch.float32
@@ -47,35 +51,42 @@ def resolve_precision(precision: str = "auto", device: str | torch.device | None
 
 
 def for_inference(model: nn.Module) -> nn.Module:
-    """The model in eval mode, branches, batch norm and LayerScale of both towers folded, in channels-last memory.
+    """The model in eval mode, branches, batch norm and LayerScale of both towers folded, in
+    channels-last memory.
 
     Parameters
     ----------
-    model : an open_clip model, or anything with `.visual(images)` and `.visual.image_size`. It is not
-        changed: a model with batch norm is copied first (one without, as one that is folded already, is returned
-        itself, in eval mode).
+    model : an open_clip model, or anything with `.visual(images)` and `.visual.image_size`. It is
+        not changed: a model with batch norm is copied first (one without, as one that is folded
+        already, is returned itself, in eval mode).
 
     Notes
-    -----
-    Multi-branch blocks (timm's FastViT and MobileOne, MCt's RepMixer) become one convolution each. Then a probe run
-    shows which batch norm or LayerScale reads which convolution's output; such a pair becomes one convolution
-    (`torch.nn.utils.fusion`), and the activation of timm's BatchNormAct2d stays. A folded tower must repeat the
-    probe's embedding to 1e-4, else it stays unfolded: what comes back is always right.
+    ----- Multi-branch blocks (timm's FastViT and MobileOne, MCt's RepMixer) become one convolution
+    each. Then a probe run shows which batch norm or LayerScale reads which convolution's output;
+    such a pair becomes one convolution (`torch.nn.utils.fusion`), and the activation of timm's
+    BatchNormAct2d stays. A folded tower must repeat the probe's embedding to 1e-4, else it stays
+    unfolded: what comes back is always right.
     """
     model.eval()
     towers = [name for name in ("visual", "text") if _foldable(getattr(model, name, None))]
     if not towers:
         return model.to(memory_format=torch.channels_last)
-    known = getattr(model, "mclip", None)  # with its tokenizer, whose 49,408 words take a second to copy
+    known = getattr(
+        model, "mclip", None
+    )  # with its tokenizer, whose 49,408 words take a second to copy
     folded = copy.deepcopy(model, {id(known): known}).requires_grad_(False)
     for name in towers:
         tower = copy.deepcopy(getattr(folded, name))
         probe = _probe(tower)
-        if not any(getattr(m, "reparam_conv", None) is not None for m in tower.modules()):  # timm's can be done once
+        if not any(
+            getattr(m, "reparam_conv", None) is not None for m in tower.modules()
+        ):  # timm's can be done once
             reparameterize_model(tower, inplace=True)
         _fold(tower.eval(), probe)
         with torch.no_grad():
-            same = torch.allclose(_embed(tower, probe), _embed(getattr(folded, name), probe), atol=1e-4)
+            same = torch.allclose(
+                _embed(tower, probe), _embed(getattr(folded, name), probe), atol=1e-4
+            )
         if same:
             tower.is_folded = True
             setattr(folded, name, tower.requires_grad_(False))
@@ -83,7 +94,8 @@ def for_inference(model: nn.Module) -> nn.Module:
 
 
 def image_encoder(model: nn.Module, precision: str = "auto") -> Callable[[Tensor], Tensor]:
-    """A function of preprocessed pictures, (b, 3, h, w) float -> (b, d) float32 on the CPU, unit-norm rows.
+    """A function of preprocessed pictures, (b, 3, h, w) float -> (b, d) float32 on the CPU,
+    unit-norm rows.
 
     model : an open_clip model, ideally from `for_inference`; the pictures go to its device.
     precision : "auto", "fp32" or "bf16" (autocast).
@@ -100,36 +112,50 @@ def image_encoder(model: nn.Module, precision: str = "auto") -> Callable[[Tensor
 
 
 @torch.no_grad()
-def encode_images(model: nn.Module, batches: Iterable[Tensor], *, precision: str = "auto") -> Tensor:
+def encode_images(
+    model: nn.Module, batches: Iterable[Tensor], *, precision: str = "auto"
+) -> Tensor:
     """Image embeddings of preprocessed batches, e.g. of a DataLoader: (n, d), see `image_encoder`."""
     encode = image_encoder(model, precision)
     out = list(side_by_side(encode, batches, next(model.parameters()).device))
     return torch.cat(out) if out else torch.empty(0, 0)
 
 
-def encode_texts(model: nn.Module, tokenizer, texts: list[str], *, batch_size: int = 256,
-                 precision: str = "auto") -> Tensor:
+def encode_texts(
+    model: nn.Module, tokenizer, texts: list[str], *, batch_size: int = 256, precision: str = "auto"
+) -> Tensor:
     """Text embeddings, (n, d) float32 on the CPU, unit-norm rows.
 
-    Each distinct text is encoded once. Hugging Face towers mask their padding, so their batches, sorted by
-    length, are cut to their longest text: two to four times faster, the same embeddings.
+    Each distinct text is encoded once. Hugging Face towers mask their padding, so their batches,
+    sorted by length, are cut to their longest text: two to four times faster, the same embeddings.
     """
     return _encode_texts([model], tokenizer, texts, batch_size, precision)[0]
 
 
-def encode_texts_with_all(ensemble: Sequence[tuple[nn.Module, Any]], texts: list[str], *, batch_size: int = 256,
-                          precision: str = "auto") -> list[Tensor]:
+def encode_texts_with_all(
+    ensemble: Sequence[tuple[nn.Module, Any]],
+    texts: list[str],
+    *,
+    batch_size: int = 256,
+    precision: str = "auto",
+) -> list[Tensor]:
     """`encode_texts` by each (model, tokenizer) of an ensemble: a list of (n, d_k).
 
-    Models whose Hugging Face text encoder has the same weights, as teachers of one frozen sentence encoder have, run
-    it once and differ in their projections only.
+    Models whose Hugging Face text encoder has the same weights, as teachers of one frozen sentence
+    encoder have, run it once and differ in their projections only.
     """
     out: dict[int, Tensor] = {}
     for i, (model, tokenizer) in enumerate(ensemble):
         if i in out:
             continue
-        alike = [j for j in range(i + 1, len(ensemble)) if j not in out and _share_text(ensemble[i], ensemble[j])]
-        found = _encode_texts([model, *(ensemble[j][0] for j in alike)], tokenizer, texts, batch_size, precision)
+        alike = [
+            j
+            for j in range(i + 1, len(ensemble))
+            if j not in out and _share_text(ensemble[i], ensemble[j])
+        ]
+        found = _encode_texts(
+            [model, *(ensemble[j][0] for j in alike)], tokenizer, texts, batch_size, precision
+        )
         out |= dict(zip([i, *alike], found, strict=True))
     return [out[i] for i in range(len(ensemble))]
 
@@ -140,9 +166,19 @@ def _share_text(a: tuple[nn.Module, Any], b: tuple[nn.Module, Any]) -> bool:
     if not all(isinstance(text, open_clip.hf_model.HFTextEncoder) for text in texts):
         return False
     tokenizers = [tokenizer for _, tokenizer in (a, b)]
-    if not all(hasattr(t.tokenizer, "backend_tokenizer") for t in tokenizers):  # a slow one can't be compared
+    if not all(
+        hasattr(t.tokenizer, "backend_tokenizer") for t in tokenizers
+    ):  # a slow one can't be compared
         return False
-    if len({(t.context_length, t.clean_fn, t.tokenizer.backend_tokenizer.to_str()) for t in tokenizers}) > 1:
+    if (
+        len(
+            {
+                (t.context_length, t.clean_fn, t.tokenizer.backend_tokenizer.to_str())
+                for t in tokenizers
+            }
+        )
+        > 1
+    ):
         return False
     if len({type(text.pooler) for text in texts}) > 1:
         return False
@@ -151,9 +187,12 @@ def _share_text(a: tuple[nn.Module, Any], b: tuple[nn.Module, Any]) -> bool:
 
 
 @torch.no_grad()
-def _encode_texts(models: Sequence[nn.Module], tokenizer, texts: list[str], batch_size: int,
-                  precision: str) -> list[Tensor]:
-    """Embeddings by models that differ in their text projections only: the first one's encoder serves all."""
+def _encode_texts(
+    models: Sequence[nn.Module], tokenizer, texts: list[str], batch_size: int, precision: str
+) -> list[Tensor]:
+    """Embeddings by models that differ in their text projections only: the first one's encoder
+    serves all.
+    """
     if not texts:
         return [torch.empty(0, 0) for _ in models]
     model = models[0]
@@ -161,7 +200,7 @@ def _encode_texts(models: Sequence[nn.Module], tokenizer, texts: list[str], batc
     dtype = resolve_precision(precision, device)
     distinct = sorted(set(texts))
     row = {text: i for i, text in enumerate(distinct)}
-    tokens = torch.cat([tokenizer(distinct[i:i + 8192]) for i in range(0, len(distinct), 8192)])
+    tokens = torch.cat([tokenizer(distinct[i : i + 8192]) for i in range(0, len(distinct), 8192)])
     order = torch.arange(len(distinct))
     trim = isinstance(getattr(model, "text", None), open_clip.hf_model.HFTextEncoder)
     if trim:
@@ -171,7 +210,7 @@ def _encode_texts(models: Sequence[nn.Module], tokenizer, texts: list[str], batc
     projections = [m.text.proj for m in models] if len(models) > 1 else [nn.Identity()]
 
     def encode(rows: Tensor) -> list[Tensor]:
-        batch = tokens[rows, :int(length[rows].max())] if trim else tokens[rows]
+        batch = tokens[rows, : int(length[rows].max())] if trim else tokens[rows]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             features = model.encode_text(batch.to(device))
             return [F.normalize(project(features).float(), dim=-1).cpu() for project in projections]
@@ -192,18 +231,28 @@ def _encode_texts(models: Sequence[nn.Module], tokenizer, texts: list[str], batc
 def decoders(device: str | torch.device, workers: int | None = None) -> int:
     """`workers`, or as many decoding processes as keep an encoder busy.
 
-    On few CPU cores that is none: this thread decodes while others encode (see `side_by_side`), and ten per cent are
-    gained that processes spend on handing pictures over.
+    On few CPU cores that is none: this thread decodes while others encode (see `side_by_side`), and
+    ten per cent are gained that processes spend on handing pictures over.
     """
     cores = worker_cores()
-    return workers if workers is not None else min(8, cores) if torch.device(device).type == "cuda" else cores // 8
+    return (
+        workers
+        if workers is not None
+        else min(8, cores)
+        if torch.device(device).type == "cuda"
+        else cores // 8
+    )
 
 
-def side_by_side(work: Callable[[T], R], batches: Iterable[T], device: str | torch.device = "cpu") -> Iterator[R]:
-    """work(batch) for every batch in order, without gradients; on the CPU as many at once as torch has threads.
+def side_by_side(
+    work: Callable[[T], R], batches: Iterable[T], device: str | torch.device = "cpu"
+) -> Iterator[R]:
+    """work(batch) for every batch in order, without gradients; on the CPU as many at once as torch
+    has threads.
 
-    A small network's layers are too short to be cut over cores: whole batches side by side keep all of them busy,
-    also where another process takes one away now and then. The values are those of one thread.
+    A small network's layers are too short to be cut over cores: whole batches side by side keep all
+    of them busy, also where another process takes one away now and then. The values are those of
+    one thread.
     """
     threads = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
     quiet = torch.no_grad()(work)  # in the thread that does the work: the mode is a thread's own
@@ -225,12 +274,17 @@ def side_by_side(work: Callable[[T], R], batches: Iterable[T], device: str | tor
 
 def is_folded(model: nn.Module) -> bool:
     """Has a tower of the model gone through `for_inference`? open_clip can't build such a one."""
-    return any(getattr(getattr(model, name, None), "is_folded", False) for name in ("visual", "text"))
+    return any(
+        getattr(getattr(model, name, None), "is_folded", False) for name in ("visual", "text")
+    )
 
 
 def _foldable(tower: nn.Module | None) -> bool:
-    return (tower is not None and not getattr(tower, "is_folded", False)
-            and any(isinstance(m, nn.BatchNorm2d) for m in tower.modules()))
+    return (
+        tower is not None
+        and not getattr(tower, "is_folded", False)
+        and any(isinstance(m, nn.BatchNorm2d) for m in tower.modules())
+    )
 
 
 def _probe(tower: nn.Module) -> Tensor:
@@ -238,7 +292,9 @@ def _probe(tower: nn.Module) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     parameter = next(tower.parameters())
     if not hasattr(tower, "image_size"):
-        return torch.randint(tower.vocab_size, (2, tower.context_length), generator=generator).to(parameter.device)
+        return torch.randint(tower.vocab_size, (2, tower.context_length), generator=generator).to(
+            parameter.device
+        )
     size = tower.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
     return torch.randn(2, 3, *size, generator=generator).to(parameter.device, parameter.dtype)
@@ -250,21 +306,26 @@ def _embed(tower: nn.Module, probe: Tensor) -> Tensor:
 
 
 def _fold(root: nn.Module, probe: Tensor) -> None:
-    """Fold in place every batch norm and LayerScale that is the only reader of a convolution's output on the probe run.
+    """Fold in place every batch norm and LayerScale that is the only reader of a convolution's
+    output on the probe run.
     """
-    source: dict[int, tuple[str, Tensor]] = {}  # id -> convolution that made it, the tensor (kept alive)
-    pairs: dict[str, str] = {}                  # batch norm or LayerScale -> convolution
+    source: dict[
+        int, tuple[str, Tensor]
+    ] = {}  # id -> convolution that made it, the tensor (kept alive)
+    pairs: dict[str, str] = {}  # batch norm or LayerScale -> convolution
 
     def made(name):
         def hook(module, args, out):
             source[id(out)] = name, out
             readers.count[id(out)] = 0  # a tensor that is gone may have had this id
+
         return hook
 
     def reads(name):
         def hook(module, args):
             if (found := source.get(id(args[0]))) and found[1] is args[0]:
                 pairs[name] = found[0]
+
         return hook
 
     handles, readers = [], _Readers()
@@ -277,7 +338,9 @@ def _fold(root: nn.Module, probe: Tensor) -> None:
         root(probe)
     for handle in handles:
         handle.remove()
-    alone = {name for name, out in source.values() if readers.count[id(out)] == 1}  # no residual branch reads it, too
+    alone = {
+        name for name, out in source.values() if readers.count[id(out)] == 1
+    }  # no residual branch reads it, too
     for name, conv_name in pairs.items():
         if conv_name not in alone:
             continue

@@ -1,4 +1,5 @@
-"""How long a model takes: both towers, several runtimes, interleaved so that a machine's drift cancels.
+"""How long a model takes: both towers, several runtimes, interleaved so that a machine's drift
+cancels.
 
     frame = latency.measure(["MobileCLIP-S0", "ViT-B-16"], ["eager", "onnxruntime"], batches=[1], rounds=9)
     latency.totals(frame)                       # image + text by model, runtime and batch, ms
@@ -13,12 +14,14 @@ Runtimes: all of them on the folded model (`mclip.models.for_inference`) but "un
     onnxruntime-int8    weights of matrix products int8, activations quantised as they come (CPU only); convolutions
                         stay fp32: onnxruntime's integer ones are slower than fp32 here
 
-The weights are random: time does not depend on them. Every round calls every case twice, in turn, and times the second
-call: a model that serves has its weights in the caches and no other runtime's threads beside it. A case's time is the
-median over rounds. A runtime that a machine has not got is left out with a reason, in `frame.attrs["left_out"]`.
+The weights are random: time does not depend on them. Every round calls every case twice, in turn,
+and times the second call: a model that serves has its weights in the caches and no other runtime's
+threads beside it. A case's time is the median over rounds. A runtime that a machine has not got is
+left out with a reason, in `frame.attrs["left_out"]`.
 
-What a runtime can gain is bounded by the arithmetic, `frame.attrs["gmac"]`: MobileCLIP-S2 has 1.9 times fewer
-multiply-adds than ViT-B/16, both towers, and where both run near the rate of a matrix product it is so much faster.
+What a runtime can gain is bounded by the arithmetic, `frame.attrs["gmac"]`: MobileCLIP-S2 has 1.9
+times fewer multiply-adds than ViT-B/16, both towers, and where both run near the rate of a matrix
+product it is so much faster.
 """
 
 import copy
@@ -38,23 +41,44 @@ from mclip.models.factory import quiet
 from mclip.system.progress import bar
 from mclip.system.timing import interleaved
 
-RUNTIMES = ("unfolded", "eager", "eager-bf16", "compile", "compile-bf16", "onnxruntime", "onnxruntime-int8")
+RUNTIMES = (
+    "unfolded",
+    "eager",
+    "eager-bf16",
+    "compile",
+    "compile-bf16",
+    "onnxruntime",
+    "onnxruntime-int8",
+)
 COLUMNS = ["model", "tower", "runtime", "batch", "ms"]
-# ImageNet zero-shot top-1 and mean of 38 sets, %, and image + text latency, ms on an iPhone 12 Pro Max, as published in
-# arXiv 2311.17049, Table 1: not measured here
-PUBLISHED = {"MobileCLIP-S0": (67.8, 58.1, 3.1), "MobileCLIP-S1": (72.6, 61.3, 5.8), "MobileCLIP-S2": (74.4, 63.7, 6.9),
-             "MobileCLIP-B": (76.8, 65.2, 13.7)}
+# ImageNet zero-shot top-1 and mean of 38 sets, %, and image + text latency, ms on an iPhone 12 Pro
+# Max, as published in arXiv 2311.17049, Table 1: not measured here
+PUBLISHED = {
+    "MobileCLIP-S0": (67.8, 58.1, 3.1),
+    "MobileCLIP-S1": (72.6, 61.3, 5.8),
+    "MobileCLIP-S2": (74.4, 63.7, 6.9),
+    "MobileCLIP-B": (76.8, 65.2, 13.7),
+}
 
 
-def measure(names: Sequence[str], runtimes: Sequence[str], *, batches: Sequence[int] = (1,), rounds: int = 9,
-            towers: Sequence[str] = ("image", "text"), warmup: int = 2, device: str = "cpu",
-            busy: bool = False) -> pd.DataFrame:
+def measure(
+    names: Sequence[str],
+    runtimes: Sequence[str],
+    *,
+    batches: Sequence[int] = (1,),
+    rounds: int = 9,
+    towers: Sequence[str] = ("image", "text"),
+    warmup: int = 2,
+    device: str = "cpu",
+    busy: bool = False,
+) -> pd.DataFrame:
     """Times of every case: columns COLUMNS, a row a case, `ms` the median over rounds of one call.
 
-    busy : for a CPU that has other work, too: `ms` is the least CPU time over rounds instead. Of one thread
-        (`torch.set_num_threads(1)` before) that is what a call would take alone.
+    busy : for a CPU that has other work, too: `ms` is the least CPU time over rounds instead. Of
+        one thread (`torch.set_num_threads(1)` before) that is what a call would take alone.
 
-    Its attrs: left_out, {runtime: reason}; gmac, {model: 10^9 multiply-adds of one input of all towers, folded}.
+    Its attrs: left_out, {runtime: reason}; gmac, {model: 10^9 multiply-adds of one input of all
+    towers, folded}.
 
     Raises ValueError for a runtime that is none of RUNTIMES, ModelError for an unknown model.
     """
@@ -63,8 +87,11 @@ def measure(names: Sequence[str], runtimes: Sequence[str], *, batches: Sequence[
     left_out: dict[str, str] = {}
     gmac = dict.fromkeys(names, 0.0)
     times: dict[tuple, list[float]] = {}
-    progress = bar(desc="latency", unit="case", total=len(names) * len(runtimes) * len(towers) * len(batches))
-    # one tower and batch size at a time: what is compared takes turns; all at once is more than a machine holds
+    progress = bar(
+        desc="latency", unit="case", total=len(names) * len(runtimes) * len(towers) * len(batches)
+    )
+    # one tower and batch size at a time: what is compared takes turns; all at once is more than a
+    # machine holds
     for kind in towers:
         with tempfile.TemporaryDirectory() as scratch:
             pairs = {name: _towers(name, kind, device) for name in names}
@@ -73,14 +100,21 @@ def measure(names: Sequence[str], runtimes: Sequence[str], *, batches: Sequence[
             for batch in batches:
                 cases: dict[tuple, Callable[[], object]] = {}
                 for name, (plain, folded) in pairs.items():
-                    for runtime, call in _calls(name, plain, folded, runtimes, batch, Path(scratch), device, left_out):
+                    for runtime, call in _calls(
+                        name, plain, folded, runtimes, batch, Path(scratch), device, left_out
+                    ):
                         progress.update(1)
                         if call is not None:
                             cases[name, kind, runtime, batch] = call
                 with torch.no_grad():
-                    times |= interleaved(cases, rounds, warmup, before=1,
-                                         clock=time.process_time if busy else time.perf_counter,
-                                         wait=torch.cuda.synchronize if device != "cpu" else lambda: None)
+                    times |= interleaved(
+                        cases,
+                        rounds,
+                        warmup,
+                        before=1,
+                        clock=time.process_time if busy else time.perf_counter,
+                        wait=torch.cuda.synchronize if device != "cpu" else lambda: None,
+                    )
                 del cases
                 torch.compiler.reset()  # lets go of what was compiled
     progress.close()
@@ -92,7 +126,9 @@ def measure(names: Sequence[str], runtimes: Sequence[str], *, batches: Sequence[
 
 def totals(frame: pd.DataFrame) -> pd.DataFrame:
     """Image + text: ms by model, runtime and batch; cases that have both towers."""
-    both = frame.pivot_table(index=["model", "runtime", "batch"], columns="tower", values="ms", sort=False).dropna()
+    both = frame.pivot_table(
+        index=["model", "runtime", "batch"], columns="tower", values="ms", sort=False
+    ).dropna()
     return both.assign(ms=both["image"] + both["text"]).reset_index()
 
 
@@ -101,13 +137,17 @@ def best(frame: pd.DataFrame, *, exact: bool = True) -> pd.DataFrame:
     table = totals(frame)
     if exact:
         table = table[~table["runtime"].str.contains("int8|bf16")]
-    return table.loc[table.groupby(["model", "batch"], sort=False)["ms"].idxmin()].reset_index(drop=True)
+    return table.loc[table.groupby(["model", "batch"], sort=False)["ms"].idxmin()].reset_index(
+        drop=True
+    )
 
 
 def multiply_adds(module: torch.nn.Module, x: torch.Tensor) -> int:
     """Of matrix products and convolutions in one call."""
     counter, fused = FlopCounterMode(display=False), torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # an operation of its own, which the counter doesn't know
+    torch.backends.mha.set_fastpath_enabled(
+        False
+    )  # an operation of its own, which the counter doesn't know
     try:
         with torch.no_grad(), counter:
             module(x)
@@ -127,24 +167,42 @@ def _towers(name: str, kind: str, device: str) -> tuple[export.Tower, export.Tow
     return out[0], out[1]
 
 
-def _calls(name: str, plain: export.Tower, folded: export.Tower, runtimes: Sequence[str], batch: int, scratch: Path,
-           device: str, left_out: dict[str, str]) -> Iterable[tuple[str, Callable | None]]:
+def _calls(
+    name: str,
+    plain: export.Tower,
+    folded: export.Tower,
+    runtimes: Sequence[str],
+    batch: int,
+    scratch: Path,
+    device: str,
+    left_out: dict[str, str],
+) -> Iterable[tuple[str, Callable | None]]:
     """Each runtime's call, which ran once; None for one that this machine has not got."""
     x = folded.example(batch).to(device)
     if folded.kind == "image" and device != "cpu":
         x = x.to(memory_format=torch.channels_last)
     for runtime in runtimes:
         try:
-            run = _runtime(runtime, plain, folded, scratch / f"{name.replace('/', '-')}-{folded.kind}.onnx", device)
+            run = _runtime(
+                runtime,
+                plain,
+                folded,
+                scratch / f"{name.replace('/', '-')}-{folded.kind}.onnx",
+                device,
+            )
             with torch.no_grad():
                 run(x)
             yield runtime, lambda run=run: run(x)
         except (RuntimeError, ImportError, NotImplementedError) as err:
-            left_out[runtime] = f"{name}, {folded.kind}: {(str(err).splitlines() or [type(err).__name__])[0]}"
+            left_out[runtime] = (
+                f"{name}, {folded.kind}: {(str(err).splitlines() or [type(err).__name__])[0]}"
+            )
             yield runtime, None
 
 
-def _runtime(runtime: str, plain: export.Tower, folded: export.Tower, file: Path, device: str) -> Callable:
+def _runtime(
+    runtime: str, plain: export.Tower, folded: export.Tower, file: Path, device: str
+) -> Callable:
     kind, _, precision = runtime.partition("-")
     if kind == "onnxruntime":
         if device != "cpu":
@@ -157,9 +215,14 @@ def _runtime(runtime: str, plain: export.Tower, folded: export.Tower, file: Path
         call = copy.deepcopy(folded).to(torch.bfloat16)
     if kind == "compile":
         if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
-            raise NotImplementedError("torch.compile needs a C++ compiler on the CPU (g++, clang++)")
-        # all towers share one `forward`: not isolated, the ninth would quietly run uncompiled (torch's recompile limit)
-        call = torch.compile(call, dynamic=False, fullgraph=True, isolate_recompiles=True, options={"freezing": True})
+            raise NotImplementedError(
+                "torch.compile needs a C++ compiler on the CPU (g++, clang++)"
+            )
+        # all towers share one `forward`: not isolated, the ninth would quietly run uncompiled
+        # (torch's recompile limit)
+        call = torch.compile(
+            call, dynamic=False, fullgraph=True, isolate_recompiles=True, options={"freezing": True}
+        )
     if precision != "bf16":
         return call
     return lambda x: call(x.to(torch.bfloat16) if x.is_floating_point() else x)
@@ -173,7 +236,11 @@ def _quantised(file: Path) -> Path:
     out = file.with_suffix(".int8.onnx")
     if not out.exists():
         model = onnx.load(file)
-        del model.graph.value_info[:]  # shapes that the exporter's folding left behind, which the quantiser trips over
+        del model.graph.value_info[
+            :
+        ]  # shapes that the exporter's folding left behind, which the quantiser trips over
         with quiet():
-            quantize_dynamic(model, out, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+            quantize_dynamic(
+                model, out, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"]
+            )
     return out

@@ -1,17 +1,21 @@
-"""MCt, the text encoder of MobileCLIP-S0 (papers.md 2.4; arXiv 2311.17049, section 4, "Text-RepMixer").
+"""MCt, the text encoder of MobileCLIP-S0 (papers.md 2.4; arXiv 2311.17049, section 4,
+"Text-RepMixer").
 
-A transformer of four layers between two convolutional blocks. Their 1-D kernels, eleven tokens wide, have several
-branches in training and are one convolution each at inference (`reparameterize`, which timm's `reparameterize_model`
-calls for `mclip.models.for_inference`). In all 42.4 M parameters, 25.3 M of them the token embedding.
+A transformer of four layers between two convolutional blocks. Their 1-D kernels, eleven tokens
+wide, have several branches in training and are one convolution each at inference (`reparameterize`,
+which timm's `reparameterize_model` calls for `mclip.models.for_inference`). In all 42.4 M
+parameters, 25.3 M of them the token embedding.
 
-open_clip has neither the tower nor a place to register one. What builds it is one function of open_clip,
-`open_clip.model._build_text_tower`: `register`, which importing mclip.models calls, lays another over it that looks for
-`mclip_mct_kernel` in a configuration's `text_cfg` and leaves every other configuration alone. The tower is open_clip's
-own TextTransformer with a RepMixerBlock before and after its layers, so that its factory makes, saves, loads, locks
-and checkpoints it as any other; open_clip without mclip refuses such a folder, naming that key.
+open_clip has neither the tower nor a place to register one. What builds it is one function of
+open_clip, `open_clip.model._build_text_tower`: `register`, which importing mclip.models calls, lays
+another over it that looks for `mclip_mct_kernel` in a configuration's `text_cfg` and leaves every
+other configuration alone. The tower is open_clip's own TextTransformer with a RepMixerBlock before
+and after its layers, so that its factory makes, saves, loads, locks and checkpoints it as any
+other; open_clip without mclip refuses such a folder, naming that key.
 
-Names and shapes are those of the published checkpoint (mobileclip_s0.pt) below `text_encoder.`; those of the
-transformer layers become open_clip's as for MobileCLIP-S1 and -S2, and open_clip's own converter does it:
+Names and shapes are those of the published checkpoint (mobileclip_s0.pt) below `text_encoder.`;
+those of the transformer layers become open_clip's as for MobileCLIP-S1 and -S2, and open_clip's own
+converter does it:
 
     published, below text_encoder.                        here, below text.
     embedding_layer.weight               (49408, 512)     token_embedding.weight
@@ -41,7 +45,9 @@ START = 1e-5  # of a layer scale: a new block passes its input on
 
 
 def depthwise(width: int, kernel: int, *, bias: bool = False) -> nn.Conv2d:
-    """A convolution along the tokens, one channel at a time: (b, width, 1, tokens) to the same shape."""
+    """A convolution along the tokens, one channel at a time: (b, width, 1, tokens) to the same
+    shape.
+    """
     return nn.Conv2d(width, width, (1, kernel), padding=(0, kernel // 2), groups=width, bias=bias)
 
 
@@ -68,7 +74,9 @@ class Branches(nn.Module):
         return out
 
     def merged(self, kernel: int) -> tuple[Tensor, Tensor]:
-        """The one convolution that does the same in eval mode, float64: weight (width, 1, 1, kernel), bias (width,)."""
+        """The one convolution that does the same in eval mode, float64: weight (width, 1, 1,
+        kernel), bias (width,).
+        """
         scale, bias = _affine(self.rbr_skip)
         weight = scale.new_zeros(len(scale), 1, 1, kernel)
         weight[..., kernel // 2] = scale[:, None, None]
@@ -102,7 +110,10 @@ class RepMixer(nn.Module):
         """Become one convolution, in place; once is as good as twice."""
         if hasattr(self, "reparam_conv"):
             return
-        (weight, bias), (weight_norm, bias_norm) = self.mixer.merged(self.kernel), self.norm.merged(self.kernel)
+        (weight, bias), (weight_norm, bias_norm) = (
+            self.mixer.merged(self.kernel),
+            self.norm.merged(self.kernel),
+        )
         scale = self.layer_scale.double()
         weight = scale[..., None] * (weight - weight_norm)
         weight[..., self.kernel // 2] += 1
@@ -114,10 +125,11 @@ class RepMixer(nn.Module):
 
 
 class ConvFFN(nn.Module):
-    """A normalised depthwise convolution, then two pointwise ones with `ratio` times the width between them.
+    """A normalised depthwise convolution, then two pointwise ones with `ratio` times the width
+    between them.
 
-    The pointwise ones have the published shapes, (out, in, 1, 1), and are multiplied as the matrices that they are:
-    half the time of a convolution at batch 1 on a CPU.
+    The pointwise ones have the published shapes, (out, in, 1, 1), and are multiplied as the
+    matrices that they are: half the time of a convolution at batch 1 on a CPU.
     """
 
     def __init__(self, width: int, kernel: int, ratio: int = 4):
@@ -145,7 +157,9 @@ class ConvFFN(nn.Module):
 
 
 class RepMixerBlock(nn.Module):
-    """A block of open_clip's Transformer that mixes tokens by convolution: (b, tokens, width) to the same shape."""
+    """A block of open_clip's Transformer that mixes tokens by convolution: (b, tokens, width) to
+    the same shape.
+    """
 
     def __init__(self, width: int, kernel: int):
         super().__init__()
@@ -156,8 +170,12 @@ class RepMixerBlock(nn.Module):
     def get_weight_dtype(self) -> torch.dtype:  # what open_clip asks the first block for
         return self.convffn.fc1.weight.dtype
 
-    def forward(self, x: Tensor, k_x: None = None, v_x: None = None, attn_mask: Tensor | None = None) -> Tensor:
-        """x : (b, tokens, width). Keys, values and a mask are for attention: the block takes and leaves them."""
+    def forward(
+        self, x: Tensor, k_x: None = None, v_x: None = None, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        """x : (b, tokens, width). Keys, values and a mask are for attention: the block takes and
+        leaves them.
+        """
         x = x.transpose(1, 2).unsqueeze(2)
         x = self.token_mixer(x)
         x = x + self.layer_scale * self.convffn(x)
@@ -165,7 +183,9 @@ class RepMixerBlock(nn.Module):
 
 
 def register() -> None:
-    """Teach open_clip's factory the tower and where its published weights lie; called once more it does nothing."""
+    """Teach open_clip's factory the tower and where its published weights lie; called once more it
+    does nothing.
+    """
     plain = open_clip.model._build_text_tower
     if hasattr(plain, "mct"):
         return
@@ -179,7 +199,9 @@ def register() -> None:
             raise ValueError(f"text_cfg.{KEY}: expected an odd number of tokens, found {kernel!r}")
         tower = plain(embed_dim, {k: v for k, v in text_cfg.items() if k != KEY}, *args, **kwargs)
         if tower.attn_mask is not None:
-            raise ValueError(f"text_cfg.{KEY} needs no_causal_mask: true (its convolutions see later tokens)")
+            raise ValueError(
+                f"text_cfg.{KEY} needs no_causal_mask: true (its convolutions see later tokens)"
+            )
         first, last = (RepMixerBlock(tower.width, kernel) for _ in range(2))
         tower.transformer.resblocks = nn.ModuleList([first, *tower.transformer.resblocks, last])
         return tower

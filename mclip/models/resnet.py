@@ -1,11 +1,13 @@
 """A ResNet for pictures of 32 pixels, registered with timm when mclip.models is imported.
 
-open_clip then makes it from `{"timm_model_name": "mclip_resnet_s16", "timm_pool": "avg", "timm_proj": "linear"}`.
+open_clip then makes it from `{"timm_model_name": "mclip_resnet_s16", "timm_pool": "avg",
+"timm_proj": "linear"}`.
 
-timm's ResNets end at stride 32: their last stage sees 32 pixels as a map of 1 x 1, where eight ninths of a 3 x 3
-convolution multiply padding. That stage is a third of resnet10t's training step and is worth about a point at equal
-samples; a narrower stem saves as much again. What was tried (18,432 samples, 2 seeds, resnet10t 3; ms: the image
-tower's part of a step of 128 on one CPU thread; then CIFAR-10 zero-shot and unseen concepts R@1 of two recipes):
+timm's ResNets end at stride 32: their last stage sees 32 pixels as a map of 1 x 1, where eight
+ninths of a 3 x 3 convolution multiply padding. That stage is a third of resnet10t's training step
+and is worth about a point at equal samples; a narrower stem saves as much again. What was tried
+(18,432 samples, 2 seeds, resnet10t 3; ms: the image tower's part of a step of 128 on one CPU
+thread; then CIFAR-10 zero-shot and unseen concepts R@1 of two recipes):
 
     resnet10t           383 ms   clip 33.8, 11.1   combined 42.4, 13.0
     this one            183 ms   clip 32.5,  9.8   combined 41.4, 12.0
@@ -13,9 +15,10 @@ tower's part of a step of 128 on one CPU thread; then CIFAR-10 zero-shot and uns
     test_resnet, 48 px  172 ms   clip 30.8,  8.9   combined 40.8, 10.5
     test_byobnet, 64 px 149 ms   clip 29.1,  8.3   combined 34.1, 10.3
 
-The map of the last stage is 4 x 4 going in and 2 x 2 after that, where oneDNN's convolutions reach a third of their
-speed and multiply padding besides: `FewPositions` does them with matrix products, in half the time (of the default's
-training step a tenth; forward and backward at a batch of 64 on one CPU thread: 27 against 16 ms, 18 against 9 ms).
+The map of the last stage is 4 x 4 going in and 2 x 2 after that, where oneDNN's convolutions reach
+a third of their speed and multiply padding besides: `FewPositions` does them with matrix products,
+in half the time (of the default's training step a tenth; forward and backward at a batch of 64 on
+one CPU thread: 27 against 16 ms, 18 against 9 ms).
 """
 
 import torch
@@ -28,29 +31,58 @@ FEW = 4  # positions of the output up to which one matrix product each is faster
 
 
 class FewPositions(nn.Conv2d):
-    """A convolution that, where its output has at most FEW positions, multiplies for each of them the part of the map
-    that its kernel covers; elsewhere, and on a GPU, torch's own. The same parameters and, to rounding, values."""
+    """A convolution that, where its output has at most FEW positions, multiplies for each of them
+    the part of the map that its kernel covers; elsewhere, and on a GPU, torch's own. The same
+    parameters and, to rounding, values.
+    """
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> "FewPositions":
-        """With the weights of a convolution of one group, without dilation or bias, that pads with zeros."""
-        new = nn.utils.skip_init(cls, conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
-                                 bias=False)
+        """With the weights of a convolution of one group, without dilation or bias, that pads with
+        zeros.
+        """
+        new = nn.utils.skip_init(
+            cls,
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            bias=False,
+        )
         new.weight = conv.weight
         return new
 
     def forward(self, x: Tensor) -> Tensor:
-        size, (kernel, _), (stride, _), (pad, _) = x.shape[2:], self.kernel_size, self.stride, self.padding
+        size, (kernel, _), (stride, _), (pad, _) = (
+            x.shape[2:],
+            self.kernel_size,
+            self.stride,
+            self.padding,
+        )
         steps = [(s + 2 * pad - kernel) // stride + 1 for s in size]
         if x.is_cuda or steps[0] * steps[1] > FEW:
             return super().forward(x)
-        parts = []  # of each axis and step: what the kernel covers of the map, and which part of the kernel that is
+        # of each axis and step: what the kernel covers of the map, and which part of the kernel
+        # that is
+        parts = []
         for s, count in zip(size, steps, strict=True):
             first = [i * stride - pad for i in range(count)]
-            parts.append([(slice(max(f, 0), min(f + kernel, s)), slice(max(-f, 0), min(kernel, s - f))) for f in first])
+            parts.append(
+                [
+                    (slice(max(f, 0), min(f + kernel, s)), slice(max(-f, 0), min(kernel, s - f)))
+                    for f in first
+                ]
+            )
         rows, weight = x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)
-        out = torch.stack([F.linear(rows[:, y, x_].flatten(1), weight[:, ky, kx].flatten(1), self.bias)
-                           for y, ky in parts[0] for x_, kx in parts[1]], dim=1)
+        out = torch.stack(
+            [
+                F.linear(rows[:, y, x_].flatten(1), weight[:, ky, kx].flatten(1), self.bias)
+                for y, ky in parts[0]
+                for x_, kx in parts[1]
+            ],
+            dim=1,
+        )
         return out.unflatten(1, steps).permute(0, 3, 1, 2)
 
 
@@ -62,12 +94,27 @@ def mclip_resnet_s16(pretrained: bool = False, **kwargs) -> ResNet:
     """
     if pretrained:
         raise ValueError("mclip_resnet_s16 has no pretrained weights")
-    kwargs = {k: v for k, v in kwargs.items() if not k.startswith("pretrained_") and k != "cache_dir"}
-    model = ResNet(BasicBlock, [1, 1, 1, 0], channels=(64, 128, 256, 256), stem_width=16, stem_type="deep",
-                   avg_down=True, **kwargs)
+    kwargs = {
+        k: v for k, v in kwargs.items() if not k.startswith("pretrained_") and k != "cache_dir"
+    }
+    model = ResNet(
+        BasicBlock,
+        [1, 1, 1, 0],
+        channels=(64, 128, 256, 256),
+        stem_width=16,
+        stem_type="deep",
+        avg_down=True,
+        **kwargs,
+    )
     for name in ("conv1", "conv2"):
         block = model.layer3[0]
         setattr(block, name, FewPositions.of(getattr(block, name)))
-    model.default_cfg = {"architecture": "mclip_resnet_s16", "input_size": (3, 32, 32), "pool_size": (2, 2),
-                         "num_classes": model.num_classes, "first_conv": "conv1.0", "classifier": "fc"}
+    model.default_cfg = {
+        "architecture": "mclip_resnet_s16",
+        "input_size": (3, 32, 32),
+        "pool_size": (2, 2),
+        "num_classes": model.num_classes,
+        "first_conv": "conv1.0",
+        "classifier": "fc",
+    }
     return model

@@ -1,7 +1,9 @@
-"""timm trunks as the vision tower of open_clip's CoCa, which needs one vector and a row of tokens an image.
+"""timm trunks as the vision tower of open_clip's CoCa, which needs one vector and a row of tokens
+an image.
 
-open_clip's own timm towers give the vector only. These are registered with timm when mclip.models is imported;
-open_clip then makes them from `{"timm_model_name": "mclip_tokens_efficientnet_lite0", "timm_proj": ""}`.
+open_clip's own timm towers give the vector only. These are registered with timm when mclip.models
+is imported; open_clip then makes them from `{"timm_model_name": "mclip_tokens_efficientnet_lite0",
+"timm_proj": ""}`.
 """
 
 import timm
@@ -10,7 +12,9 @@ from torch import Tensor, nn
 
 
 class Tokens(nn.Module):
-    """A timm trunk as CoCa's vision tower: (b, 3, h, w) -> latent (b, d), tokens (b, h/32 * w/32, d)."""
+    """A timm trunk as CoCa's vision tower: (b, 3, h, w) -> latent (b, d), tokens (b, h/32 * w/32,
+    d).
+    """
 
     def __init__(self, trunk: nn.Module, width: int):
         super().__init__()

@@ -8,7 +8,9 @@ from mclip.params import ParamsError, apply_overlay, load
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mclip.params", description=params.__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m mclip.params", description=params.__doc__.split("\n")[0]
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("check", help="validate params.yaml")
     commands.add_parser("apply", help="lay an overlay over params.yaml").add_argument("overlay")

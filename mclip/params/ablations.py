@@ -14,14 +14,25 @@ class StudentsAblation(Section):
 
 class LatencyAblation(Section):
     models: list[str] = Field(min_length=1)
-    runtimes: list[Literal["unfolded", "eager", "eager-bf16", "compile", "compile-bf16", "onnxruntime",
-                           "onnxruntime-int8"]] = Field(min_length=1)
+    runtimes: list[
+        Literal[
+            "unfolded",
+            "eager",
+            "eager-bf16",
+            "compile",
+            "compile-bf16",
+            "onnxruntime",
+            "onnxruntime-int8",
+        ]
+    ] = Field(min_length=1)
     batches: list[PositiveInt] = Field(min_length=1)
     rounds: PositiveInt
 
 
 class KeptPairs(Section):
-    """Another choice of pairs than the balance stage's: by its threshold, or as many by another method."""
+    """Another choice of pairs than the balance stage's: by its threshold, or as many by another
+    method.
+    """
 
     threshold: PositiveFloat | None = None
     prune: Literal["semdedup", "density", "random"] | None = None
@@ -49,7 +60,9 @@ class Variant(Section):
     clusters: PositiveInt | None = None
     teacher: str | None = None
     reinforced: Selection | None = None
-    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the pairs, the same ones for every recipe
+    fraction: Annotated[float, Field(gt=0, le=1)] = (
+        1.0  # of the pairs, the same ones for every recipe
+    )
     samples: PositiveInt | None = None
 
     @pydantic.model_validator(mode="after")
@@ -68,7 +81,9 @@ class Study(Section):
 
 
 class Learning(Section):
-    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the pairs, the same ones for every recipe
+    fraction: Annotated[float, Field(gt=0, le=1)] = (
+        1.0  # of the pairs, the same ones for every recipe
+    )
     recipes: list[str] = Field(min_length=1)
     baseline: str
     samples: list[PositiveInt] = Field(min_length=1)

@@ -1,29 +1,35 @@
-"""The evaluation sets that the papers name, and the default's own: metric, classes, where each comes from.
+"""The evaluation sets that the papers name, and the default's own: metric, classes, where each
+comes from.
 
     registry.get("pets")            # Entry(title="Oxford-IIIT Pet", metric="mean_per_class", classes=37, ...)
     registry.SUITES["clip-cid"]     # the names of its 14 sets; also robustness (5), datacomp (38), demo (5)
     python -m mclip.params.registry   # all of them as a table, and which are here
 
-Suites: `clip-cid`, the 14 sets of zero-shot and linear probe (arXiv 2408.09441, Tables 1, 2), and `robustness` (Table
-3); `datacomp`, the 38 that MobileCLIP averages over; `demo`, what the `data` stage writes.
+Suites: `clip-cid`, the 14 sets of zero-shot and linear probe (arXiv 2408.09441, Tables 1, 2), and
+`robustness` (Table 3); `datacomp`, the 38 that MobileCLIP averages over; `demo`, what the `data`
+stage writes.
 
-Copies in CLIP_benchmark's layout lie on the Hugging Face hub as data sets: its own, `clip-benchmark/wds_*`, most with a
-train split, and DataComp's, `djghosh/wds_*_test`, test splits only. Checked against
+Copies in CLIP_benchmark's layout lie on the Hugging Face hub as data sets: its own,
+`clip-benchmark/wds_*`, most with a train split, and DataComp's, `djghosh/wds_*_test`, test splits
+only. Checked against
 
-- mlfoundations/datacomp: tasklist.yml (sets, classes, sizes, main metrics), download_evalsets.py (names of the copies),
-  wilds_eval.py and fairness_eval.py of eval_utils (metrics of groups; FMoW's region "Other" is to be left out by its
-  name there, which the numbers in the copy do not have, so it counts), aggregate_scores.py (38: those with a metric);
-- LAION-AI/CLIP_benchmark: README.md, benchmark/webdatasets.txt (names), and the pages of the copies (splits).
+- mlfoundations/datacomp: tasklist.yml (sets, classes, sizes, main metrics), download_evalsets.py
+  (names of the copies), wilds_eval.py and fairness_eval.py of eval_utils (metrics of groups; FMoW's
+  region "Other" is to be left out by its name there, which the numbers in the copy do not have, so
+  it counts), aggregate_scores.py (38: those with a metric);
+- LAION-AI/CLIP_benchmark: README.md, benchmark/webdatasets.txt (names), and the pages of the copies
+  (splits).
 
-The metric is CLIP's own (arXiv 2103.00020, Table 9): the mean over classes for Aircraft, Pets, Caltech101 and
-Flowers102, accuracy for the others of the 14; DataComp agrees. WILDS sets have its metrics: macro F1, accuracy,
-accuracy of the worst region.
+The metric is CLIP's own (arXiv 2103.00020, Table 9): the mean over classes for Aircraft, Pets,
+Caltech101 and Flowers102, accuracy for the others of the 14; DataComp agrees. WILDS sets have its
+metrics: macro F1, accuracy, accuracy of the worst region.
 
-Where these copies differ from CLIP's splits, the paper's numbers are not quite comparable: SUN397 is all 108,754
-pictures and has no train split; EuroSAT, Caltech101 and DTD are VTAB's splits. Birdsnap has no copy.
+Where these copies differ from CLIP's splits, the paper's numbers are not quite comparable: SUN397
+is all 108,754 pictures and has no train split; EuroSAT, Caltech101 and DTD are VTAB's splits.
+Birdsnap has no copy.
 
-Class names and templates are those in a set's own files, which are CLIP's. Where a copy of ImageNet has none, they are
-open_clip's; both have the same 1,000 names and 80 templates.
+Class names and templates are those in a set's own files, which are CLIP's. Where a copy of ImageNet
+has none, they are open_clip's; both have the same 1,000 names and 80 templates.
 """
 
 import difflib
@@ -32,7 +38,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = "data/sets"  # where copies of the hub lie unless params.yaml says otherwise: a folder or a link to one
+# where copies of the hub lie unless params.yaml says otherwise: a folder or a link to one
+ROOT = "data/sets"
 MADE = "data/eval"  # the demo's, an output of the stage `data`
 
 
@@ -48,7 +55,8 @@ class Entry(NamedTuple):
     kind: str = ""
     groups: int | None = None  # column of KEY.npy that the metric groups by
     captions: str = "each"
-    imagenet: bool = False  # open_clip's ImageNet names and templates serve it where a copy has none
+    # open_clip's ImageNet names and templates serve it where a copy has none
+    imagenet: bool = False
     lacks: str = ""  # why it can't be evaluated here
 
     @property
@@ -98,8 +106,16 @@ SETS: dict[str, Entry] = {
     "food101": _hub("food101", "Food-101", CID + DC, 101, 25_250),
     "cifar10": _hub("vtab-cifar10", "CIFAR-10", CID + DC + ("demo",), 10, 10_000),
     "cifar100": _hub("vtab-cifar100", "CIFAR-100", CID + DC, 100, 10_000),
-    "birdsnap": Entry("Birdsnap", CID, "birdsnap", 500, 2_149, lacks=(
-        "no copy in this layout is known; write one by clip_benchmark.webdataset_builder and give its path")),
+    "birdsnap": Entry(
+        "Birdsnap",
+        CID,
+        "birdsnap",
+        500,
+        2_149,
+        lacks=(
+            "no copy in this layout is known; write one by clip_benchmark.webdataset_builder and give its path"
+        ),
+    ),
     "sun397": _hub("sun397", "SUN397", CID + DC, 397, 108_754),
     "cars": _hub("cars", "Stanford Cars", CID + DC, 196, 8_041),
     "fgvc_aircraft": _hub("fgvc_aircraft", "FGVC Aircraft", CID + DC, 100, 3_333, MEAN),
@@ -118,11 +134,13 @@ SETS: dict[str, Entry] = {
     "imagenet-o": _hub("imagenet-o", "ImageNet-O", DC, 200, 2_000),
     "clevr_count_all": _hub("vtab-clevr_count_all", "CLEVR Counts", DC, 8, 15_000),
     "clevr_closest_object_distance": _hub(
-        "vtab-clevr_closest_object_distance", "CLEVR Distance", DC, 6, 15_000),
+        "vtab-clevr_closest_object_distance", "CLEVR Distance", DC, 6, 15_000
+    ),
     "country211": _hub("country211", "Country211", DC, 211, 21_100),
     "gtsrb": _hub("gtsrb", "GTSRB", DC, 43, 12_630),
     "kitti_closest_vehicle_distance": _hub(
-        "vtab-kitti_closest_vehicle_distance", "KITTI Vehicle Distance", DC, 4, 711),
+        "vtab-kitti_closest_vehicle_distance", "KITTI Vehicle Distance", DC, 4, 711
+    ),
     "mnist": _hub("mnist", "MNIST", DC, 10, 10_000),
     "voc2007": _hub("voc2007", "Pascal VOC 2007", DC, 20, 14_976),
     "pcam": _hub("vtab-pcam", "PatchCamelyon", DC, 2, 32_768),
@@ -131,30 +149,64 @@ SETS: dict[str, Entry] = {
     "svhn": _hub("vtab-svhn", "SVHN", DC, 10, 26_032),
     "flickr30k": _hub("flickr30k", "Flickr30k", DC, None, 1_000, "mean_r1"),
     "mscoco_captions": _hub("mscoco_captions", "MSCOCO", DC, None, 5_000, "mean_r1"),
-    "winogavil": Entry("WinoGAViL", DC, "winogavil", None, 3_563, "jaccard", lacks=(
-        "associations scored by the Jaccard index are a task of their own, which DataComp's evaluate.py has")),
+    "winogavil": Entry(
+        "WinoGAViL",
+        DC,
+        "winogavil",
+        None,
+        3_563,
+        "jaccard",
+        lacks=(
+            "associations scored by the Jaccard index are a task of their own, which DataComp's evaluate.py has"
+        ),
+    ),
     "iwildcam": _datacomp("wilds-iwildcam", "iWildCam", 182, 42_791, "f1_macro"),
     "camelyon17": _datacomp("wilds-camelyon17", "Camelyon17", 2, 85_054),
     "fmow": _datacomp("wilds-fmow", "FMoW", 62, 22_108, "worst_group_top1", groups=0),
-    "dollar_street": _datacomp("dollar_street", "Dollar Street", 58, 3_503, "worst_group_top5", groups=0),
+    "dollar_street": _datacomp(
+        "dollar_street", "Dollar Street", 58, 3_503, "worst_group_top5", groups=0
+    ),
     "geode": _datacomp("geode", "GeoDE", 40, 12_488, "worst_group_top1", groups=0),
-    "emoji-unseen": Entry("Unseen emoji", ("demo",), "emoji-unseen", None, None, "mean_r1", kind="unseen concepts",
-                          captions="distinct"),  # a concept's pictures share its caption
-    "emoji-subgroup": Entry("Unseen emoji by subgroup", ("demo",), "emoji-subgroup", 83, None, MEAN,
-                            kind="unseen concepts"),  # 2 to 105 pictures a class: top1 is mostly the largest's
-    "openmoji-color": Entry("OpenMoji", ("demo",), "openmoji-color", 271, None, kind="unseen style"),
-    "openmoji-black": Entry("OpenMoji, black lines", ("demo",), "openmoji-black", 231, None, kind="unseen style"),
+    "emoji-unseen": Entry(
+        "Unseen emoji",
+        ("demo",),
+        "emoji-unseen",
+        None,
+        None,
+        "mean_r1",
+        kind="unseen concepts",
+        captions="distinct",
+    ),  # a concept's pictures share its caption
+    "emoji-subgroup": Entry(
+        "Unseen emoji by subgroup",
+        ("demo",),
+        "emoji-subgroup",
+        83,
+        None,
+        MEAN,
+        kind="unseen concepts",
+    ),  # 2 to 105 pictures a class: top1 is mostly the largest's
+    "openmoji-color": Entry(
+        "OpenMoji", ("demo",), "openmoji-color", 271, None, kind="unseen style"
+    ),
+    "openmoji-black": Entry(
+        "OpenMoji, black lines", ("demo",), "openmoji-black", 231, None, kind="unseen style"
+    ),
 }
 
-SUITES = {suite: [name for name, entry in SETS.items() if suite in entry.suites]
-          for suite in ("clip-cid", "robustness", "datacomp", "demo")}
+SUITES = {
+    suite: [name for name, entry in SETS.items() if suite in entry.suites]
+    for suite in ("clip-cid", "robustness", "datacomp", "demo")
+}
 
 
 def get(name: str) -> Entry | None:
     return SETS.get(name)
 
 
-def filled(name: str, values: Mapping[str, Any] | str | None, root: str | Path = ROOT) -> dict[str, Any]:
+def filled(
+    name: str, values: Mapping[str, Any] | str | None, root: str | Path = ROOT
+) -> dict[str, Any]:
     """A set's settings with the registry's where they say nothing.
 
     Parameters
@@ -173,10 +225,18 @@ def filled(name: str, values: Mapping[str, Any] | str | None, root: str | Path =
         if "path" not in values:
             near = difflib.get_close_matches(name, SETS, 1)
             hint = f"; did you mean {near[0]!r}" if near else ""
-            raise ValueError(f"{name}: not in the registry (mclip/params/registry.py){hint}; any other set needs a path")
+            raise ValueError(
+                f"{name}: not in the registry (mclip/params/registry.py){hint}; any other set needs a path"
+            )
         return values
-    known = {"path": entry.place(root), "task": entry.task, "metric": entry.metric, "kind": entry.kind,
-             "groups": entry.groups, "captions": entry.captions}
+    known = {
+        "path": entry.place(root),
+        "task": entry.task,
+        "metric": entry.metric,
+        "kind": entry.kind,
+        "groups": entry.groups,
+        "captions": entry.captions,
+    }
     if entry.metric == "jaccard":  # no metric of ours: evaluate lists the set as not evaluated
         del known["metric"]
     return known | values
@@ -185,8 +245,10 @@ def filled(name: str, values: Mapping[str, Any] | str | None, root: str | Path =
 def main(root: str = ROOT) -> None:
     for name, e in SETS.items():
         here = "here" if Path(e.place(root)).is_dir() else e.where
-        print(f"{name:30} {e.metric:16} {e.classes or '-':>5} classes {e.size or '-':>7} pictures "
-              f"{','.join(e.suites):20} {here}")
+        print(
+            f"{name:30} {e.metric:16} {e.classes or '-':>5} classes {e.size or '-':>7} pictures "
+            f"{','.join(e.suites):20} {here}"
+        )
 
 
 if __name__ == "__main__":

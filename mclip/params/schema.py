@@ -1,4 +1,6 @@
-"""params.yaml as a whole: what its sections say of each other; read, checked, with an overlay laid over it."""
+"""params.yaml as a whole: what its sections say of each other; read, checked, with an overlay laid
+over it.
+"""
 
 import io
 from pathlib import Path
@@ -8,7 +10,17 @@ import pydantic
 from ruamel.yaml import YAML
 
 from mclip.params.ablations import Ablations, Amount, Variant
-from mclip.params.sections import Balance, Cluster, Data, Distill, Embed, Evaluate, Recipe, Reinforce, Teachers
+from mclip.params.sections import (
+    Balance,
+    Cluster,
+    Data,
+    Distill,
+    Embed,
+    Evaluate,
+    Recipe,
+    Reinforce,
+    Teachers,
+)
 from mclip.params.tree import ParamsError, Section, explain, merge, read_yaml
 from mclip.system.files import write_whole
 
@@ -29,30 +41,48 @@ class Params(Section):
     @pydantic.model_validator(mode="after")
     def _names_exist(self):
         models, embedded = sorted(self.teachers.models), self.embed.teachers
-        for key, names in {"embed.teachers": embedded, "reinforce.ensemble": self.reinforce.ensemble}.items():
+        for key, names in {
+            "embed.teachers": embedded,
+            "reinforce.ensemble": self.reinforce.ensemble,
+        }.items():
             if unknown := sorted(set(names) - set(models)):
-                raise ValueError(f"{key}: no such teacher {unknown[0]!r}; teachers.models has {models}")
+                raise ValueError(
+                    f"{key}: no such teacher {unknown[0]!r}; teachers.models has {models}"
+                )
         for key, name in {"balance": self.balance.teacher, "cluster": self.cluster.teacher}.items():
             if name not in embedded:
-                raise ValueError(f"{key}.teacher: {name!r} is not embedded; embed.teachers has {embedded}")
+                raise ValueError(
+                    f"{key}.teacher: {name!r} is not embedded; embed.teachers has {embedded}"
+                )
         return self
 
     @pydantic.model_validator(mode="after")
     def _pictures_can_be_made(self):
         a, recipes, sets = self.ablations, sorted(self.distill.recipes), sorted(self.evaluate.sets)
         by_recipe = ("students", "amount", "epoch", "pca", "weights", "search")
-        named = [(f"{key}.{entry}", entry, recipes) for key in by_recipe for entry in getattr(a, key)]
-        named += [(f"epoch.{entry}.baseline", epoch.baseline, recipes) for entry, epoch in a.epoch.items()]
+        named = [
+            (f"{key}.{entry}", entry, recipes) for key in by_recipe for entry in getattr(a, key)
+        ]
+        named += [
+            (f"epoch.{entry}.baseline", epoch.baseline, recipes) for entry, epoch in a.epoch.items()
+        ]
         for entry, pca in a.pca.items():
-            named += [(f"pca.{entry}.baseline", pca.baseline, recipes),
-                      (f"pca.{entry}.teacher", pca.teacher, sorted(self.teachers.models)),
-                      *((f"pca.{entry}.shown.{name}", name, sets) for name in pca.shown),
-                      (f"pca.{entry}.captions", pca.captions, sets)]
+            named += [
+                (f"pca.{entry}.baseline", pca.baseline, recipes),
+                (f"pca.{entry}.teacher", pca.teacher, sorted(self.teachers.models)),
+                *((f"pca.{entry}.shown.{name}", name, sets) for name in pca.shown),
+                (f"pca.{entry}.captions", pca.captions, sets),
+            ]
         for entry, search in a.search.items():
-            named += [(f"search.{entry}.baseline", search.baseline, recipes), (f"search.{entry}.set", search.set, sets)]
+            named += [
+                (f"search.{entry}.baseline", search.baseline, recipes),
+                (f"search.{entry}.set", search.set, sets),
+            ]
         for key, name, known in named:
             if name not in known:
-                raise ValueError(f"ablations.{key}: no such entry {name!r}; there are {', '.join(known)}")
+                raise ValueError(
+                    f"ablations.{key}: no such entry {name!r}; there are {', '.join(known)}"
+                )
         return self
 
     @pydantic.model_validator(mode="after")
@@ -61,7 +91,9 @@ class Params(Section):
             key = f"ablations.studies.{name}"
             self._recipe_exists(f"{key}.recipe", study.recipe)
             for which, variant in study.variants.items():
-                self._variant_can_be_made(f"{key}.variants.{which}", self.distill.recipes[study.recipe], variant)
+                self._variant_can_be_made(
+                    f"{key}.variants.{which}", self.distill.recipes[study.recipe], variant
+                )
         for name, study in self.ablations.amount.items():
             self._amount_can_be_made(f"ablations.amount.{name}", study)
         for name, curve in self.ablations.learning.items():
@@ -71,8 +103,10 @@ class Params(Section):
 
     def _recipe_exists(self, key: str, recipe: str) -> None:
         if recipe not in self.distill.recipes:
-            raise ValueError(f"{key}: no such recipe {recipe!r}; distill.recipes has "
-                             f"{', '.join(sorted(self.distill.recipes))}")
+            raise ValueError(
+                f"{key}: no such recipe {recipe!r}; distill.recipes has "
+                f"{', '.join(sorted(self.distill.recipes))}"
+            )
 
     def _amount_can_be_made(self, key: str, study: Amount) -> None:
         recipe = key.rpartition(".")[2]
@@ -81,25 +115,37 @@ class Params(Section):
         try:
             stored = varied(self.reinforce, study.stored)
         except pydantic.ValidationError as err:
-            raise ValueError("; ".join(f"{key}.stored.{explain(e, Reinforce)}" for e in err.errors())) from None
+            raise ValueError(
+                "; ".join(f"{key}.stored.{explain(e, Reinforce)}" for e in err.errors())
+            ) from None
         if unknown := sorted(set(stored.ensemble) - set(self.teachers.models)):
             raise ValueError(f"{key}.stored.ensemble: no such teacher {unknown[0]!r}")
         for what in ("n_aug", "n_syn"):
             if more := [n for n in getattr(study, what) if n >= (most := getattr(stored, what))]:
-                raise ValueError(f"{key}.{what}: {more[0]} is not below the {most} that are stored (stored.{what})")
+                raise ValueError(
+                    f"{key}.{what}: {more[0]} is not below the {most} that are stored (stored.{what})"
+                )
 
     def _variant_can_be_made(self, key: str, recipe: Recipe, variant: Variant) -> None:
         try:
             recipe = varied(recipe, variant.recipe)
         except pydantic.ValidationError as err:
-            raise ValueError("; ".join(explain(e, Params, f"{key}.recipe") for e in err.errors())) from None
+            raise ValueError(
+                "; ".join(explain(e, Params, f"{key}.recipe") for e in err.errors())
+            ) from None
         embedded, chosen = self.embed.teachers, variant.reinforced
         if variant.teacher is not None and variant.teacher not in embedded:
-            raise ValueError(f"{key}.teacher: {variant.teacher!r} is not embedded; embed.teachers has {embedded}")
+            raise ValueError(
+                f"{key}.teacher: {variant.teacher!r} is not embedded; embed.teachers has {embedded}"
+            )
         if variant.keep and recipe.pairs != "kept":
             raise ValueError(f"{key}.keep needs a recipe with pairs: kept")
-        if (variant.clusters or variant.teacher) and not (recipe.weight.cluster or recipe.weight.instance):
-            raise ValueError(f"{key}: clusters and teacher need a recipe with weight.cluster or weight.instance")
+        if (variant.clusters or variant.teacher) and not (
+            recipe.weight.cluster or recipe.weight.instance
+        ):
+            raise ValueError(
+                f"{key}: clusters and teacher need a recipe with weight.cluster or weight.instance"
+            )
         if chosen is None:
             return
         ensemble = chosen.ensemble or self.reinforce.ensemble
@@ -109,11 +155,15 @@ class Params(Section):
             if (getattr(chosen, what) or 0) > (stored := getattr(self.reinforce, what)):
                 raise ValueError(f"{key}.reinforced.{what}: {stored} are stored (reinforce.{what})")
         if unknown := sorted(set(ensemble) - set(self.reinforce.ensemble)):
-            raise ValueError(f"{key}.reinforced.ensemble: {unknown[0]!r} is not in reinforce.ensemble")
+            raise ValueError(
+                f"{key}.reinforced.ensemble: {unknown[0]!r} is not in reinforce.ensemble"
+            )
         if chosen.n_aug == 0 and (unknown := sorted(set(ensemble) - set(embedded))):
             raise ValueError(f"{key}.reinforced: n_aug 0 needs {unknown[0]!r} in embed.teachers")
         if chosen.captions == "synthetic" and (recipe.synthetic or not self.reinforce.n_syn):
-            raise ValueError(f"{key}.reinforced.captions: synthetic needs reinforce.n_syn and synthetic: false")
+            raise ValueError(
+                f"{key}.reinforced.captions: synthetic needs reinforce.n_syn and synthetic: false"
+            )
 
 
 def varied(section: S, changes: dict[str, Any]) -> S:
@@ -136,7 +186,9 @@ def load(path: str | Path = "params.yaml") -> Params:
 
 
 def apply_overlay(overlay: str | Path, path: str | Path = "params.yaml") -> None:
-    """Rewrite params.yaml with an overlay laid over it; comments stay; checked before it is written."""
+    """Rewrite params.yaml with an overlay laid over it; comments stay; checked before it is
+    written.
+    """
     yaml = YAML()
     yaml.width = 120
     tree = yaml.load(Path(path).read_text())

@@ -14,7 +14,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Spread(Section):
-    """A stage whose work goes to several processes; what comes out is the same, see mclip.system.workers."""
+    """A stage whose work goes to several processes; what comes out is the same, see
+    mclip.system.workers.
+    """
 
     workers: PositiveInt = 1
     backend: Literal["processes", "ray"] = "processes"
@@ -46,7 +48,9 @@ class Data(Spread):
     @pydantic.model_validator(mode="after")
     def _shards_given(self):
         if self.source == "webdataset" and not self.shards:
-            raise ValueError("source webdataset needs at least one path, glob or URL in data.shards")
+            raise ValueError(
+                "source webdataset needs at least one path, glob or URL in data.shards"
+            )
         return self
 
 
@@ -92,7 +96,9 @@ class Teachers(Section):
     def _assembled_are_models(self):
         for name in self.assemble:
             if not self.models.get(name, "").startswith("local-dir:"):
-                raise ValueError(f"assemble.{name} needs a local-dir: entry of its name in teachers.models")
+                raise ValueError(
+                    f"assemble.{name} needs a local-dir: entry of its name in teachers.models"
+                )
         return self
 
 
@@ -199,7 +205,9 @@ class Train(Section):
     @pydantic.model_validator(mode="after")
     def _equal_shares(self):
         if self.batch_size % self.processes:
-            raise ValueError(f"batch_size {self.batch_size} is no multiple of processes {self.processes}")
+            raise ValueError(
+                f"batch_size {self.batch_size} is no multiple of processes {self.processes}"
+            )
         return self
 
 
@@ -210,16 +218,22 @@ class Distill(Section):
     recipes: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], Recipe] = Field(min_length=1)
 
 
-EvalMetric = Literal["top1", "mean_per_class", "mean_r1", "f1_macro", "worst_group_top1", "worst_group_top5"]
+EvalMetric = Literal[
+    "top1", "mean_per_class", "mean_r1", "f1_macro", "worst_group_top1", "worst_group_top5"
+]
 
 
 class EvalSet(Section):
-    """A set of `evaluate.sets`: what it does not say is the registry's (mclip/params/registry.py), found by its name."""
+    """A set of `evaluate.sets`: what it does not say is the registry's (mclip/params/registry.py),
+    found by its name.
+    """
 
     path: str
     task: Literal["classification", "retrieval"] = "classification"
     metric: EvalMetric | None = None  # the one that stands for the set; None: see `main`
-    captions: Literal["each", "distinct"] = "each"  # retrieval: what is an entry, see mclip.evaluate.metrics.caption_pairs
+    captions: Literal["each", "distinct"] = (
+        "each"  # retrieval: what is an entry, see mclip.evaluate.metrics.caption_pairs
+    )
     groups: NonNegativeInt | None = None  # the column of KEY.npy that worst_group metrics group by
     probe: bool = False
     kind: str = ""
@@ -239,7 +253,9 @@ class EvalSet(Section):
 
     @property
     def main(self) -> str:
-        """The metric that stands for the set: top1, for retrieval mean_r1, if it has none of its own."""
+        """The metric that stands for the set: top1, for retrieval mean_r1, if it has none of its
+        own.
+        """
         return self.metric or {"classification": "top1", "retrieval": "mean_r1"}[self.task]
 
 

@@ -1,4 +1,6 @@
-"""Parameters as plain trees: read, lay one over another, pick; and what to say of a key that is wrong."""
+"""Parameters as plain trees: read, lay one over another, pick; and what to say of a key that is
+wrong.
+"""
 
 import difflib
 from collections.abc import Iterable
@@ -16,7 +18,9 @@ class ParamsError(ValueError):
 class Section(BaseModel):
     """A part of params.yaml: no unknown keys, never changed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -28,9 +32,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except YAMLError as err:
         mark = getattr(err, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise ParamsError(f"{path}:{where} not valid YAML: {getattr(err, 'problem', err)}") from None
+        raise ParamsError(
+            f"{path}:{where} not valid YAML: {getattr(err, 'problem', err)}"
+        ) from None
     if not isinstance(data, dict):
-        raise ParamsError(f"{path}: expected sections such as data:, balance:, found {type(data).__name__}")
+        raise ParamsError(
+            f"{path}: expected sections such as data:, balance:, found {type(data).__name__}"
+        )
     return data
 
 
@@ -38,7 +46,11 @@ def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
     """base with overlay's leaves laid over it, in place. Maps are merged, lists replaced;
     a map with the key `_replace: true` replaces the one below it whole."""
     for key, value in overlay.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict) and not value.get("_replace"):
+        if (
+            isinstance(value, dict)
+            and isinstance(base.get(key), dict)
+            and not value.get("_replace")
+        ):
             merge(base[key], value)
         elif isinstance(value, dict):
             base[key] = {k: v for k, v in value.items() if k != "_replace"}
@@ -90,8 +102,14 @@ def unknown(key: str, allowed: Iterable[str]) -> str:
 
 
 def explain(error: Any, whole: type[Section], path: str = "") -> str:
-    """One of pydantic's errors in a line that starts with the key; whole: the schema of the tree that path is in."""
-    loc = [*path.split("."), *map(str, error["loc"])] if path else [str(part) for part in error["loc"]]
+    """One of pydantic's errors in a line that starts with the key; whole: the schema of the tree
+    that path is in.
+    """
+    loc = (
+        [*path.split("."), *map(str, error["loc"])]
+        if path
+        else [str(part) for part in error["loc"]]
+    )
     key = ".".join(loc)
     if error["type"] == "extra_forbidden":
         kind: Any = whole

@@ -1,4 +1,6 @@
-"""What a stage's notebook sees of the parameters: the parts that dvc.yaml lists for it, as attributes."""
+"""What a stage's notebook sees of the parameters: the parts that dvc.yaml lists for it, as
+attributes.
+"""
 
 import os
 from pathlib import Path
@@ -11,7 +13,9 @@ from mclip.params.tree import ParamsError, child, explain, is_section, keys, unk
 
 
 class _Part:
-    """Some keys of a section, as attributes; touching one that the stage did not pick raises ParamsError."""
+    """Some keys of a section, as attributes; touching one that the stage did not pick raises
+    ParamsError.
+    """
 
     def __init__(self, kind: Any, path: str, values: dict[str, Any]):
         self.__dict__.update(values)
@@ -43,9 +47,10 @@ class _Entries(dict):
 def stage(injected: dict[str, Any] | None) -> Any:
     """The parameters of a stage's notebook, as attributes.
 
-    injected: what `mclip.pipeline.run` put into the notebook: the part of params.yaml that the stage picks, nested
-    as there; None, when the notebook is opened by hand: all of params.yaml (the kernel then goes to the
-    repository's root, where every stage runs). A whole section is its validated model.
+    injected: what `mclip.pipeline.run` put into the notebook: the part of params.yaml that the
+    stage picks, nested as there; None, when the notebook is opened by hand: all of params.yaml (the
+    kernel then goes to the repository's root, where every stage runs). A whole section is its
+    validated model.
     """
     if injected is not None:
         return _typed(Params, injected, "")
@@ -56,7 +61,9 @@ def stage(injected: dict[str, Any] | None) -> Any:
 
 
 def _typed(kind: Any, value: Any, path: str) -> Any:
-    """value at a dotted path of the tree: a model where the section is whole, a part where it is not."""
+    """value at a dotted path of the tree: a model where the section is whole, a part where it is
+    not.
+    """
     if get_origin(kind) is dict and hasattr(get_args(kind)[1], "named") and isinstance(value, dict):
         value = {k: get_args(kind)[1].named(k, v) for k, v in value.items()}
     if not isinstance(value, dict):
@@ -74,4 +81,6 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
     if strange := next((k for k in value if k not in keys(kind)), None):
         raise ParamsError(f"{below[strange][1]}: {unknown(strange, keys(kind))}")
     names = {f.alias or n: n for n, f in kind.model_fields.items()}
-    return _Part(kind, path, {names[k]: _typed(below[k][0], v, below[k][1]) for k, v in value.items()})
+    return _Part(
+        kind, path, {names[k]: _typed(below[k][0], v, below[k][1]) for k, v in value.items()}
+    )

@@ -2,9 +2,10 @@
 
     python -m mclip.pipeline.forks SOCKET LIBRARY...
 
-A request is a message with argv, environment, working folder and the three standard streams of a process that stands
-for the fork (`warm.attach`); the answers are the fork's process id and, when it has ended, its exit status. When that
-process is gone its fork goes too, with all below it; all go when stdin closes.
+A request is a message with argv, environment, working folder and the three standard streams of a
+process that stands for the fork (`warm.attach`); the answers are the fork's process id and, when it
+has ended, its exit status. When that process is gone its fork goes too, with all below it; all go
+when stdin closes.
 """
 
 import contextlib
@@ -22,9 +23,11 @@ from mclip.pipeline.warm import FORK, NEEDLESS, note, stop
 
 @dataclass
 class Child:
-    """A fork: who stands for it, where its notes go, and the largest that forks at its time took, bytes.
+    """A fork: who stands for it, where its notes go, and the largest that forks at its time took,
+    bytes.
 
-    What a kernel starts (trainings) are forks too, no children of it: their memory counts as the kernel's.
+    What a kernel starts (trainings) are forks too, no children of it: their memory counts as the
+    kernel's.
     """
 
     connection: socket.socket
@@ -33,7 +36,9 @@ class Child:
 
 
 def serve(address: str, libraries: list[str]) -> dict[str, Any] | None:
-    """Import, then fork at every request until stdin closes. In a fork: its request; at the end: None."""
+    """Import, then fork at every request until stdin closes. In a fork: its request; at the end:
+    None.
+    """
     import gc
     import importlib
 
@@ -75,15 +80,20 @@ def serve(address: str, libraries: list[str]) -> dict[str, Any] | None:
                 request = _fork(listener, children, events, (end, woken, wake))
                 if request is not None:
                     return request
-            elif key.fileobj.fileno() >= 0:  # not closed just now: who stood for a fork is gone, its family goes too
+            elif (
+                key.fileobj.fileno() >= 0
+            ):  # not closed just now: who stood for a fork is gone, its family goes too
                 events.unregister(key.fileobj)
                 for pid in [p for p, c in children.items() if c.connection is key.fileobj]:
                     _end(pid)
 
 
-def _fork(listener: socket.socket, children: dict[int, Child], events: Any,
-          private: tuple[int, ...]) -> dict[str, Any] | None:
-    """Take a request. In its fork, where nothing of the warm process is left open: the request; here None."""
+def _fork(
+    listener: socket.socket, children: dict[int, Child], events: Any, private: tuple[int, ...]
+) -> dict[str, Any] | None:
+    """Take a request. In its fork, where nothing of the warm process is left open: the request;
+    here None.
+    """
     connection, _ = listener.accept()
     data, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 3)
     if len(descriptors) < 3:
@@ -136,7 +146,9 @@ def _ended(children: dict[int, Child]) -> list[int]:
 
 
 def _end(pid: int) -> None:
-    """Kill a fork and what is below it; `_ended` hears of it, which must be the one to ask for its memory."""
+    """Kill a fork and what is below it; `_ended` hears of it, which must be the one to ask for its
+    memory.
+    """
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -146,8 +158,9 @@ def _end(pid: int) -> None:
 
 
 def become(request: dict[str, Any]) -> None:
-    """A fork turns into what was asked for, and ends as a child of multiprocessing does: not through the teardown of
-    all the libraries, which takes a second and lets some of them complain."""
+    """A fork turns into what was asked for, and ends as a child of multiprocessing does: not
+    through the teardown of all the libraries, which takes a second and lets some of them complain.
+    """
     import atexit
     import runpy
     import threading

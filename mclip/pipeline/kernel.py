@@ -1,8 +1,8 @@
 """Execute a notebook by papermill in a kernel of its own, and show in the terminal what it says.
 
-The kernel runs this interpreter in this repository, whatever kernels and personal settings the machine has.
-It talks over sockets in a private folder, so that concurrent runs never meet; it and every process below it
-are stopped when the run ends, is interrupted or is terminated.
+The kernel runs this interpreter in this repository, whatever kernels and personal settings the
+machine has. It talks over sockets in a private folder, so that concurrent runs never meet; it and
+every process below it are stopped when the run ends, is interrupted or is terminated.
 """
 
 import asyncio
@@ -30,14 +30,17 @@ from papermill.translators import PythonTranslator, papermill_translators
 
 from mclip.pipeline import warm
 
-SIGNALS = [signal.Signals[n] for n in ("SIGINT", "SIGTERM", "SIGHUP") if n in signal.Signals.__members__]
+SIGNALS = [
+    signal.Signals[n] for n in ("SIGINT", "SIGTERM", "SIGHUP") if n in signal.Signals.__members__
+]
 
 
 class Terminal:
-    """What a running notebook says, on stderr: headings, prints, and the bars of `mclip.system.progress`.
+    """What a running notebook says, on stderr: headings, prints, and the bars of
+    `mclip.system.progress`.
 
-    A bar redraws its line with "\\r". Where stderr is a file or a pipe, a line is written once, complete;
-    the state of a long bar every 30 s.
+    A bar redraws its line with "\\r". Where stderr is a file or a pipe, a line is written once,
+    complete; the state of a long bar every 30 s.
     """
 
     def __init__(self, stream: Any = None):
@@ -99,13 +102,17 @@ def follow(path: Path, terminal: Terminal, every: float = 0.1):
 
 @contextlib.contextmanager
 def ends_with_dvc(every: float = 1.0):
-    """Under DVC: end as by SIGTERM when DVC has ended, or what goes on writes beside the next `dvc repro`."""
+    """Under DVC: end as by SIGTERM when DVC has ended, or what goes on writes beside the next `dvc
+    repro`.
+    """
     done, dvc = threading.Event(), _dvc()
 
     def watch() -> None:
         while not done.wait(every):
             if not _lives(dvc):
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)  # to another it would not wake it
+                signal.pthread_kill(
+                    threading.main_thread().ident, signal.SIGTERM
+                )  # to another it would not wake it
                 return
 
     if dvc is not None:
@@ -123,16 +130,25 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def _dvc() -> psutil.Process | None:
-    """The DVC whose stage this process is: above the shell that it runs commands in, which has its environment."""
+    """The DVC whose stage this process is: above the shell that it runs commands in, which has its
+    environment.
+    """
     if "DVC_STAGE" in os.environ:
         with contextlib.suppress(psutil.Error):
-            return next((p for p in psutil.Process().parents() if "DVC_STAGE" not in p.environ()), None)
+            return next(
+                (p for p in psutil.Process().parents() if "DVC_STAGE" not in p.environ()), None
+            )
     return None
 
 
 def kernel_class(folder: Path) -> type:
-    """A kernel manager for one run; folder: private, for the connection file, sockets, IPython's state."""
-    env = warm.environment(folder) | {"IPYTHONDIR": str(folder / "ipython"), "MCLIP_PROGRESS": str(folder / "progress")}
+    """A kernel manager for one run; folder: private, for the connection file, sockets, IPython's
+    state.
+    """
+    env = warm.environment(folder) | {
+        "IPYTHONDIR": str(folder / "ipython"),
+        "MCLIP_PROGRESS": str(folder / "progress"),
+    }
     (folder / "progress").touch()
     # asked once: a warm process may become ready while a kernel starts
     argv = warm.command("ipykernel_launcher", "-f", "{connection_file}", notes=folder)
@@ -144,7 +160,9 @@ def kernel_class(folder: Path) -> type:
         def __init__(self, **kwargs: Any):
             super().__init__(**kwargs)
             self.connection_file = str(folder / "kernel.json")
-            if zmq.has("ipc") and len(str(folder)) < 80:  # sockets' paths have 100 characters at most
+            if (
+                zmq.has("ipc") and len(str(folder)) < 80
+            ):  # sockets' paths have 100 characters at most
                 self.transport = "ipc"
 
         @property
@@ -159,7 +177,9 @@ def kernel_class(folder: Path) -> type:
                     pid = int((folder / "pid").read_text())
                     break
                 await asyncio.sleep(0.05)
-            with contextlib.suppress(psutil.NoSuchProcess):  # papermill says so of a kernel that died at once
+            with contextlib.suppress(
+                psutil.NoSuchProcess
+            ):  # papermill says so of a kernel that died at once
                 type(self).process = psutil.Process(pid)
 
     return StageKernel
@@ -203,9 +223,11 @@ def readable(value: Any, indent: int = 0) -> str:
 def execute(
     nb: nbformat.NotebookNode, injected: dict[str, Any], terminal: Terminal
 ) -> tuple[nbformat.NotebookNode, str | None, int | None]:
-    """Run nb with parameters; the notebook as far as it ran, None or the reason why it stopped, peak memory in MiB.
+    """Run nb with parameters; the notebook as far as it ran, None or the reason why it stopped,
+    peak memory in MiB.
 
-    A signal stops the kernel and all below it and then raises KeyboardInterrupt(number of the signal).
+    A signal stops the kernel and all below it and then raises KeyboardInterrupt(number of the
+    signal).
     """
     folder = Path(tempfile.mkdtemp(prefix="mclip-"))
     kernel = kernel_class(folder)
@@ -215,7 +237,9 @@ def execute(
     logging.getLogger("papermill").setLevel(logging.ERROR)
 
     def heading(cell: nbformat.NotebookNode, cell_index: int) -> None:
-        if cell.cell_type == "markdown" and (match := re.search(r"^#+ +(.+)$", cell.source, re.MULTILINE)):
+        if cell.cell_type == "markdown" and (
+            match := re.search(r"^#+ +(.+)$", cell.source, re.MULTILINE)
+        ):
             terminal.write(f"  {match[1].strip()}\n")
 
     def stop(signum: int, frame: Any) -> None:
@@ -229,10 +253,20 @@ def execute(
     try:
         with ends_with_dvc(), follow(folder / "progress", terminal):
             papermill.execute_notebook(
-                str(source), str(executed), injected, kernel_name="python3", kernel_manager_class=kernel,
-                cwd=str(Path.cwd()), start_timeout=120, record_timing=False, progress_bar=False,
-                stdout_file=terminal, stderr_file=terminal, on_cell_start=heading,
-                shutdown_kernel="immediate")  # its results are in the notebook and in files
+                str(source),
+                str(executed),
+                injected,
+                kernel_name="python3",
+                kernel_manager_class=kernel,
+                cwd=str(Path.cwd()),
+                start_timeout=120,
+                record_timing=False,
+                progress_bar=False,
+                stdout_file=terminal,
+                stderr_file=terminal,
+                on_cell_start=heading,
+                shutdown_kernel="immediate",
+            )  # its results are in the notebook and in files
         result = nbformat.read(executed, as_version=4)
         if any(o.output_type == "error" for c in result.cells for o in c.get("outputs", [])):
             reason = "a cell ended early"  # sys.exit(0), which papermill lets pass

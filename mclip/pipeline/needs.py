@@ -4,8 +4,9 @@
     needs.check("cluster")                  # after params.stage, at the head of a notebook; a stage of dvc.yaml
     needs.check(f"evaluate@{recipe}")       # one of several, as dvc names it
 
-What a notebook reads is what its stage depends on in dvc.yaml (data/, models/, reports/metrics/; executed notebooks are
-for the site only), so there is no second list to keep. Under `dvc repro` the check passes: DVC ran those stages before.
+What a notebook reads is what its stage depends on in dvc.yaml (data/, models/, reports/metrics/;
+executed notebooks are for the site only), so there is no second list to keep. Under `dvc repro` the
+check passes: DVC ran those stages before.
 """
 
 import itertools
@@ -21,30 +22,49 @@ CODE = f"{code.FOLDER}/"  # says what a notebook stands on; no notebook reads it
 
 
 class MissingInput(FileNotFoundError):
-    """A stage has not run whose outputs a notebook reads; IPython shows the message alone, without a traceback."""
+    """A stage has not run whose outputs a notebook reads; IPython shows the message alone, without
+    a traceback.
+    """
 
     def _render_traceback_(self) -> list[str]:
         return [f"{type(self).__name__}: {self}"]
 
 
 def check(stage: str, root: str | Path = ".") -> None:
-    """MissingInput names what is missing of a stage's inputs and the stages that make it; None where all is there."""
+    """MissingInput names what is missing of a stage's inputs and the stages that make it; None
+    where all is there.
+    """
     known = stages(root)
     if stage not in known:
-        raise MissingInput(f"with this params.yaml there is no stage {stage!r}; there are {', '.join(known)}")
+        raise MissingInput(
+            f"with this params.yaml there is no stage {stage!r}; there are {', '.join(known)}"
+        )
     gone = [path for path in reads(known[stage]) if not _is_there(Path(root) / path)]
     if not gone:
         return
-    makers = [name for name, entry in known.items() if any(_overlap(out, path) for out in outs(entry) for path in gone)]
-    last = [m for m in makers if not any(m in _before(known, other) for other in makers if other != m)]
+    makers = [
+        name
+        for name, entry in known.items()
+        if any(_overlap(out, path) for out in outs(entry) for path in gone)
+    ]
+    last = [
+        m for m in makers if not any(m in _before(known, other) for other in makers if other != m)
+    ]
     missing = " and ".join(filter(None, [", ".join(gone[:-1]), gone[-1]]))
     todo = f": run `dvc repro {' '.join(last)}` first" if last else ""
-    raise MissingInput(f"{stage} reads {missing}, which {'is' if len(gone) == 1 else 'are'} missing{todo}")
+    raise MissingInput(
+        f"{stage} reads {missing}, which {'is' if len(gone) == 1 else 'are'} missing{todo}"
+    )
 
 
 def stages(root: str | Path = ".") -> dict[str, dict[str, Any]]:
-    """dvc.yaml's stages by the names that dvc gives them, foreach and matrix spelled out, ${...} filled in."""
-    tree, values = params.read_yaml(Path(root) / "dvc.yaml"), params.read_yaml(Path(root) / "params.yaml")
+    """dvc.yaml's stages by the names that dvc gives them, foreach and matrix spelled out, ${...}
+    filled in.
+    """
+    tree, values = (
+        params.read_yaml(Path(root) / "dvc.yaml"),
+        params.read_yaml(Path(root) / "params.yaml"),
+    )
     out = {}
     for name, entry in tree["stages"].items():
         if "foreach" in entry:
@@ -66,7 +86,9 @@ def stages(root: str | Path = ".") -> dict[str, dict[str, Any]]:
 
 def reads(entry: dict[str, Any]) -> list[str]:
     """What a stage depends on beside code, notebooks and parameters."""
-    paths = [path for dep in entry.get("deps", []) for path in ([dep] if isinstance(dep, str) else dep)]
+    paths = [
+        path for dep in entry.get("deps", []) for path in ([dep] if isinstance(dep, str) else dep)
+    ]
     return [path for path in paths if path.startswith(READ) and not path.startswith(CODE)]
 
 
@@ -77,7 +99,9 @@ def outs(entry: dict[str, Any]) -> list[str]:
 
 
 def _filled(node: Any, values: dict[str, Any]) -> Any:
-    """A part of dvc.yaml with ${dotted.key} replaced; a string that is nothing else becomes the value itself."""
+    """A part of dvc.yaml with ${dotted.key} replaced; a string that is nothing else becomes the
+    value itself.
+    """
     if isinstance(node, dict):
         return {_filled(k, values): _filled(v, values) for k, v in node.items()}
     if isinstance(node, list):
@@ -111,7 +135,11 @@ def _before(known: dict[str, dict[str, Any]], stage: str, seen: set[str] | None 
     seen = set() if seen is None else seen
     for path in reads(known[stage]):
         for name, entry in known.items():
-            if name not in seen and name != stage and any(_overlap(out, path) for out in outs(entry)):
+            if (
+                name not in seen
+                and name != stage
+                and any(_overlap(out, path) for out in outs(entry))
+            ):
                 seen.add(name)
                 _before(known, name, seen)
     return seen

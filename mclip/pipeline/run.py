@@ -8,10 +8,11 @@ STAGE       executes notebooks/STAGE.ipynb and writes reports/STAGE[/value...].i
 -p KEY      a part of params.yaml that the notebook may see (what the stage lists under `params:` in dvc.yaml)
 -s NAME=V   sets a further name of the notebook's parameters cell; V is read as YAML
 
-While it runs, the terminal shows the notebook's headings, prints, warnings and progress bars. If a cell
-fails, what ran is kept as reports/STAGE.failed.ipynb and a former good report stays as it is. Two runs of
-the same notebook with the same parameters write the same bytes: no times, no paths, ordinal ids; the
-notebook must add none. Wall time and peak memory go to reports/times/STAGE[/value...].json.
+While it runs, the terminal shows the notebook's headings, prints, warnings and progress bars. If a
+cell fails, what ran is kept as reports/STAGE.failed.ipynb and a former good report stays as it is.
+Two runs of the same notebook with the same parameters write the same bytes: no times, no paths,
+ordinal ids; the notebook must add none. Wall time and peak memory go to
+reports/times/STAGE[/value...].json.
 
 Exit codes: 0 done, 1 the notebook failed, 2 wrong call or parameters, 128 + n stopped by signal n.
 """
@@ -51,9 +52,9 @@ SOURCE_SUFFIXES = {".py", ".ipynb", ".json", ".css", ".cu", ".cpp"}
 class Stage:
     """One run: the notebook, where its report goes, and what is injected."""
 
-    name: str                                   # "balance", "ablations/threshold"
-    keys: list[str] = field(default_factory=list)           # dotted keys of params.yaml
-    values: dict[str, Any] = field(default_factory=dict)    # further parameters, by name
+    name: str  # "balance", "ablations/threshold"
+    keys: list[str] = field(default_factory=list)  # dotted keys of params.yaml
+    values: dict[str, Any] = field(default_factory=dict)  # further parameters, by name
 
     @property
     def title(self) -> str:
@@ -77,6 +78,7 @@ class StageError(Exception):
 
 # --- before -----------------------------------------------------------------------------------------------
 
+
 def prepare(stage: Stage) -> tuple[nbformat.NotebookNode, dict[str, Any]]:
     """The source notebook and its parameters; StageError (code 2) says what is wrong with the call."""
     if not stage.notebook.exists():
@@ -89,7 +91,9 @@ def prepare(stage: Stage) -> tuple[nbformat.NotebookNode, dict[str, Any]]:
     try:
         nb = nbformat.reads(stage.notebook.read_text(), as_version=4)
     except (ValueError, AttributeError, nbformat.ValidationError) as err:
-        raise StageError(f"{stage.notebook}: not a notebook ({str(err).splitlines()[0]})", 2) from None
+        raise StageError(
+            f"{stage.notebook}: not a notebook ({str(err).splitlines()[0]})", 2
+        ) from None
     names = _parameter_names(nb, stage.notebook)
     injected: dict[str, Any] = {**stage.values}
     if "sections" in names or stage.keys:
@@ -97,8 +101,11 @@ def prepare(stage: Stage) -> tuple[nbformat.NotebookNode, dict[str, Any]]:
     else:
         params.load()
     if unknown := [name for name in injected if name not in names]:
-        raise StageError(f"{stage.notebook}: its parameters cell has no {unknown[0]!r} "
-                         f"(it has: {', '.join(names) or 'none'})", 2)
+        raise StageError(
+            f"{stage.notebook}: its parameters cell has no {unknown[0]!r} "
+            f"(it has: {', '.join(names) or 'none'})",
+            2,
+        )
     return nb, injected
 
 
@@ -119,14 +126,23 @@ def _parameter_names(nb: nbformat.NotebookNode, path: Path) -> list[str]:
 def sources(stage: Stage, package: closure.Package | None = None) -> dict[str, str]:
     """What must not change while the stage runs: sha256 of its source files, and of what it picks.
 
-    DVC records its dependencies as they are after a stage, so an edit during it would go down as what
-    produced the outputs. The files are the notebook, what it stands on (mclip.pipeline.code), and what dvc.yaml
-    names of mclip beside that. package: one whose modules have been read just now.
+    DVC records its dependencies as they are after a stage, so an edit during it would go down as
+    what produced the outputs. The files are the notebook, what it stands on (mclip.pipeline.code),
+    and what dvc.yaml names of mclip beside that. package: one whose modules have been read just
+    now.
     """
     deps = [stage.notebook, *_dependencies(stage)]
-    paths = {p for d in deps for p in (d.rglob("*") if d.is_dir() else [d]) if p.suffix in SOURCE_SUFFIXES}
+    paths = {
+        p
+        for d in deps
+        for p in (d.rglob("*") if d.is_dir() else [d])
+        if p.suffix in SOURCE_SUFFIXES
+    }
     paths |= set((package or closure.Package()).notebook(stage.notebook))
-    files = {str(p): hashlib.sha256(p.read_bytes()).hexdigest() if p.exists() else "" for p in sorted(paths)}
+    files = {
+        str(p): hashlib.sha256(p.read_bytes()).hexdigest() if p.exists() else ""
+        for p in sorted(paths)
+    }
     try:
         return files | {"params.yaml": json.dumps(picked(stage.keys))}
     except ParamsError as err:
@@ -143,13 +159,17 @@ def _dependencies(stage: Stage) -> list[Path]:
         entry = entry.get("do", entry)
         words = str(entry.get("cmd", "")).replace("${key}", stage.name.rpartition("/")[2]).split()
         if ("mclip.pipeline.run", stage.name) in pairwise(words):
-            deps = [Path(next(iter(d)) if isinstance(d, dict) else d) for d in entry.get("deps", [])]
+            deps = [
+                Path(next(iter(d)) if isinstance(d, dict) else d) for d in entry.get("deps", [])
+            ]
             return [d for d in deps if d.parts[0] in ("mclip", "notebooks") and d.exists()]
     return []
 
 
 def edited_before(stage: Stage, package: closure.Package | None = None) -> list[str]:
-    """Under DVC, what changed since its stage `code` ran: it would take the outputs for those of the code before."""
+    """Under DVC, what changed since its stage `code` ran: it would take the outputs for those of
+    the code before.
+    """
     if "DVC_STAGE" not in os.environ or not Path(closure.FOLDER, stage.name).is_file():
         return []
     package, before = package or closure.Package(), closure.recorded(stage.name)
@@ -163,7 +183,9 @@ ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,}")
 
 
 def cleaned(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """An executed notebook with nothing in it that differs between two runs, or that is the machine's."""
+    """An executed notebook with nothing in it that differs between two runs, or that is the
+    machine's.
+    """
     nb.cells = [c for c in nb.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
     strip.bare(nb)
     nb.metadata.language_info = nbformat.from_dict({"name": "python", "pygments_lexer": "ipython3"})
@@ -180,7 +202,9 @@ def cleaned(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
                     kept[-1].text += output.text
                     continue
             elif "data" in output:
-                if "application/vnd.jupyter.widget-view+json" in output.data:  # dead without its kernel
+                if (
+                    "application/vnd.jupyter.widget-view+json" in output.data
+                ):  # dead without its kernel
                     continue
                 if isinstance(output.data.get("text/plain"), str):
                     output.data["text/plain"] = ADDRESS.sub("at 0x0", output.data["text/plain"])
@@ -195,39 +219,58 @@ def save(nb: nbformat.NotebookNode, path: Path) -> None:
 
 def describe(nb: nbformat.NotebookNode, stage: Stage, kept: Path, reason: str) -> str:
     """One screen about a failed run: which cell, its line, the exception, how to open it."""
-    place = next(((c, o) for c in nb.cells if c.cell_type == "code" for o in c.outputs
-                  if o.output_type == "error"), None)
+    place = next(
+        (
+            (c, o)
+            for c in nb.cells
+            if c.cell_type == "code"
+            for o in c.outputs
+            if o.output_type == "error"
+        ),
+        None,
+    )
     lines = [f"{stage.title}: FAILED", reason]
     if place:
         cell, error = place
         traceback = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
         message = str(error.evalue).strip().splitlines() or [""]
-        lines = [f"{stage.title}: FAILED in cell [{cell.execution_count}] of {kept}",
-                 *_around_error(cell, traceback), *_own_frames(traceback),
-                 f"{error.ename}: {message[0]}", *message[1:12]]
+        lines = [
+            f"{stage.title}: FAILED in cell [{cell.execution_count}] of {kept}",
+            *_around_error(cell, traceback),
+            *_own_frames(traceback),
+            f"{error.ename}: {message[0]}",
+            *message[1:12],
+        ]
     return "\n".join([*lines, f"to see all of it: jupyter lab {kept}"])
 
 
 def _around_error(cell: nbformat.NotebookNode, traceback: str, lines: int = 8) -> list[str]:
-    """The last lines of a cell up to the one that failed, which is marked; none where no line is named."""
+    """The last lines of a cell up to the one that failed, which is marked; none where no line is
+    named.
+    """
     match = re.search(rf"^Cell In\[{cell.execution_count}\], line (\d+)", traceback, re.MULTILINE)
     source = cell.source.rstrip().splitlines()
     if match is None:  # an error that shows no traceback, its message says all
         return []
     bad = int(match[1])
-    return [f"{'--> ' if n == bad else '    '}{line[:100]}" for n, line in enumerate(source, 1)
-            if bad - lines < n <= bad]
+    return [
+        f"{'--> ' if n == bad else '    '}{line[:100]}"
+        for n, line in enumerate(source, 1)
+        if bad - lines < n <= bad
+    ]
 
 
 def _own_frames(traceback: str, last: int = 2) -> list[str]:
-    """The last frames of an IPython traceback in this repository's files, as "file:line in function"."""
+    """The last frames of an IPython traceback in this repository's files, as "file:line in
+    function".
+    """
     root, frames = Path.cwd().resolve(), []
     head = re.compile(r"^File (.+?):(\d+)(?:, in ([^\n(]+))?", re.MULTILINE)
     for match, following in pairwise([*head.finditer(traceback), None]):
         path = Path(match[1]).expanduser().resolve()
         if not path.is_relative_to(root) or "site-packages" in path.parts:
             continue
-        body = traceback[match.end():following.start() if following else None]
+        body = traceback[match.end() : following.start() if following else None]
         arrow = re.search(r"^-+> *\d+ (.*)$", body, re.MULTILINE)
         where = f"{path.relative_to(root)}:{match[2]} in {(match[3] or '<module>').strip()}"
         frames.append(f"  {where}{': ' + arrow[1].strip() if arrow else ''}"[:110])
@@ -236,14 +279,18 @@ def _own_frames(traceback: str, last: int = 2) -> list[str]:
 
 # --- all of it --------------------------------------------------------------------------------------------
 
+
 def run(stage: Stage) -> Path:
     """Execute the stage's notebook and write its report; StageError says why there is none."""
     package = closure.Package()
     if edited := edited_before(stage, package):
-        raise StageError(f"{stage.title}: {edited[0]} was edited after DVC's stage `code`: run `dvc repro` again")
+        raise StageError(
+            f"{stage.title}: {edited[0]} was edited after DVC's stage `code`: run `dvc repro` again"
+        )
     before = sources(stage, package)
     nb, injected = prepare(stage)
-    from mclip.pipeline.kernel import (  # here: importing papermill takes seconds, in which files change
+    # here: importing papermill takes seconds, in which files change
+    from mclip.pipeline.kernel import (
         Terminal,
         execute,
     )
@@ -259,7 +306,9 @@ def run(stage: Stage) -> Path:
         raise StageError(describe(result, stage, failed, reason))
     after = sources(stage)
     if edited := sorted(p for p in before | after if before.get(p) != after.get(p)):
-        raise StageError(f"{stage.title}: {edited[0]} was edited while it ran; nothing is kept, run it again")
+        raise StageError(
+            f"{stage.title}: {edited[0]} was edited while it ran; nothing is kept, run it again"
+        )
     save(cleaned(result), stage.report())
     failed.unlink(missing_ok=True)
     times = {"stage": stage.name, **stage.values, "seconds": round(seconds, 2), "peak_rss_mb": peak}
@@ -269,8 +318,11 @@ def run(stage: Stage) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mclip.pipeline.run", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m mclip.pipeline.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("stage")
     parser.add_argument("-p", dest="keys", metavar="KEY", action="append", default=[])
     parser.add_argument("-s", dest="values", metavar="NAME=V", action="append", default=[])
@@ -286,8 +338,11 @@ def main(argv: list[str] | None = None) -> int:
         return err.code
     except KeyboardInterrupt as err:
         number = err.args[0] if err.args else signal.SIGINT
-        print(f"{args.stage}: stopped by {signal.Signals(number).name}: no report, but finished shards and checkpoints "
-              "are kept, the next run goes on there", file=sys.stderr)
+        print(
+            f"{args.stage}: stopped by {signal.Signals(number).name}: no report, but finished shards and checkpoints "
+            "are kept, the next run goes on there",
+            file=sys.stderr,
+        )
         return 128 + number
     return 0
 

@@ -3,8 +3,8 @@
     python -m mclip.pipeline.strip             # strip every notebook in notebooks/, in place
     python -m mclip.pipeline.strip --check     # list those that aren't stripped; exit code 1 if there are any
 
-What stays of a notebook: its cells' source and tags, the kernel's name, and ordinal cell ids. The reports
-(executed notebooks in reports/) are left alone.
+What stays of a notebook: its cells' source and tags, the kernel's name, and ordinal cell ids. The
+reports (executed notebooks in reports/) are left alone.
 """
 
 import argparse
@@ -46,9 +46,15 @@ def notebooks(folder: str | Path = "notebooks") -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mclip.pipeline.strip", description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if one isn't stripped")
-    parser.add_argument("files", nargs="*", type=Path, help="notebooks (default: all in notebooks/)")
+    parser = argparse.ArgumentParser(
+        prog="python -m mclip.pipeline.strip", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 if one isn't stripped"
+    )
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="notebooks (default: all in notebooks/)"
+    )
     args = parser.parse_args(argv)
     dirty = 0
     for path in args.files or notebooks():
@@ -57,12 +63,16 @@ def main(argv: list[str] | None = None) -> int:
             after = stripped(before)
         except (OSError, ValueError, AttributeError, nbformat.ValidationError) as err:
             reason = str(err).splitlines()[0]
-            print(f"{path}: not a readable notebook ({type(err).__name__}: {reason})", file=sys.stderr)
+            print(
+                f"{path}: not a readable notebook ({type(err).__name__}: {reason})", file=sys.stderr
+            )
             dirty += 1
             continue
         if before == after:
             continue
-        print(f"{path}: {'not stripped: run `python -m mclip.pipeline.strip`' if args.check else 'stripped'}")
+        print(
+            f"{path}: {'not stripped: run `python -m mclip.pipeline.strip`' if args.check else 'stripped'}"
+        )
         if args.check:
             dirty += 1
         else:

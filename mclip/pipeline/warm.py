@@ -1,14 +1,16 @@
-"""A command whose notebooks and trainings need not import torch, open_clip and the like each for itself.
+"""A command whose notebooks and trainings need not import torch, open_clip and the like each for
+itself.
 
     python -m mclip.pipeline.warm dvc repro
 
-Beside the command one process imports the big libraries, once; every kernel and every training of one process that
-the stages start is then a fork of it, which takes milliseconds where the imports take 8-12 s a process on two small
-cores. Without this wrapper (a bare `dvc repro`) each imports for itself: the results are the same bytes.
+Beside the command one process imports the big libraries, once; every kernel and every training of
+one process that the stages start is then a fork of it, which takes milliseconds where the imports
+take 8-12 s a process on two small cores. Without this wrapper (a bare `dvc repro`) each imports for
+itself: the results are the same bytes.
 
-The process ends with the command. It holds no code of this repository, so an edit between two stages counts. Forks are
-not for macOS, nor for machines with an NVIDIA GPU, where a library that has asked for devices can't be forked: there
-the command runs as if it was called alone.
+The process ends with the command. It holds no code of this repository, so an edit between two
+stages counts. Forks are not for macOS, nor for machines with an NVIDIA GPU, where a library that
+has asked for devices can't be forked: there the command runs as if it was called alone.
 """
 
 # nothing heavy at the top: `attach` runs this file for every process that it stands for
@@ -25,18 +27,43 @@ from typing import Any
 
 SOCKET = "MCLIP_WARM"  # names the socket to the processes below
 FORK = "MCLIP_WARM_FORK"  # a fork's own process id
-# not matplotlib's inline backend: it ties itself to the kernel that imports it, without one it shows no figure
-LIBRARIES = ("torch", "torch._dynamo", "torchvision", "timm", "open_clip", "safetensors.torch",
-             "transformers.modeling_utils", "transformers.models.auto.modeling_auto",
-             "transformers.models.bert.modeling_bert",
-             "scipy.stats", "scipy.optimize", "sklearn.linear_model", "pandas", "pyarrow.parquet", "faiss",
-             "webdataset", "PIL.Image", "matplotlib.pyplot", "seaborn", "pydantic", "ruamel.yaml",
-             "papermill", "nbconvert", "bs4", "ipykernel.ipkernel", "ipykernel.zmqshell", "tqdm.auto")
-# jsonschema, below nbformat, spends 3 s building a grammar with it for a format that notebooks have none of
+# not matplotlib's inline backend: it ties itself to the kernel that imports it, without one it
+# shows no figure
+LIBRARIES = (
+    "torch",
+    "torch._dynamo",
+    "torchvision",
+    "timm",
+    "open_clip",
+    "safetensors.torch",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.bert.modeling_bert",
+    "scipy.stats",
+    "scipy.optimize",
+    "sklearn.linear_model",
+    "pandas",
+    "pyarrow.parquet",
+    "faiss",
+    "webdataset",
+    "PIL.Image",
+    "matplotlib.pyplot",
+    "seaborn",
+    "pydantic",
+    "ruamel.yaml",
+    "papermill",
+    "nbconvert",
+    "bs4",
+    "ipykernel.ipkernel",
+    "ipykernel.zmqshell",
+    "tqdm.auto",
+)
+# jsonschema, below nbformat, spends 3 s building a grammar with it for a format that notebooks have
+# none of
 NEEDLESS = "rfc3987_syntax"
 
-# glibc gives the memory of each large tensor back to the system and faults it in again for the next one: keeping
-# it makes encoding pictures on the CPU a tenth faster
+# glibc gives the memory of each large tensor back to the system and faults it in again for the next
+# one: keeping it makes encoding pictures on the CPU a tenth faster
 REUSE_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(10**9), "MALLOC_TRIM_THRESHOLD_": str(10**10)}
 # without compiled modules every kernel and every training process spends 15 s longer on its imports
 PERSONAL = ("MPLBACKEND", "PYTHONSTARTUP", "PYTHONINSPECT", "PYTHONDONTWRITEBYTECODE")
@@ -51,7 +78,9 @@ def environment(folder: Path) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(Path.cwd()), env.get("PYTHONPATH")])),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)]),
         # tqdm.auto, which others import, misses the widgets that a stage's terminal has no use for
-        "PYTHONWARNINGS": ",".join(filter(None, [env.get("PYTHONWARNINGS"), "ignore:IProgress not found"])),
+        "PYTHONWARNINGS": ",".join(
+            filter(None, [env.get("PYTHONWARNINGS"), "ignore:IProgress not found"])
+        ),
         "MATPLOTLIBRC": str(folder / "matplotlibrc"),
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # else the kernel's debugger warns on each start
     }
@@ -60,7 +89,8 @@ def environment(folder: Path) -> dict[str, str]:
 def command(module: str, *arguments: str, notes: Path | None = None) -> list[str]:
     """argv of `python -m MODULE ARGUMENTS...`: a fork of the warm process where there is one.
 
-    notes : a folder where a fork leaves `pid` when it starts and `peak_rss` (bytes) when it has ended.
+    notes : a folder where a fork leaves `pid` when it starts and `peak_rss` (bytes) when it has
+        ended.
     """
     if not is_on():
         return [sys.executable, "-m", module, *arguments]
@@ -68,7 +98,9 @@ def command(module: str, *arguments: str, notes: Path | None = None) -> list[str
 
 
 def hand_over(module: str) -> None:
-    """Called first thing by a `python -m MODULE`: where there is a warm process, a fork of it goes on in its place."""
+    """Called first thing by a `python -m MODULE`: where there is a warm process, a fork of it goes
+    on in its place.
+    """
     sys.modules.setdefault(NEEDLESS, None)  # type: ignore[arg-type]
     if os.environ.get(FORK) != str(os.getpid()) and is_on():
         os.execv(sys.executable, command(module, *sys.argv[1:]))
@@ -78,7 +110,11 @@ def is_on() -> bool:
     """Is there a warm process that is ready, of this interpreter and this repository?"""
     address = os.environ.get(SOCKET)
     with contextlib.suppress(OSError):
-        return bool(address) and Path(address).exists() and Path(address).with_name("of").read_text() == _whose()
+        return (
+            bool(address)
+            and Path(address).exists()
+            and Path(address).with_name("of").read_text() == _whose()
+        )
     return False
 
 
@@ -88,8 +124,11 @@ def _whose() -> str:
 
 # --- the process that stands for a fork -------------------------------------------------------------------
 
+
 def attach(notes: str, argv: list[str]) -> int:
-    """Have the warm process run a module in this process's environment; its exit status. Signals are passed on."""
+    """Have the warm process run a module in this process's environment; its exit status. Signals
+    are passed on.
+    """
     pid = 0
 
     def forward(number: int, frame: Any) -> None:
@@ -130,7 +169,9 @@ def note(folder: str, name: str, value: int) -> None:
 
 
 def end_family(process: Any) -> None:
-    """Stop a psutil.Process and all below it (torchrun's workers too, which are in sessions of their own)."""
+    """Stop a psutil.Process and all below it (torchrun's workers too, which are in sessions of
+    their own).
+    """
     import psutil
 
     if process is None or not process.is_running():
@@ -152,6 +193,7 @@ def stop(processes: list, grace: float = 3.0) -> None:
 
 # --- the command ------------------------------------------------------------------------------------------
 
+
 def run(argv: list[str], libraries: list[str]) -> int:
     """Run a command beside a warm process; its exit status."""
     if sys.platform != "linux" or Path("/dev/nvidiactl").exists() or os.environ.get(SOCKET):
@@ -159,13 +201,23 @@ def run(argv: list[str], libraries: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="mclip-warm-") as folder:
         address = str(Path(folder, "socket"))
         Path(folder, "of").write_text(_whose())
-        # the kernels' own backend, which IPython would set too late for a matplotlib that is there already
-        env = environment(Path(folder)) | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-        warm = subprocess.Popen([sys.executable, "-m", "mclip.pipeline.forks", address, *libraries], env=env,
-                                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                start_new_session=True)
+        # the kernels' own backend, which IPython would set too late for a matplotlib that is there
+        # already
+        env = environment(Path(folder)) | {
+            "MPLBACKEND": "module://matplotlib_inline.backend_inline"
+        }
+        warm = subprocess.Popen(
+            [sys.executable, "-m", "mclip.pipeline.forks", address, *libraries],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         process = subprocess.Popen(argv, env=os.environ | {SOCKET: address})
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the command itself
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # a terminal's Ctrl-C reaches the command itself
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda number, frame: process.send_signal(number))
         try:

@@ -1,12 +1,15 @@
-"""The report: every executed notebook as a self-contained page, and an index that says what came out.
+"""The report: every executed notebook as a self-contained page, and an index that says what came
+out.
 
     python -m mclip.report.build                  # reports/**/*.ipynb -> reports/site/index.html and a page a notebook
 
-In a notebook, `report.answer("...")` shows the result in one sentence; the index repeats it beside the notebook's
-key figure (the first picture of the cell tagged "key-figure") and its title (the first heading).
+In a notebook, `report.answer("...")` shows the result in one sentence; the index repeats it beside
+the notebook's key figure (the first picture of the cell tagged "key-figure") and its title (the
+first heading).
 
-Pages hold everything they show: pictures as data URIs, own styles, no script and no outside address; a content
-security policy keeps it so. The same notebooks, metrics and times give the same bytes.
+Pages hold everything they show: pictures as data URIs, own styles, no script and no outside
+address; a content security policy keeps it so. The same notebooks, metrics and times give the same
+bytes.
 """
 
 from __future__ import annotations
@@ -44,22 +47,36 @@ def answer(text: str) -> None:
     """Show the notebook's result in one sentence, in a form that `build` finds."""
     from IPython.display import display
 
-    text = re.sub(r"(\d) (?=[%±])|(?<=±) (?=\d)", lambda m: m.group().replace(" ", "\u00a0"), " ".join(text.split()))
-    data = {"text/html": f'<p class="answer"><strong>{html.escape(text)}</strong></p>', "text/plain": text}
+    text = re.sub(
+        r"(\d) (?=[%±])|(?<=±) (?=\d)",
+        lambda m: m.group().replace(" ", "\u00a0"),
+        " ".join(text.split()),
+    )
+    data = {
+        "text/html": f'<p class="answer"><strong>{html.escape(text)}</strong></p>',
+        "text/plain": text,
+    }
     display(data, raw=True, metadata={"mclip": {"answer": True}})
 
 
 # ---------------------------------------------------------------- numbers
 
 
-def summary_table(rows: list[Row], recipes: dict[str, str], teachers: Sequence[str] = ()) -> dict[str, Any]:
-    """The index's table: a column a set (held-out mean first), a row a recipe, then the teachers and chance."""
+def summary_table(
+    rows: list[Row], recipes: dict[str, str], teachers: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The index's table: a column a set (held-out mean first), a row a recipe, then the teachers
+    and chance.
+    """
     columns = list(dict.fromkeys((r.set, r.kind) for r in rows))
     columns.sort(key=lambda c: (c[0] != HELD_OUT, c[1] == "in domain"))
 
     def line(name: str) -> list[str]:
         cells = {r.set: r for r in rows if r.name == name}
-        best = {c: max((r.mean for r in rows if r.set == c and r.group == "recipe"), default=None) for c, _ in columns}
+        best = {
+            c: max((r.mean for r in rows if r.set == c and r.group == "recipe"), default=None)
+            for c, _ in columns
+        }
         out = []
         for column, _ in columns:
             row = cells.get(column)
@@ -67,8 +84,14 @@ def summary_table(rows: list[Row], recipes: dict[str, str], teachers: Sequence[s
                 out.append("–")
                 continue
             text = f"{100 * row.mean:.1f}"
-            text = f"<strong>{text}</strong>" if row.group == "recipe" and row.mean == best[column] else text
-            out.append(text + (f"<small>±{100 * row.std:.1f}</small>" if row.std is not None else ""))
+            text = (
+                f"<strong>{text}</strong>"
+                if row.group == "recipe" and row.mean == best[column]
+                else text
+            )
+            out.append(
+                text + (f"<small>±{100 * row.std:.1f}</small>" if row.std is not None else "")
+            )
         return out
 
     order = {name: i for i, name in enumerate([*recipes, *teachers])}
@@ -78,14 +101,19 @@ def summary_table(rows: list[Row], recipes: dict[str, str], teachers: Sequence[s
         ("teacher", "Teachers: the ceiling"),
         ("chance", "Guessing"),
     ):
-        names = sorted({r.name for r in rows if r.group == group}, key=lambda name: (order.get(name, 99), name))
+        names = sorted(
+            {r.name for r in rows if r.group == group}, key=lambda name: (order.get(name, 99), name)
+        )
         if names:
             groups.append((heading, [(recipes.get(name, name), line(name)) for name in names]))
     return {"columns": columns, "groups": groups}
 
 
-def read_times(folder: Path, recipes: Sequence[str], asked: Collection[str]) -> list[dict[str, Any]]:
-    """reports/times/**/*.json in the order of the pipeline: stage, what of it (the recipe), seconds, memory.
+def read_times(
+    folder: Path, recipes: Sequence[str], asked: Collection[str]
+) -> list[dict[str, Any]]:
+    """reports/times/**/*.json in the order of the pipeline: stage, what of it (the recipe),
+    seconds, memory.
 
     Of this run alone: its recipes and the ablations that are asked for.
     """
@@ -96,7 +124,9 @@ def read_times(folder: Path, recipes: Sequence[str], asked: Collection[str]) -> 
             continue
         values = [str(v) for k, v in entry.items() if k not in ("stage", "seconds", "peak_rss_mb")]
         stage, _, name = entry["stage"].partition("/")
-        if (stage in OF_RECIPES and values[0] not in recipes) or (stage == ABLATIONS and name not in asked):
+        if (stage in OF_RECIPES and values[0] not in recipes) or (
+            stage == ABLATIONS and name not in asked
+        ):
             continue
         out.append({"peak_rss_mb": None, "of": ", ".join(values), **entry})
 
@@ -113,14 +143,20 @@ def clock(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return (
+        f"{minutes} min {rest:02d} s"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )
 
 
 # ---------------------------------------------------------------- the site
 
 
 def build(
-    reports: str | Path = "reports", out: str | Path = "reports/site", settings: str | Path = "params.yaml"
+    reports: str | Path = "reports",
+    out: str | Path = "reports/site",
+    settings: str | Path = "params.yaml",
 ) -> Path:
     """Write the site, whole or not at all; returns its index.html."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -134,7 +170,9 @@ def build(
         raise SystemExit(f"{reports}: no executed notebook to report on: run `dvc repro` first")
     metrics = read_metrics(reports / "metrics")
     metrics["recipe"] = {name: tree for name, tree in metrics["recipe"].items() if name in recipes}
-    rows = main_rows(metrics, p.evaluate.sets) + chance_rows(read_seeds(recipes, reports / "metrics")[0])
+    rows = main_rows(metrics, p.evaluate.sets) + chance_rows(
+        read_seeds(recipes, reports / "metrics")[0]
+    )
     missing = [name for name in p.evaluate.sets if name not in {r.set for r in rows}]
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -143,13 +181,18 @@ def build(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    grouped = [(name, heading, [x for x in pages if x.group == name]) for name, heading in GROUPS.items()]
+    grouped = [
+        (name, heading, [x for x in pages if x.group == name]) for name, heading in GROUPS.items()
+    ]
     style = Markup((TEMPLATES / "style.css").read_text() + _code_style())
     environment.globals |= {"style": style, "clock": clock, "groups": [g for g in grouped if g[2]]}
     files: dict[str, str | bytes] = {}
     template = environment.get_template("page.html.j2")
     for i, page in enumerate(pages):
-        near = {"before": pages[i - 1] if i else None, "after": pages[i + 1] if i + 1 < len(pages) else None}
+        near = {
+            "before": pages[i - 1] if i else None,
+            "after": pages[i + 1] if i + 1 < len(pages) else None,
+        }
         files[f"{page.slug}.html"] = template.render(page=page, body=Markup(body(page)), **near)
     lead = next((page for page in pages if page.slug == "report"), None)
     if lead and lead.figure:  # for the README
@@ -178,12 +221,22 @@ def _code_style() -> str:
     light = HtmlFormatter(style="xcode").get_style_defs(".highlight")
     dark = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
     keep = [re.findall(r"^\.highlight \.\w+ \{.*\}", text, re.M) for text in (light, dark)]
-    return "\n" + "\n".join(keep[0]) + "\n@media (prefers-color-scheme: dark) {\n" + "\n".join(keep[1]) + "\n}\n"
+    return (
+        "\n"
+        + "\n".join(keep[0])
+        + "\n@media (prefers-color-scheme: dark) {\n"
+        + "\n".join(keep[1])
+        + "\n}\n"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mclip.report.build", description=__doc__.split("\n")[0])
-    parser.add_argument("--reports", default="reports", help="folder of executed notebooks, metrics, times")
+    parser = argparse.ArgumentParser(
+        prog="python -m mclip.report.build", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--reports", default="reports", help="folder of executed notebooks, metrics, times"
+    )
     parser.add_argument("--out", default="reports/site")
     args = parser.parse_args(argv)
     try:

@@ -1,4 +1,5 @@
-"""Recipes side by side: the metrics files of all stages as one table, and which differences are more than noise.
+"""Recipes side by side: the metrics files of all stages as one table, and which differences are
+more than noise.
 
 frame = compare.read_seeds(["clip", "combined"])        # a row a recipe, set, metric and seed
 compare.verdicts(compare.main_metric(frame), baseline="clip")
@@ -17,7 +18,17 @@ from mclip.system.files import write_json
 
 IN_DOMAIN = "in domain"  # the kind of a set whose like was trained on; every other kind is held out
 HELD_OUT = "held-out mean"
-COLUMNS = ["recipe", "set", "kind", "task", "metric", "seed", "value", "chance", "main"]  # main: the set's own metric
+COLUMNS = [
+    "recipe",
+    "set",
+    "kind",
+    "task",
+    "metric",
+    "seed",
+    "value",
+    "chance",
+    "main",
+]  # main: the set's own metric
 
 
 class Row(NamedTuple):
@@ -32,7 +43,9 @@ class Row(NamedTuple):
 
 
 def read_metrics(folder: str | Path = "reports/metrics") -> dict[str, dict[str, Any]]:
-    """{"recipe" | "teacher": {name: {set: {metric: number or {"mean", "std"}}}}} of every JSON file in a folder."""
+    """{"recipe" | "teacher": {name: {set: {metric: number or {"mean", "std"}}}}} of every JSON file
+    in a folder.
+    """
     out: dict[str, dict[str, Any]] = {"recipe": {}, "teacher": {}}
     for path in sorted(Path(folder).glob("*.json")):
         tree = json.loads(path.read_text())
@@ -43,8 +56,12 @@ def read_metrics(folder: str | Path = "reports/metrics") -> dict[str, dict[str, 
     return out
 
 
-def read_seeds(recipes: Iterable[str], folder: str | Path = "reports/metrics") -> tuple[pd.DataFrame, list[str]]:
-    """Every seed's metrics (columns COLUMNS) of reports/metrics/RECIPE.csv, and what is missing, a line each."""
+def read_seeds(
+    recipes: Iterable[str], folder: str | Path = "reports/metrics"
+) -> tuple[pd.DataFrame, list[str]]:
+    """Every seed's metrics (columns COLUMNS) of reports/metrics/RECIPE.csv, and what is missing, a
+    line each.
+    """
     frames, missing = [], []
     for recipe in recipes:
         path = Path(folder) / f"{recipe}.csv"
@@ -52,38 +69,53 @@ def read_seeds(recipes: Iterable[str], folder: str | Path = "reports/metrics") -
             frames.append(pd.read_csv(path))
         else:
             missing.append(f"{path} is missing: run `dvc repro evaluate@{recipe}` first")
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS), missing
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(
+        columns=COLUMNS
+    ), missing
 
 
 def main_metric(frame: pd.DataFrame) -> pd.DataFrame:
     """A row a recipe, set and seed with its main metric (params.EvalSet.main).
 
-    The held-out mean comes first: over the sets of a kind other than "in domain" (over all sets if there is none).
+    The held-out mean comes first: over the sets of a kind other than "in domain" (over all sets if
+    there is none).
     """
     main = frame[frame["metric"] == frame["main"]].astype({"kind": object}).fillna({"kind": ""})
     held_out = main[main["kind"] != IN_DOMAIN]
     held_out = held_out if len(held_out) else main
-    mean = held_out.groupby(["recipe", "seed"], sort=False, as_index=False)[["value", "chance"]].mean()
+    mean = held_out.groupby(["recipe", "seed"], sort=False, as_index=False)[
+        ["value", "chance"]
+    ].mean()
     return pd.concat([mean.assign(set=HELD_OUT, kind=""), main], ignore_index=True)[
         ["recipe", "set", "kind", "seed", "value", "chance"]
     ]
 
 
 def representative(sets: Mapping[str, EvalSet]) -> dict[str, str]:
-    """The two sets that stand for all, and what to call them: the first in domain, the first of unseen retrieval.
+    """The two sets that stand for all, and what to call them: the first in domain, the first of
+    unseen retrieval.
 
-    Where there is none of a kind, the first set of any. Of sets that are here; of all where none is.
+    Where there is none of a kind, the first set of any. Of sets that are here; of all where none
+    is.
     """
     names = [name for name in sets if Path(sets[name].path).is_dir()] or list(sets)
     seen = next((n for n in names if sets[n].kind == IN_DOMAIN), names[0])
     held_out = [n for n in names if sets[n].kind != IN_DOMAIN and n != seen]
     unseen = next((n for n in held_out if sets[n].task == "retrieval"), (held_out or [seen])[0])
-    return {name: f"{name} ({sets[name].kind})" if sets[name].kind else name for name in (seen, unseen)}
+    return {
+        name: f"{name} ({sets[name].kind})" if sets[name].kind else name for name in (seen, unseen)
+    }
 
 
 def spreads(main: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame:
-    """A row a recipe, a column a set: "mean ± standard deviation" over the seeds, %; "–" where it was not run."""
-    found = main.assign(value=100 * main["value"]).groupby(["recipe", "set"])["value"].agg(["mean", "std"])
+    """A row a recipe, a column a set: "mean ± standard deviation" over the seeds, %; "–" where it
+    was not run.
+    """
+    found = (
+        main.assign(value=100 * main["value"])
+        .groupby(["recipe", "set"])["value"]
+        .agg(["mean", "std"])
+    )
     kinds = main.drop_duplicates("set").set_index("set")["kind"].fillna("").to_dict()
 
     def show(recipe: str, name: str) -> str:
@@ -92,17 +124,20 @@ def spreads(main: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame:
         mean, std = found.loc[(recipe, name)]
         return f"{mean:.1f}" if math.isnan(std) else f"{mean:.1f} ± {std:.1f}"
 
-    return pd.DataFrame([[show(recipe, name) for name in kinds] for recipe in titles],
-                        index=pd.Index(titles.values(), name="recipe"),
-                        columns=[f"{name} ({kind})" if kind else name for name, kind in kinds.items()])
+    return pd.DataFrame(
+        [[show(recipe, name) for name in kinds] for recipe in titles],
+        index=pd.Index(titles.values(), name="recipe"),
+        columns=[f"{name} ({kind})" if kind else name for name, kind in kinds.items()],
+    )
 
 
 def verdicts(main: pd.DataFrame, baseline: str, level: float = 0.95) -> pd.DataFrame:
-    """Each recipe's difference to the baseline on each set, its Welch interval, and what that allows to say.
+    """Each recipe's difference to the baseline on each set, its Welch interval, and what that
+    allows to say.
 
-    Welch's t interval of the difference of two means with unequal variances over the seeds: "better" and "worse"
-    where the interval leaves out 0, else "can't be told". Columns: recipe, set, kind, difference, low, high,
-    verdict.
+    Welch's t interval of the difference of two means with unequal variances over the seeds:
+    "better" and "worse" where the interval leaves out 0, else "can't be told". Columns: recipe,
+    set, kind, difference, low, high, verdict.
     """
     rows = []
     for (name, kind), group in main.groupby(["set", "kind"], sort=False, dropna=False):
@@ -113,7 +148,9 @@ def verdicts(main: pd.DataFrame, baseline: str, level: float = 0.95) -> pd.DataF
             low, high = welch(values, base, level)
             verdict = "better" if low > 0 else "worse" if high < 0 else "can't be told"
             rows.append((recipe, name, kind, difference, low, high, verdict))
-    return pd.DataFrame(rows, columns=["recipe", "set", "kind", "difference", "low", "high", "verdict"])
+    return pd.DataFrame(
+        rows, columns=["recipe", "set", "kind", "difference", "low", "high", "verdict"]
+    )
 
 
 def welch(a: pd.Series, b: pd.Series, level: float = 0.95) -> tuple[float, float]:
@@ -140,7 +177,16 @@ def main_rows(metrics: Mapping[str, Mapping[str, Any]], sets: Mapping[str, EvalS
             held_out = [r for r in own if r.kind != IN_DOMAIN] or own
             if held_out:
                 std = (_leaf(tree.get("mean")) or (0, None))[1]
-                rows.append(Row(group, name, HELD_OUT, "", sum(r.mean for r in held_out) / len(held_out), std))
+                rows.append(
+                    Row(
+                        group,
+                        name,
+                        HELD_OUT,
+                        "",
+                        sum(r.mean for r in held_out) / len(held_out),
+                        std,
+                    )
+                )
             rows += own
     return rows
 
@@ -148,8 +194,8 @@ def main_rows(metrics: Mapping[str, Mapping[str, Any]], sets: Mapping[str, EvalS
 def write_headlines(rows: Iterable[Row], folder: str | Path = "reports/headline") -> None:
     """FOLDER/NAME.json of each recipe or teacher: what `dvc metrics` and `dvc exp` show.
 
-    Every file has the same few keys, so that DVC's tables have a row a recipe or teacher: "held-out mean" and its
-    standard deviation over the seeds, then the main metric of each set, percent.
+    Every file has the same few keys, so that DVC's tables have a row a recipe or teacher: "held-out
+    mean" and its standard deviation over the seeds, then the main metric of each set, percent.
     """
     trees: dict[str, dict[str, float]] = {}
     for row in rows:

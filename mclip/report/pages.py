@@ -1,4 +1,6 @@
-"""Executed notebooks as pages of the report's site: what the index says of each, and its body as HTML."""
+"""Executed notebooks as pages of the report's site: what the index says of each, and its body as
+HTML.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,21 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import nbformat
 
-STAGES = ["data", "teachers", "embed", "balance", "cluster", "reinforce", "distill", "evaluate", "report"]
-OF_RECIPES = ("distill", "evaluate")  # reports/STAGE/RECIPE.ipynb; what is left of a recipe that is gone is not shown
+STAGES = [
+    "data",
+    "teachers",
+    "embed",
+    "balance",
+    "cluster",
+    "reinforce",
+    "distill",
+    "evaluate",
+    "report",
+]
+OF_RECIPES = (
+    "distill",
+    "evaluate",
+)  # reports/STAGE/RECIPE.ipynb; what is left of a recipe that is gone is not shown
 ABLATIONS = "ablations"  # reports/ablations/*.ipynb
 PICTURES = ("pca", "weights", "search")  # of the ablations: what one looks at rather than compares
 GROUPS = {  # in the order of the index: how a group of pages is headed
@@ -57,10 +72,15 @@ def read_pages(reports: Path, titles: dict[str, str], asked: Collection[str]) ->
     def order(path: Path) -> tuple:
         stage, *rest = path.relative_to(reports).with_suffix("").parts
         known = STAGES.index(stage) if stage in STAGES else len(STAGES)
-        of = [(recipes.index(r) if r in recipes else PICTURES.index(r) if r in PICTURES else 99, r) for r in rest]
+        of = [
+            (recipes.index(r) if r in recipes else PICTURES.index(r) if r in PICTURES else 99, r)
+            for r in rest
+        ]
         return list(GROUPS).index(_group([stage, *rest], asked)), known, stage, of
 
-    return [_page(path, reports, titles, asked) for path in sorted(filter(wanted, paths), key=order)]
+    return [
+        _page(path, reports, titles, asked) for path in sorted(filter(wanted, paths), key=order)
+    ]
 
 
 def _group(parts: Sequence[str], asked: Collection[str]) -> str:
@@ -72,7 +92,8 @@ def _group(parts: Sequence[str], asked: Collection[str]) -> str:
 
 
 def _page(path: Path, reports: Path, titles: dict[str, str], asked: Collection[str]) -> Page:
-    import nbformat  # here: every notebook imports this module, for `answer`, and nbformat takes 3 s
+    # here: every notebook imports this module, for `answer`, and nbformat takes 3 s
+    import nbformat
 
     try:
         notebook = nbformat.read(path, as_version=4)
@@ -84,7 +105,9 @@ def _page(path: Path, reports: Path, titles: dict[str, str], asked: Collection[s
     heading = re.search(r"^# +(.+)$", text, re.M)
     title = re.sub(r"[*`_]", "", heading.group(1)).strip() if heading else path.stem
     rest = text[heading.end() :] if heading else text
-    intro = next((b.strip() for b in rest.split("\n\n") if b.strip() and b.strip()[0] not in "#-*|>`"), "")
+    intro = next(
+        (b.strip() for b in rest.split("\n\n") if b.strip() and b.strip()[0] not in "#-*|>`"), ""
+    )
     figure, alt = _key_figure(notebook, title)
     return Page(
         slug="-".join(parts),
@@ -102,7 +125,9 @@ def _page(path: Path, reports: Path, titles: dict[str, str], asked: Collection[s
 def _answer(notebook: nbformat.NotebookNode) -> str:
     for cell in reversed(notebook.cells):
         for output in cell.get("outputs", []):
-            tagged = "answer" in cell.metadata.get("tags", []) or "mclip" in output.get("metadata", {})
+            tagged = "answer" in cell.metadata.get("tags", []) or "mclip" in output.get(
+                "metadata", {}
+            )
             if tagged and "text/plain" in output.get("data", {}):
                 return " ".join(output.data["text/plain"].split())
     return ""
@@ -145,7 +170,9 @@ def body(page: Page) -> str:
                 if "image/png" in output.get("data", {}):
                     shape = {"alt": _alt(output, page.title)}
                     if "Figure" in output.data.get("text/plain", ""):
-                        shape["width"] = _png_width(output.data["image/png"]) * 2 // 3  # 150 dpi at 100 % zoom
+                        shape["width"] = (
+                            _png_width(output.data["image/png"]) * 2 // 3
+                        )  # 150 dpi at 100 % zoom
                     output.metadata["image/png"] = shape
         if cell.source.strip() or cell.get("outputs"):
             cells.append(cell)
@@ -156,8 +183,17 @@ def body(page: Page) -> str:
         extra_loaders=[FileSystemLoader(TEMPLATES)],
         exclude_anchor_links=True,
     )
-    exporter.register_preprocessor("nbconvert.preprocessors.HighlightMagicsPreprocessor", enabled=False)
-    priority = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]
+    exporter.register_preprocessor(
+        "nbconvert.preprocessors.HighlightMagicsPreprocessor", enabled=False
+    )
+    priority = [
+        "text/html",
+        "text/markdown",
+        "image/svg+xml",
+        "image/png",
+        "image/jpeg",
+        "text/plain",
+    ]
     exporter.config.NbConvertBase.display_data_priority = priority
     found, _ = exporter.from_notebook_node(notebook)
     return re.sub(r"<script\b.*?</script>", "", found, flags=re.S | re.I)

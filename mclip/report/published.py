@@ -1,15 +1,17 @@
 """The papers' own numbers that the ablations show beside ours, each with where it stands; percent.
 
-None of them was measured here: other data, other students, other sets. What a paper only says in words is a claim of
-the notebook; a number that is not known is not here.
+None of them was measured here: other data, other students, other sets. What a paper only says in
+words is a claim of the notebook; a number that is not known is not here.
 """
 
 CLIP_CID, MOBILECLIP = "arXiv 2408.09441", "arXiv 2311.17049"
 
-# CLIP-CID, Table 4: threshold of the balance -> images removed of LAION-400M; 0.07 is its best row, 0.08 clearly worse
+# CLIP-CID, Table 4: threshold of the balance -> images removed of LAION-400M; 0.07 is its best row,
+# 0.08 clearly worse
 REMOVED = {0.07: 43.7, 0.08: 47.5}
 
-# CLIP-CID, Table 5: loss terms -> mean of 14 sets, ViT-B/32; of the last row the linear probe is not known
+# CLIP-CID, Table 5: loss terms -> mean of 14 sets, ViT-B/32; of the last row the linear probe is
+# not known
 TERMS_ZERO_SHOT = {"contrastive": 67.4, "+ cluster": 68.3, "+ instance": 69.4}
 TERMS_LINEAR_PROBE = {"contrastive": 84.1, "+ cluster": 85.7}
 
@@ -17,10 +19,22 @@ TERMS_LINEAR_PROBE = {"contrastive": 84.1, "+ cluster": 85.7}
 CLUSTERS_TRIED, CLUSTERS_BEST = (100_000, 5_000_000), 1_000_000
 
 # MobileCLIP's ablation, ViT-B/16, 12M pairs, 30k iterations; each row adds to the one before
-REINFORCEMENT_IMAGENET = {"contrastive": 44.5, "+ synthetic captions": 51.9, "distillation only": 54.5,
-                          "+ strong augmentation": 59.3, "+ ensemble": 61.7, "lambda 0.7": 60.7}
-REINFORCEMENT_FLICKR = {"contrastive": 41.8, "+ synthetic captions": 69.3, "distillation only": 66.1,
-                        "+ strong augmentation": 70.5, "+ ensemble": 72.0, "lambda 0.7": 74.2}
+REINFORCEMENT_IMAGENET = {
+    "contrastive": 44.5,
+    "+ synthetic captions": 51.9,
+    "distillation only": 54.5,
+    "+ strong augmentation": 59.3,
+    "+ ensemble": 61.7,
+    "lambda 0.7": 60.7,
+}
+REINFORCEMENT_FLICKR = {
+    "contrastive": 41.8,
+    "+ synthetic captions": 69.3,
+    "distillation only": 66.1,
+    "+ strong augmentation": 70.5,
+    "+ ensemble": 72.0,
+    "lambda 0.7": 74.2,
+}
 # the numbers at which more of them stop to help
 ENOUGH = {"augmentations": 5, "captions": 2}
 

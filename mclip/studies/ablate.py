@@ -1,15 +1,16 @@
-"""Ablations: variants of a recipe or of its data, trained alike, scored alike (notebooks/ablations).
+"""Ablations: variants of a recipe or of its data, trained alike, scored alike
+(notebooks/ablations).
 
     study = ablate.outcome("terms", p)      # p: the stage's parameters; plans, trains, scores, in that order:
 
     runs = ablate.plan(study, recipe, ablate.Shared.of(p), samples=7680, seeds=[0, 1])
     main = ablate.finish("terms", runs, p)  # trains, scores, writes reports/metrics/ablations/terms.*
 
-A study trains whatever no other has trained yet: finished runs lie in `CACHE`, named by all that their bytes depend on
-(the student, the recipe, the trainer's settings and code, the seed, the data), and so do their scores. So a baseline
-that several studies share is trained and scored once, a killed study goes on where it stopped, and a new variant
-trains only itself. Without the cache each study trains its own, to the same bytes; `rm -r data/cache/ablations` is
-always safe.
+A study trains whatever no other has trained yet: finished runs lie in `CACHE`, named by all that
+their bytes depend on (the student, the recipe, the trainer's settings and code, the seed, the
+data), and so do their scores. So a baseline that several studies share is trained and scored once,
+a killed study goes on where it stopped, and a new variant trains only itself. Without the cache
+each study trains its own, to the same bytes; `rm -r data/cache/ablations` is always safe.
 """
 
 import hashlib
@@ -36,7 +37,8 @@ from mclip.system.files import digest, write_whole
 CACHE = Path("data/cache/ablations")
 METRICS = Path("reports/metrics/ablations")
 PACKAGES = ("torch", "open_clip_torch", "timm")
-ON_ALL = " on all pairs"  # after a recipe's name: its finished student, beside a curve on a fraction of them
+# after a recipe's name: its finished student, beside a curve on a fraction of them
+ON_ALL = " on all pairs"
 UNSEEN = {"parallel_runs", "checkpoint_every"}  # of distill.train: never seen in what a run gives
 
 
@@ -57,7 +59,9 @@ class Shared:
         return cls(p.distill.student, p.distill.train, p.balance, p.cluster)
 
 
-def plan(study: Study, recipe: Recipe, shared: Shared, *, samples: int, seeds: Sequence[int]) -> dict[str, list[Run]]:
+def plan(
+    study: Study, recipe: Recipe, shared: Shared, *, samples: int, seeds: Sequence[int]
+) -> dict[str, list[Run]]:
     """Each variant's runs, a run a seed; data that a variant needs and no stage made are made here.
 
     Parameters
@@ -69,21 +73,38 @@ def plan(study: Study, recipe: Recipe, shared: Shared, *, samples: int, seeds: S
     for name, variant in study.variants.items():
         changed, teacher = varied(recipe, variant.recipe), shared.cluster.teacher
         if variant.fraction < 1:
-            data = derive.part(variant.fraction, changed, shared.cluster, cache=shared.cache, data=shared.data)
+            data = derive.part(
+                variant.fraction, changed, shared.cluster, cache=shared.cache, data=shared.data
+            )
         else:
-            data, teacher = derive.folders(variant, changed, shared.balance, shared.cluster, cache=shared.cache,
-                                           data=shared.data)
+            data, teacher = derive.folders(
+                variant,
+                changed,
+                shared.balance,
+                shared.cluster,
+                cache=shared.cache,
+                data=shared.data,
+            )
         length = variant.samples or study.samples or samples
         runs[name] = runs_of(name, changed, shared, length, study.seeds or seeds, teacher, data)
     return runs
 
 
-def plan_learning(curve: Learning, recipes: Mapping[str, Recipe], shared: Shared, *, seeds: Sequence[int],
-                  finished_seeds: Sequence[int], students: str | Path = "models/students") -> dict[str, list[Run]]:
-    """The runs of a learning curve, "RECIPE SAMPLES" -> runs; each length is a training of its own, its own cosine.
+def plan_learning(
+    curve: Learning,
+    recipes: Mapping[str, Recipe],
+    shared: Shared,
+    *,
+    seeds: Sequence[int],
+    finished_seeds: Sequence[int],
+    students: str | Path = "models/students",
+) -> dict[str, list[Run]]:
+    """The runs of a learning curve, "RECIPE SAMPLES" -> runs; each length is a training of its own,
+    its own cosine.
 
-    At distill's own number of samples they are its finished students. With a fraction of the pairs these stand beside
-    the curve, as recipe "RECIPE on all pairs". Raises FileNotFoundError where they are missing.
+    At distill's own number of samples they are its finished students. With a fraction of the pairs
+    these stand beside the curve, as recipe "RECIPE on all pairs". Raises FileNotFoundError where
+    they are missing.
     """
     runs, full = {}, shared.train.samples
     whole = curve.fraction == 1
@@ -93,43 +114,84 @@ def plan_learning(curve: Learning, recipes: Mapping[str, Recipe], shared: Shared
             lengths |= dict.fromkeys(curve.longer, curve.longer_seeds)
         if whole:
             lengths.pop(full, None)
-        data = derive.part(curve.fraction, recipes[recipe], shared.cluster, cache=shared.cache, data=shared.data)
-        own = {(samples, recipe): runs_of(recipe, recipes[recipe], shared, samples, which, shared.cluster.teacher, data)
-               for samples, which in lengths.items()}
-        own[full, recipe if whole else recipe + ON_ALL] = _students(recipe, recipes[recipe], shared, finished_seeds,
-                                                                    students)
+        data = derive.part(
+            curve.fraction, recipes[recipe], shared.cluster, cache=shared.cache, data=shared.data
+        )
+        own = {
+            (samples, recipe): runs_of(
+                recipe, recipes[recipe], shared, samples, which, shared.cluster.teacher, data
+            )
+            for samples, which in lengths.items()
+        }
+        own[full, recipe if whole else recipe + ON_ALL] = _students(
+            recipe, recipes[recipe], shared, finished_seeds, students
+        )
         runs |= {f"{name} {samples}": own[samples, name] for samples, name in sorted(own)}
     return runs
 
 
-def _students(name: str, recipe: Recipe, shared: Shared, seeds: Sequence[int], folder: str | Path) -> list[Run]:
+def _students(
+    name: str, recipe: Recipe, shared: Shared, seeds: Sequence[int], folder: str | Path
+) -> list[Run]:
     """The runs of distill's finished students."""
-    runs = distill.plan(name, recipe, shared.student, shared.train, list(seeds), data=derive.FOLDERS | shared.data,
-                        teacher=shared.cluster.teacher, out=folder)
+    runs = distill.plan(
+        name,
+        recipe,
+        shared.student,
+        shared.train,
+        list(seeds),
+        data=derive.FOLDERS | shared.data,
+        teacher=shared.cluster.teacher,
+        out=folder,
+    )
     if missing := [run.out for run in runs if not distill.finished(run)]:
         raise FileNotFoundError(f"{missing[0]} is missing: run `dvc repro distill@{name}` first")
     return runs
 
 
-def planned(name: str, recipe: Recipe, student: str, train: Train, seeds: Sequence[int], *, teacher: str | None,
-            data: dict[str, Any] | None = None, cache: Path = CACHE) -> list[Run]:
-    """`distill.plan`'s runs, in the cache under names of their own: what a study has finished is there already."""
+def planned(
+    name: str,
+    recipe: Recipe,
+    student: str,
+    train: Train,
+    seeds: Sequence[int],
+    *,
+    teacher: str | None,
+    data: dict[str, Any] | None = None,
+    cache: Path = CACHE,
+) -> list[Run]:
+    """`distill.plan`'s runs, in the cache under names of their own: what a study has finished is
+    there already.
+    """
     found = []
     for run in distill.plan(name, recipe, student, train, list(seeds), teacher=teacher, data=data):
         key = identity(run)
-        found.append(replace(run, out=str(cache / "runs" / key), scratch=str(cache / "scratch" / key)))
+        found.append(
+            replace(run, out=str(cache / "runs" / key), scratch=str(cache / "scratch" / key))
+        )
     return found
 
 
-def runs_of(name: str, recipe: Recipe, shared: Shared, samples: int, seeds: Sequence[int], teacher: str | None,
-            data: dict[str, Any]) -> list[Run]:
+def runs_of(
+    name: str,
+    recipe: Recipe,
+    shared: Shared,
+    samples: int,
+    seeds: Sequence[int],
+    teacher: str | None,
+    data: dict[str, Any],
+) -> list[Run]:
     """`planned`, of the student and with the trainer that all variants share, for so many samples."""
     train = shared.train.model_copy(update={"samples": samples})
-    return planned(name, recipe, shared.student, train, seeds, teacher=teacher, data=data, cache=shared.cache)
+    return planned(
+        name, recipe, shared.student, train, seeds, teacher=teacher, data=data, cache=shared.cache
+    )
 
 
 def identity(run: Run) -> str:
-    """Digest of all that a run's result depends on, whatever it is called and wherever its data lie."""
+    """Digest of all that a run's result depends on, whatever it is called and wherever its data
+    lie.
+    """
     spec = asdict(run.data)
     reads = {"pairs": run.data.pairs}
     if run.data.pairs_kind == "kept":
@@ -137,23 +199,30 @@ def identity(run: Run) -> str:
     if run.data.pairs_kind == "reinforced":
         reads["reinforced"] = run.data.reinforced
     if run.data.teacher is not None:
-        reads |= {"clusters": run.data.clusters, "embeddings": f"{run.data.embeddings}/{run.data.teacher}"}
+        reads |= {
+            "clusters": run.data.clusters,
+            "embeddings": f"{run.data.embeddings}/{run.data.teacher}",
+        }
     for folder in [*derive.FOLDERS, "cache"]:
         del spec[folder]
-    return digest({
-        "student": [run.student, distill.architecture(run.student)],
-        "recipe": run.recipe.model_dump(exclude={"title"}),
-        "train": run.train.model_dump(exclude=UNSEEN),
-        "seed": run.seed,
-        "set": spec,
-        "data": {name: derive.fingerprint(folder) for name, folder in reads.items()},
-        "code": code.code("mclip.distill.trainer"),
-        "versions": [version(name) for name in PACKAGES],
-    })
+    return digest(
+        {
+            "student": [run.student, distill.architecture(run.student)],
+            "recipe": run.recipe.model_dump(exclude={"title"}),
+            "train": run.train.model_dump(exclude=UNSEEN),
+            "seed": run.seed,
+            "set": spec,
+            "data": {name: derive.fingerprint(folder) for name, folder in reads.items()},
+            "code": code.code("mclip.distill.trainer"),
+            "versions": [version(name) for name in PACKAGES],
+        }
+    )
 
 
 def train(runs: Mapping[str, Sequence[Run]], *, cache: Path = CACHE) -> dict[str, int]:
-    """Train what is not there yet, all variants and seeds side by side; {"trained": runs, "reused": runs}."""
+    """Train what is not there yet, all variants and seeds side by side; {"trained": runs, "reused":
+    runs}.
+    """
     each = {run.out: run for own in runs.values() for run in own}
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "training.lock"):  # two studies may want the same run
@@ -166,39 +235,58 @@ def train(runs: Mapping[str, Sequence[Run]], *, cache: Path = CACHE) -> dict[str
 class Scores(NamedTuple):
     """What runs score, without linear probes."""
 
-    metrics: dict[str, dict[str, dict[str, float]]]  # a run's folder -> set -> metric; a missing set has no metrics
+    metrics: dict[
+        str, dict[str, dict[str, float]]
+    ]  # a run's folder -> set -> metric; a missing set has no metrics
     chance: dict[str, dict[str, float]]
     problems: list[str]
 
 
-def scores(runs: Iterable[Run], sets: Mapping[str, EvalSet], *, batch_size: int, cache: Path = CACHE) -> Scores:
-    """Evaluate finished runs that share preprocessing and tokenizer, but those whose weights another study evaluated.
+def scores(
+    runs: Iterable[Run], sets: Mapping[str, EvalSet], *, batch_size: int, cache: Path = CACHE
+) -> Scores:
+    """Evaluate finished runs that share preprocessing and tokenizer, but those whose weights
+    another study evaluated.
 
-    Their scores lie in `cache`, named by the weights, the sets, and the code. Pictures are decoded once for all.
+    Their scores lie in `cache`, named by the weights, the sets, and the code. Pictures are decoded
+    once for all.
     """
     sets = {name: spec.model_copy(update={"probe": False}) for name, spec in sets.items()}
-    asked = [batch_size, [(name, spec.model_dump(), _test_files(spec.path)) for name, spec in sets.items()],
-             code.code("mclip.evaluate"), [version(name) for name in (*PACKAGES, "torchvision", "pillow")]]
+    asked = [
+        batch_size,
+        [(name, spec.model_dump(), _test_files(spec.path)) for name, spec in sets.items()],
+        code.code("mclip.evaluate"),
+        [version(name) for name in (*PACKAGES, "torchvision", "pillow")],
+    ]
     files = {}
     for out in dict.fromkeys(run.out for run in runs):
-        weights = models.weights_sha256(f"local-dir:{out}"), (Path(out) / "open_clip_config.json").read_text()
+        weights = (
+            models.weights_sha256(f"local-dir:{out}"),
+            (Path(out) / "open_clip_config.json").read_text(),
+        )
         files[out] = cache / "scores" / f"{digest([weights, asked])}.json"
     if todo := [out for out, file in files.items() if not file.exists()]:
         loaded = [models.create(f"local-dir:{out}") for out in todo]
         _, _, preprocess, tokenizer = loaded[0]
         students = [models.for_inference(model) for model, *_ in loaded]
-        result = evaluate.evaluate_many(students, preprocess, tokenizer, sets, batch_size=batch_size)
+        result = evaluate.evaluate_many(
+            students, preprocess, tokenizer, sets, batch_size=batch_size
+        )
         for out, metrics in zip(todo, result.metrics, strict=True):
             entry = {"metrics": metrics, "chance": result.chance, "problems": result.problems}
             write_whole(files[out], json.dumps(entry, indent=1, allow_nan=False) + "\n")
     found = {out: json.loads(file.read_text()) for out, file in files.items()}
     first = next(iter(found.values()))
-    return Scores({out: entry["metrics"] for out, entry in found.items()}, first["chance"], first["problems"])
+    return Scores(
+        {out: entry["metrics"] for out, entry in found.items()}, first["chance"], first["problems"]
+    )
 
 
 def _test_files(folder: str) -> list[tuple[str, str]]:
     """The files of a set that zero-shot and retrieval read, by checksum; none where it is missing."""
-    files = sorted(path for part in ("*", "test/*") for path in Path(folder).glob(part) if path.is_file())
+    files = sorted(
+        path for part in ("*", "test/*") for path in Path(folder).glob(part) if path.is_file()
+    )
     found = []
     for path in files:
         with open(path, "rb") as file:
@@ -206,26 +294,44 @@ def _test_files(folder: str) -> list[tuple[str, str]]:
     return found
 
 
-def score(study: str, runs: Mapping[str, Sequence[Run]], sets: Mapping[str, EvalSet], *, batch_size: int,
-          folder: str | Path = METRICS, cache: Path = CACHE) -> pd.DataFrame:
+def score(
+    study: str,
+    runs: Mapping[str, Sequence[Run]],
+    sets: Mapping[str, EvalSet],
+    *,
+    batch_size: int,
+    folder: str | Path = METRICS,
+    cache: Path = CACHE,
+) -> pd.DataFrame:
     """The `scores` of every run; writes `folder`/STUDY.csv, every seed, and STUDY.json for DVC.
 
     Returns
     -------
     compare.COLUMNS; `recipe` holds the variant.
     """
-    found = scores((run for own in runs.values() for run in own), sets, batch_size=batch_size, cache=cache)
+    found = scores(
+        (run for own in runs.values() for run in own), sets, batch_size=batch_size, cache=cache
+    )
     for line in found.problems:
         print(line)
-    return tables.write_all(study, {variant: [found.metrics[run.out] for run in own] for variant, own in runs.items()},
-                            {variant: [run.seed for run in own] for variant, own in runs.items()}, found.chance, sets,
-                            folder)
+    return tables.write_all(
+        study,
+        {variant: [found.metrics[run.out] for run in own] for variant, own in runs.items()},
+        {variant: [run.seed for run in own] for variant, own in runs.items()},
+        found.chance,
+        sets,
+        folder,
+    )
 
 
 def finish(study: str, runs: Mapping[str, Sequence[Run]], p: Any) -> pd.DataFrame:
-    """`train` and `score` of what is planned, on a stage's evaluation sets; the frame of compare.main_metric."""
+    """`train` and `score` of what is planned, on a stage's evaluation sets; the frame of
+    compare.main_metric.
+    """
     train(runs)
-    return compare.main_metric(score(study, runs, p.evaluate.sets, batch_size=p.evaluate.batch_size))
+    return compare.main_metric(
+        score(study, runs, p.evaluate.sets, batch_size=p.evaluate.batch_size)
+    )
 
 
 class Outcome(NamedTuple):
@@ -250,11 +356,18 @@ class Outcome(NamedTuple):
 def outcome(name: str, p: Any) -> Outcome:
     """Plan, train and score a study of a stage's parameters."""
     study = p.ablations.studies[name]
-    runs = plan(study, p.distill.recipes[study.recipe], Shared.of(p), samples=p.ablations.samples,
-                seeds=p.ablations.seeds)
+    runs = plan(
+        study,
+        p.distill.recipes[study.recipe],
+        Shared.of(p),
+        samples=p.ablations.samples,
+        seeds=p.ablations.seeds,
+    )
     main = finish(name, runs, p)
     first = next(iter(runs.values()))
-    lengths = " or ".join(f"{n:,}" for n in dict.fromkeys(own[0].train.samples for own in runs.values()))
+    lengths = " or ".join(
+        f"{n:,}" for n in dict.fromkeys(own[0].train.samples for own in runs.values())
+    )
     print(f"{len(runs)} variants of {study.recipe}, {len(first)} seed(s), {lengths} samples a run")
     titles = {name: variant.title or name for name, variant in study.variants.items()}
     return Outcome(study, runs, main, titles)
@@ -263,12 +376,18 @@ def outcome(name: str, p: Any) -> Outcome:
 def learning(name: str, p: Any) -> Outcome:
     """Plan, train and score a learning curve of a stage's parameters; the titles are the recipes'."""
     curve, recipes = p.ablations.learning[name], p.distill.recipes
-    runs = plan_learning(curve, recipes, Shared.of(p), seeds=p.ablations.seeds, finished_seeds=p.distill.seeds)
-    return Outcome(curve, runs, finish(name, runs, p), {name: recipe.title for name, recipe in recipes.items()})
+    runs = plan_learning(
+        curve, recipes, Shared.of(p), seeds=p.ablations.seeds, finished_seeds=p.distill.seeds
+    )
+    return Outcome(
+        curve, runs, finish(name, runs, p), {name: recipe.title for name, recipe in recipes.items()}
+    )
 
 
 def by_samples(main: pd.DataFrame) -> pd.DataFrame:
-    """The frame of a learning curve with its variants, "RECIPE SAMPLES", as columns recipe and samples."""
+    """The frame of a learning curve with its variants, "RECIPE SAMPLES", as columns recipe and
+    samples.
+    """
     parts = main["recipe"].str.rsplit(" ", n=1)
     return main.assign(recipe=parts.str[0], samples=parts.str[1].astype(int))
 

@@ -1,17 +1,19 @@
 """How many augmentations and captions are worth storing (MobileCLIP; papers.md 2.5: five and two)?
 
-More of them than one or two say something only where a run sees each pair many times. So a part of the pairs is
-reinforced once more, with as many as the study wants, and each variant is trained on the first few of them:
+More of them than one or two say something only where a run sees each pair many times. So a part of
+the pairs is reinforced once more, with as many as the study wants, and each variant is trained on
+the first few of them:
 
     all        every stored augmentation and caption
     aug N      the first N augmentations, every caption
     syn N      every augmentation, the true caption and the first N synthetic ones; syn 0: the true one alone
 
-What was tried on the default data (two seeds each, all captions, CIFAR-10 in percent with one stored augmentation and
-with ten): on 5 % of the pairs light crops (area 0.9 and more) 32.4 and 32.9 at 19,200 samples, crops from 0.6 31.7 and
-33.1, crops from 0.4 with one RandAugment operation 27.3 and 29.4, and no difference yet at 9,600 samples (25.7, 26.1);
-on 2 % and 9,600 samples light 25.2 and 26.6, strong 21.5 and 26.1; strong at 6,400 samples 20.7 and 25.0. So light
-augmentations are worth as much with one as with ten, strong ones need more the more often a picture is seen.
+What was tried on the default data (two seeds each, all captions, CIFAR-10 in percent with one
+stored augmentation and with ten): on 5 % of the pairs light crops (area 0.9 and more) 32.4 and 32.9
+at 19,200 samples, crops from 0.6 31.7 and 33.1, crops from 0.4 with one RandAugment operation 27.3
+and 29.4, and no difference yet at 9,600 samples (25.7, 26.1); on 2 % and 9,600 samples light 25.2
+and 26.6, strong 21.5 and 26.1; strong at 6,400 samples 20.7 and 25.0. So light augmentations are
+worth as much with one as with ten, strong ones need more the more often a picture is seen.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,15 +40,25 @@ def stored(study: Amount, settings: Reinforce) -> Reinforce:
 
 
 def variants(study: Amount) -> dict[str, Selection]:
-    """Variant -> what of the stored set it takes; "syn 0" takes what ALL does, for a recipe without captions."""
+    """Variant -> what of the stored set it takes; "syn 0" takes what ALL does, for a recipe without
+    captions.
+    """
     found = {ALL: Selection()}
     found |= {f"{AUG} {n}": Selection(n_aug=n) for n in study.n_aug}
     return found | {f"{SYN} {n}": Selection(n_syn=n or None) for n in study.n_syn}
 
 
-def reinforced_part(study: Amount, settings: Reinforce, teachers: dict[str, str], captioner: str, *,
-                    data: dict[str, str] | None = None, cache: str | Path = ablate.CACHE) -> Path:
-    """The study's reinforced set, made where it isn't there; a killed run goes on. The stage's own where that is it.
+def reinforced_part(
+    study: Amount,
+    settings: Reinforce,
+    teachers: dict[str, str],
+    captioner: str,
+    *,
+    data: dict[str, str] | None = None,
+    cache: str | Path = ablate.CACHE,
+) -> Path:
+    """The study's reinforced set, made where it isn't there; a killed run goes on. The stage's own
+    where that is it.
 
     Raises what `reinforce.run` does.
     """
@@ -56,26 +68,53 @@ def reinforced_part(study: Amount, settings: Reinforce, teachers: dict[str, str]
     weights = [models.weights_sha256(teachers[name]) for name in wanted.ensemble]
     if wanted.n_syn:
         weights.append(models.weights_sha256(captioner))
-    made_of = [wanted.identity(), weights, study.fraction,
-               derive.fingerprint(own["pairs"]), derive.fingerprint(own["balance"]), code.code("mclip.reinforce")]
+    made_of = [
+        wanted.identity(),
+        weights,
+        study.fraction,
+        derive.fingerprint(own["pairs"]),
+        derive.fingerprint(own["balance"]),
+        code.code("mclip.reinforce"),
+    ]
     folder = Path(cache) / "data" / f"reinforced-{digest(made_of)}"
     if not folder.exists():
-        draft = folder.with_name(f"{folder.name}.part")  # not whole_folder's: its shards are kept over a killed run
-        reinforce.run(wanted, teachers, captioner, pairs=own["pairs"], balance=own["balance"], fraction=study.fraction,
-                      out=draft, cache=cache)
+        draft = folder.with_name(
+            f"{folder.name}.part"
+        )  # not whole_folder's: its shards are kept over a killed run
+        reinforce.run(
+            wanted,
+            teachers,
+            captioner,
+            pairs=own["pairs"],
+            balance=own["balance"],
+            fraction=study.fraction,
+            out=draft,
+            cache=cache,
+        )
         draft.rename(folder)
     return folder
 
 
-def plan(study: Amount, recipe_name: str, recipe: Recipe, shared: ablate.Shared, source: str | Path, *,
-         seeds: Sequence[int]) -> dict[str, list[Run]]:
-    """Each variant's runs, a run a seed, for `ablate.train` and `ablate.score`; source: of `reinforced_part`."""
+def plan(
+    study: Amount,
+    recipe_name: str,
+    recipe: Recipe,
+    shared: ablate.Shared,
+    source: str | Path,
+    *,
+    seeds: Sequence[int],
+) -> dict[str, list[Run]]:
+    """Each variant's runs, a run a seed, for `ablate.train` and `ablate.score`; source: of
+    `reinforced_part`.
+    """
     runs = {}
     for name, chosen in variants(study).items():
         own = derive.selected(chosen, {"reinforced": str(source)}, Path(shared.cache))
         changed = varied(recipe, {"synthetic": False}) if name == f"{SYN} 0" else recipe
         data: dict[str, Any] = shared.data | {"reinforced": str(own), "fraction": study.fraction}
-        runs[name] = ablate.runs_of(recipe_name, changed, shared, study.samples, seeds, shared.cluster.teacher, data)
+        runs[name] = ablate.runs_of(
+            recipe_name, changed, shared, study.samples, seeds, shared.cluster.teacher, data
+        )
     return runs
 
 
@@ -96,9 +135,11 @@ def most(study: Amount, settings: Reinforce) -> dict[str, int]:
 
 
 def curve(main: pd.DataFrame, most: Mapping[str, int], sets: Sequence[str]) -> pd.DataFrame:
-    """Every variant against ALL on some sets: columns what (of KINDS), number, set, mean, low, high (points).
+    """Every variant against ALL on some sets: columns what (of KINDS), number, set, mean, low, high
+    (points).
 
-    main : of compare.main_metric, its column recipe holding the variant. ALL itself ends both curves, at 0.
+    main : of compare.main_metric, its column recipe holding the variant. ALL itself ends both
+        curves, at 0.
     """
     rows = []
     for name in sets:
@@ -114,7 +155,9 @@ def curve(main: pd.DataFrame, most: Mapping[str, int], sets: Sequence[str]) -> p
 
 
 def verdict(points: pd.DataFrame, paper: Mapping[str, int]) -> str:
-    """From how many on more can't be told to help, in a sentence; points: of `curve`, paper: of its numbers."""
+    """From how many on more can't be told to help, in a sentence; points: of `curve`, paper: of its
+    numbers.
+    """
     parts = []
     for name, own in points.groupby("set", sort=False):
         said = [_enough(what, each) for what, each in own.groupby("what", sort=False)]
@@ -129,10 +172,15 @@ def _enough(what: str, points: pd.DataFrame) -> str:
     most = points["number"].iloc[-1]
     if not len(below):
         return f"no smaller number of {what} can be told from {most}"
-    worst, after = points.loc[below[-1]], points.loc[points["number"] > points["number"][below[-1]], "number"].iloc[0]
+    worst, after = (
+        points.loc[below[-1]],
+        points.loc[points["number"] > points["number"][below[-1]], "number"].iloc[0],
+    )
     verb = "is" if worst["number"] == 1 else "are"
-    gap = (f"{_counted(worst['number'], what)} {verb} {-worst['mean']:.1f} ± {worst['mean'] - worst['low']:.1f} points "
-           f"below {most}")
+    gap = (
+        f"{_counted(worst['number'], what)} {verb} {-worst['mean']:.1f} ± {worst['mean'] - worst['low']:.1f} points "
+        f"below {most}"
+    )
     return gap + (f" and {after} can't be told from them" if after < most else "")
 
 

@@ -1,7 +1,9 @@
-"""The data of an ablation's variant: other kept pairs, other clusters, a part of the reinforced set.
+"""The data of an ablation's variant: other kept pairs, other clusters, a part of the reinforced
+set.
 
-Each is a folder in the format of the stage that writes the default one, under `cache`, named by what it was made of:
-what is there is not made again, what was made of other data or by other code is made anew under another name.
+Each is a folder in the format of the stage that writes the default one, under `cache`, named by
+what it was made of: what is there is not made again, what was made of other data or by other code
+is made anew under another name.
 """
 
 import hashlib
@@ -21,12 +23,22 @@ from mclip.params import Balance, Cluster, KeptPairs, Recipe, Selection, Variant
 from mclip.pipeline import code
 from mclip.system.files import digest, whole_folder
 
-FOLDERS = {name: f"data/{name}" for name in ("pairs", "balance", "clusters", "embeddings", "reinforced")}
+FOLDERS = {
+    name: f"data/{name}" for name in ("pairs", "balance", "clusters", "embeddings", "reinforced")
+}
 
 
-def folders(variant: Variant, recipe: Recipe, kept: Balance, clusters: Cluster, *, cache: str | Path,
-            data: dict[str, str] | None = None) -> tuple[dict[str, str], str | None]:
-    """Where a variant's data lies and which teacher it has: overrides of TrainingSet, made where they aren't there.
+def folders(
+    variant: Variant,
+    recipe: Recipe,
+    kept: Balance,
+    clusters: Cluster,
+    *,
+    cache: str | Path,
+    data: dict[str, str] | None = None,
+) -> tuple[dict[str, str], str | None]:
+    """Where a variant's data lies and which teacher it has: overrides of TrainingSet, made where
+    they aren't there.
 
     Parameters
     ----------
@@ -38,46 +50,82 @@ def folders(variant: Variant, recipe: Recipe, kept: Balance, clusters: Cluster, 
     teacher = variant.teacher or clusters.teacher
     if variant.keep:
         own["balance"] = str(_kept(variant.keep, kept, clusters, own, cache))
-    if (recipe.weight.cluster or recipe.weight.instance) and (variant.keep or variant.clusters or variant.teacher):
+    if (recipe.weight.cluster or recipe.weight.instance) and (
+        variant.keep or variant.clusters or variant.teacher
+    ):
         k = variant.clusters or clusters.clusters
-        own["clusters"] = str(_clusters(clusters.model_copy(update={"teacher": teacher, "clusters": k}), own, cache))
+        own["clusters"] = str(
+            _clusters(clusters.model_copy(update={"teacher": teacher, "clusters": k}), own, cache)
+        )
     if variant.reinforced:
         own["reinforced"] = str(selected(variant.reinforced, own, cache))
     return own, teacher
 
 
-def part(fraction: float, recipe: Recipe, clusters: Cluster, *, cache: str | Path,
-         data: dict[str, str] | None = None) -> dict[str, Any]:
-    """Overrides of TrainingSet that cut every kind of pairs to a fraction of them, clusters included: as many pairs a
-    cluster as in the whole, found without the others. Parameters as of `folders`."""
+def part(
+    fraction: float,
+    recipe: Recipe,
+    clusters: Cluster,
+    *,
+    cache: str | Path,
+    data: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Overrides of TrainingSet that cut every kind of pairs to a fraction of them, clusters
+    included: as many pairs a cluster as in the whole, found without the others. Parameters as of
+    `folders`.
+    """
     own: dict[str, Any] = FOLDERS | (data or {})
     if fraction < 1:
         own["fraction"] = fraction
         if recipe.weight.cluster or recipe.weight.instance:
-            fewer = clusters.model_copy(update={"clusters": max(1, round(fraction * clusters.clusters))})
+            fewer = clusters.model_copy(
+                update={"clusters": max(1, round(fraction * clusters.clusters))}
+            )
             own["clusters"] = str(_clusters(fewer, own, Path(cache), fraction))
     return own
 
 
-def _kept(wanted: KeptPairs, settings: Balance, clusters: Cluster, data: dict[str, str], cache: Path) -> Path:
-    """A balance folder: by another threshold, or as many pairs as the default keeps by another method."""
+def _kept(
+    wanted: KeptPairs, settings: Balance, clusters: Cluster, data: dict[str, str], cache: Path
+) -> Path:
+    """A balance folder: by another threshold, or as many pairs as the default keeps by another
+    method.
+    """
     embeddings = Path(data["embeddings"]) / settings.teacher
     made_of = [wanted.model_dump(), settings.metric, fingerprint(embeddings)]
     if wanted.prune:
-        made_of += [fingerprint(data["balance"]), clusters.clusters, clusters.iterations, clusters.seed]
+        made_of += [
+            fingerprint(data["balance"]),
+            clusters.clusters,
+            clusters.iterations,
+            clusters.seed,
+        ]
     folder = _named(cache, "balance", made_of)
     if folder.exists():
         return folder
     table = embedding_store.index(embeddings)
     if wanted.threshold is not None:
-        found = balance.balance(table.image, table.keys, threshold=wanted.threshold, metric=settings.metric,
-                                workers=settings.workers, backend=settings.backend, scratch=cache)
+        found = balance.balance(
+            table.image,
+            table.keys,
+            threshold=wanted.threshold,
+            metric=settings.metric,
+            workers=settings.workers,
+            backend=settings.backend,
+            scratch=cache,
+        )
     else:
         n, count = len(table.keys), int(balance.read(data["balance"]).keep.sum())
-        k_means = {"clusters": clusters.clusters, "iterations": clusters.iterations, "seed": clusters.seed}
-        keep = {"semdedup": lambda: prune.semdedup(table.image, count, **k_means),
-                "density": lambda: prune.density(table.image, count, **k_means),
-                "random": lambda: prune.random(n, count, seed=clusters.seed)}[wanted.prune]()
+        k_means = {
+            "clusters": clusters.clusters,
+            "iterations": clusters.iterations,
+            "seed": clusters.seed,
+        }
+        keep = {
+            "semdedup": lambda: prune.semdedup(table.image, count, **k_means),
+            "density": lambda: prune.density(table.image, count, **k_means),
+            "random": lambda: prune.random(n, count, seed=clusters.seed),
+        }[wanted.prune]()
         # no sets, nor a threshold of ours: every pair is one of its own
         found = balance.Balance(np.arange(n), keep, np.zeros(n), table.keys, 0.0, wanted.prune)
     with whole_folder(folder) as draft:
@@ -86,10 +134,19 @@ def _kept(wanted: KeptPairs, settings: Balance, clusters: Cluster, data: dict[st
 
 
 def _clusters(settings: Cluster, data: dict[str, str], cache: Path, fraction: float = 1.0) -> Path:
-    """A clusters folder of the kept pairs, or of a fraction of them, by the settings' teacher and number."""
+    """A clusters folder of the kept pairs, or of a fraction of them, by the settings' teacher and
+    number.
+    """
     embeddings = Path(data["embeddings"]) / settings.teacher
-    made_of = [settings.clusters, settings.iterations, settings.points_per_centre, settings.seed,
-               fingerprint(embeddings), fingerprint(data["balance"]), fraction]
+    made_of = [
+        settings.clusters,
+        settings.iterations,
+        settings.points_per_centre,
+        settings.seed,
+        fingerprint(embeddings),
+        fingerprint(data["balance"]),
+        fraction,
+    ]
     folder = _named(cache, "clusters", made_of)
     if folder.exists():
         return folder
@@ -97,21 +154,31 @@ def _clusters(settings: Cluster, data: dict[str, str], cache: Path, fraction: fl
     kept = np.isin(table.keys, balanced.keys[balanced.keep].astype(str))
     if fraction < 1:
         kept &= [in_part(key, fraction) for key in table.keys]
-    found = cluster.cluster(table.image, settings.clusters, iterations=settings.iterations, seed=settings.seed,
-                            keys=table.keys, chosen=kept, points=settings.points_per_centre)
+    found = cluster.cluster(
+        table.image,
+        settings.clusters,
+        iterations=settings.iterations,
+        seed=settings.seed,
+        keys=table.keys,
+        chosen=kept,
+        points=settings.points_per_centre,
+    )
     with whole_folder(folder) as draft:
         cluster.write(draft, found)
     return folder
 
 
 def selected(wanted: Selection, data: dict[str, str], cache: Path) -> Path:
-    """A part of the reinforced set of `data`; without augmentations, with the embeddings of the plain pictures. The set
-    itself where all of it is wanted."""
+    """A part of the reinforced set of `data`; without augmentations, with the embeddings of the
+    plain pictures. The set itself where all of it is wanted.
+    """
     if wanted == Selection():
         return Path(data["reinforced"])
     made_of = [wanted.model_dump(), fingerprint(data["reinforced"])]
     if wanted.n_aug == 0:
-        names = wanted.ensemble or [t["name"] for t in reinforced.read_meta(data["reinforced"])["teachers"]]
+        names = wanted.ensemble or [
+            t["name"] for t in reinforced.read_meta(data["reinforced"])["teachers"]
+        ]
         made_of += [fingerprint(Path(data["embeddings"]) / name) for name in names]
     folder = _named(cache, "reinforced", made_of)
     if not folder.exists():
@@ -122,16 +189,22 @@ def selected(wanted: Selection, data: dict[str, str], cache: Path) -> Path:
 
 
 def _plain_pictures(data: dict[str, str]) -> reinforced.Plain:
-    sizes = {sample.key: shards.decode(sample).size for sample in shards.iter_samples(data["pairs"])}
+    sizes = {
+        sample.key: shards.decode(sample).size for sample in shards.iter_samples(data["pairs"])
+    }
     tables: dict[str, tuple[dict[str, int], np.ndarray]] = {}
 
     def plain(keys: list[str], names: list[str]) -> tuple[np.ndarray, torch.Tensor]:
         for name in [name for name in names if name not in tables]:
             table = embedding_store.load(Path(data["embeddings"]) / name)
             tables[name] = {key: i for i, key in enumerate(table.keys)}, table.image
-        crops = np.array([(0, 0, sizes[key][1], sizes[key][0]) for key in keys], np.float32).reshape(-1, 4)
-        parts = [torch.from_numpy(np.asarray(image[[row[key] for key in keys]], np.float32))
-                 for row, image in (tables[name] for name in names)]
+        crops = np.array(
+            [(0, 0, sizes[key][1], sizes[key][0]) for key in keys], np.float32
+        ).reshape(-1, 4)
+        parts = [
+            torch.from_numpy(np.asarray(image[[row[key] for key in keys]], np.float32))
+            for row, image in (tables[name] for name in names)
+        ]
         return crops, torch.cat(parts, dim=1)
 
     return plain
@@ -141,7 +214,8 @@ def _plain_pictures(data: dict[str, str]) -> reinforced.Plain:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """What a folder of a stage holds: its manifest or meta.json, which name the data by checksums; else every file.
+    """What a folder of a stage holds: its manifest or meta.json, which name the data by checksums;
+    else every file.
 
     Raises FileNotFoundError naming the stage to run.
     """
@@ -151,10 +225,17 @@ def fingerprint(folder: str | Path) -> str:
             return digest((folder / name).read_text())
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if not files:
-        stage = {"clusters": "cluster", "reinforced": "reinforce", "pairs": "data"}.get(folder.name, folder.name)
+        stage = {"clusters": "cluster", "reinforced": "reinforce", "pairs": "data"}.get(
+            folder.name, folder.name
+        )
         stage = "embed" if folder.parent.name == "embeddings" else stage
         raise FileNotFoundError(f"{folder} is missing: run `dvc repro {stage}` first")
-    return digest([(str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files])
+    return digest(
+        [
+            (str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest())
+            for path in files
+        ]
+    )
 
 
 def _named(cache: Path, kind: str, made_of: list) -> Path:

@@ -1,4 +1,5 @@
-"""What an epoch of training costs, by what is stored and what is made as it is needed (MobileCLIP; papers.md 2.5).
+"""What an epoch of training costs, by what is stored and what is made as it is needed (MobileCLIP;
+papers.md 2.5).
 
     plain               the baseline's training step
     reinforced          MobileCLIP's, from the stored augmentations, captions and embeddings
@@ -6,8 +7,8 @@
                         true and one synthetic caption embedded
     everything online   that, and the synthetic caption written by the captioner
 
-Measured on one thread (or one GPU), the parts by turns in one process; medians. What is online is added up, as it
-would run before the step on the same core or GPU.
+Measured on one thread (or one GPU), the parts by turns in one process; medians. What is online is
+added up, as it would run before the step on the same core or GPU.
 """
 
 import itertools
@@ -27,8 +28,16 @@ from mclip.system.timing import interleaved
 KINDS = ("plain", "reinforced", "teachers online", "everything online")
 
 
-def per_sample(plain: Run, reinforced: Run, settings: Reinforce, teachers: Mapping[str, str], captioner: str, *,
-               rounds: int = 7, warm: int = 2) -> pd.Series:
+def per_sample(
+    plain: Run,
+    reinforced: Run,
+    settings: Reinforce,
+    teachers: Mapping[str, str],
+    captioner: str,
+    *,
+    rounds: int = 7,
+    warm: int = 2,
+) -> pd.Series:
     """Milliseconds a sample of `KINDS`.
 
     Parameters
@@ -44,8 +53,10 @@ def per_sample(plain: Run, reinforced: Run, settings: Reinforce, teachers: Mappi
     batch = reinforced.train.batch_size
     length = min(run.train.samples // run.train.batch_size for run in (plain, reinforced))
     if length <= warm + rounds:
-        raise ValueError(f"distill.train: samples / batch_size are {length} steps, timing {rounds} rounds takes more "
-                         f"than {warm + rounds}: raise samples or lower ablations.epoch's rounds")
+        raise ValueError(
+            f"distill.train: samples / batch_size are {length} steps, timing {rounds} rounds takes more "
+            f"than {warm + rounds}: raise samples or lower ablations.epoch's rounds"
+        )
     # where the training steps and reinforce.run put their models, too
     device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = torch.get_num_threads()
@@ -60,39 +71,72 @@ def per_sample(plain: Run, reinforced: Run, settings: Reinforce, teachers: Mappi
         samples = list(itertools.islice(shards.iter_samples(reinforced.data.pairs), batch))
         captions = [sample.caption for sample in samples]
         with trainer.started((plain, reinforced)) as steps:
-            found = interleaved({
-                "plain": lambda: next(steps[0]),
-                "reinforced": lambda: next(steps[1]),
-                "teachers": lambda: reinforce.reinforce_samples(samples, one, ensemble),
-                "texts": lambda: models.encode_texts_with_all(ensemble, captions, precision=one.precision),
-                "everything": lambda: reinforce.reinforce_samples(samples, one, ensemble, writer),
-            }, rounds, warm, wait=torch.cuda.synchronize if device == "cuda" else lambda: None)
+            found = interleaved(
+                {
+                    "plain": lambda: next(steps[0]),
+                    "reinforced": lambda: next(steps[1]),
+                    "teachers": lambda: reinforce.reinforce_samples(samples, one, ensemble),
+                    "texts": lambda: models.encode_texts_with_all(
+                        ensemble, captions, precision=one.precision
+                    ),
+                    "everything": lambda: reinforce.reinforce_samples(
+                        samples, one, ensemble, writer
+                    ),
+                },
+                rounds,
+                warm,
+                wait=torch.cuda.synchronize if device == "cuda" else lambda: None,
+            )
     finally:
         torch.set_num_threads(threads)
     ms = {name: 1e3 * statistics.median(seconds) / batch for name, seconds in found.items()}
     stored = ms["reinforced"]
     # without a writer only true captions are embedded: as many synthetic ones cost as much again
-    return pd.Series(dict(zip(KINDS, (ms["plain"], stored, stored + ms["teachers"] + ms["texts"],
-                                      stored + ms["everything"]), strict=True)), name="ms a sample")
+    return pd.Series(
+        dict(
+            zip(
+                KINDS,
+                (
+                    ms["plain"],
+                    stored,
+                    stored + ms["teachers"] + ms["texts"],
+                    stored + ms["everything"],
+                ),
+                strict=True,
+            )
+        ),
+        name="ms a sample",
+    )
 
 
 def table(ms: pd.Series, pairs: int, paper: Mapping[str, float]) -> pd.DataFrame:
-    """`per_sample` to read: milliseconds, minutes an epoch of so many pairs on one core, how many times plain's, and
-    the same of the paper's hours."""
-    return pd.DataFrame({
-        "ms a sample": ms,
-        f"minutes an epoch of {pairs:,} pairs": ms * pairs / 6e4,
-        "times plain": ms / ms["plain"],
-        "the paper: hours": pd.Series(paper),
-        "the paper: times plain": pd.Series(paper) / paper["plain"],
-    }).loc[list(ms.index)].rename_axis("training")
+    """`per_sample` to read: milliseconds, minutes an epoch of so many pairs on one core, how many
+    times plain's, and the same of the paper's hours.
+    """
+    return (
+        pd.DataFrame(
+            {
+                "ms a sample": ms,
+                f"minutes an epoch of {pairs:,} pairs": ms * pairs / 6e4,
+                "times plain": ms / ms["plain"],
+                "the paper: hours": pd.Series(paper),
+                "the paper: times plain": pd.Series(paper) / paper["plain"],
+            }
+        )
+        .loc[list(ms.index)]
+        .rename_axis("training")
+    )
 
 
 def verdict(ms: pd.Series, paper: Mapping[str, float]) -> str:
     """What the store saves, in a sentence."""
     times = ms / ms["plain"]
     order = list(ms.sort_values(kind="stable").index) == sorted(paper, key=lambda kind: paper[kind])
-    said = {kind: f"{times[kind]:.2f} times ({paper[kind] / paper['plain']:.2f})" for kind in KINDS[1:]}
-    return (f"Of a plain sample's cost (the paper's in brackets) one of the reinforced set takes {said['reinforced']}, "
-            f"with the teachers online {said['teachers online']}, with everything online {said['everything online']}: "
-            f"the paper's order {'holds' if order else 'does not hold'}.")
+    said = {
+        kind: f"{times[kind]:.2f} times ({paper[kind] / paper['plain']:.2f})" for kind in KINDS[1:]
+    }
+    return (
+        f"Of a plain sample's cost (the paper's in brackets) one of the reinforced set takes {said['reinforced']}, "
+        f"with the teachers online {said['teachers online']}, with everything online {said['everything online']}: "
+        f"the paper's order {'holds' if order else 'does not hold'}."
+    )

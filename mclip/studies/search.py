@@ -1,10 +1,11 @@
-"""Text to image search over an evaluation set: which pictures a model finds for a text, and whether they are right.
+"""Text to image search over an evaluation set: which pictures a model finds for a text, and whether
+they are right.
 
-    split = evalsets.read_split("data/eval/emoji-unseen", "retrieval")
-    questions = search.questions(split)                             # its captions; or search.free(["a red car"])
-    found = search.search("local-dir:models/students/clip/seed0", split, questions)
-    found[:, :5]                                                    # for each text its five best pictures' rows
-    search.precision(found, questions, 5)
+split = evalsets.read_split("data/eval/emoji-unseen", "retrieval")
+questions = search.questions(split)                             # its captions; or search.free(["a red car"])
+found = search.search("local-dir:models/students/clip/seed0", split, questions)
+found[:, :5]                                                    # for each text its five best pictures' rows
+search.precision(found, questions, 5)
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,9 @@ class Questions(NamedTuple):
 
 
 def questions(split: Split) -> Questions:
-    """A set's own texts, each once: its captions in order of appearance, or its classes that have pictures."""
+    """A set's own texts, each once: its captions in order of appearance, or its classes that have
+    pictures.
+    """
     if split.captions:
         texts = list(dict.fromkeys(text for own in split.captions for text in own))
         prompts = [[text] for text in texts]
@@ -45,16 +48,23 @@ def free(texts: Sequence[str]) -> Questions:
 
 
 def search(name: str, split: Split, asked: Questions, *, batch_size: int = 128) -> np.ndarray:
-    """(texts, pictures): the rows of a set's pictures for each text, by cosine, the best first (of equals the first).
+    """(texts, pictures): the rows of a set's pictures for each text, by cosine, the best first (of
+    equals the first).
 
-    name : of a model, see `models.create`. A text with several prompts is their mean, as in zero-shot classification.
+    name : of a model, see `models.create`. A text with several prompts is their mean, as in
+        zero-shot classification.
     """
     model, _, preprocess, tokenizer = models.create(name)
     model = models.for_inference(model)
-    parts = (split.places[i:i + batch_size] for i in range(0, len(split.places), batch_size))
+    parts = (split.places[i : i + batch_size] for i in range(0, len(split.places), batch_size))
     pictures = models.encode_images(
-        model, (torch.stack([preprocess(read_image(place)) for place in part]) for part in parts), precision="fp32")
-    flat = models.encode_texts(model, tokenizer, [t for own in asked.prompts for t in own], precision="fp32")
+        model,
+        (torch.stack([preprocess(read_image(place)) for place in part]) for part in parts),
+        precision="fp32",
+    )
+    flat = models.encode_texts(
+        model, tokenizer, [t for own in asked.prompts for t in own], precision="fp32"
+    )
     texts = torch.stack([part.mean(0) for part in flat.split([len(own) for own in asked.prompts])])
     similarity = F.normalize(texts, dim=-1) @ pictures.T
     return similarity.argsort(dim=1, descending=True, stable=True).numpy()

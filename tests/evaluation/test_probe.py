@@ -26,7 +26,9 @@ def test_probe_separable_and_repeatable():
 
 
 def test_a_strong_penalty_is_found_where_labels_are_noisy():
-    """A third of the labels are wrong: a weak penalty learns them by heart, the search goes far below 1."""
+    """A third of the labels are wrong: a weak penalty learns them by heart, the search goes far
+    below 1.
+    """
     rng = np.random.default_rng(0)
     centres = unit(rng, 4, 100)
     y, y_test = rng.integers(0, 4, 300), rng.integers(0, 4, 500)

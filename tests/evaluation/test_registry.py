@@ -1,4 +1,6 @@
-"""mclip.params.registry, the sets of params.yaml by name, missing sets, and the command `python -m mclip.evaluate`."""
+"""mclip.params.registry, the sets of params.yaml by name, missing sets, and the command `python -m
+mclip.evaluate`.
+"""
 
 import json
 from pathlib import Path
@@ -19,12 +21,20 @@ ROOT = Path(__file__).parents[2]
 
 def test_suites_are_as_large_as_the_papers_say():
     assert {suite: len(names) for suite, names in registry.SUITES.items()} == {
-        "clip-cid": 14, "robustness": 5, "datacomp": 38, "demo": 5}
-    assert {n for n in registry.SUITES["clip-cid"] if registry.SETS[n].metric == "mean_per_class"} == {
-        "fgvc_aircraft", "pets", "caltech101", "flowers"}
+        "clip-cid": 14,
+        "robustness": 5,
+        "datacomp": 38,
+        "demo": 5,
+    }
+    assert {
+        n for n in registry.SUITES["clip-cid"] if registry.SETS[n].metric == "mean_per_class"
+    } == {"fgvc_aircraft", "pets", "caltech101", "flowers"}
     assert set(registry.SUITES["robustness"]) < set(registry.SUITES["datacomp"])
-    assert [n for n in registry.SUITES["datacomp"] if registry.SETS[n].task == "retrieval" and not registry.SETS[n].lacks] == [
-        "flickr30k", "mscoco_captions"]
+    assert [
+        n
+        for n in registry.SUITES["datacomp"]
+        if registry.SETS[n].task == "retrieval" and not registry.SETS[n].lacks
+    ] == ["flickr30k", "mscoco_captions"]
 
 
 @pytest.mark.parametrize("name", registry.SETS)
@@ -39,11 +49,22 @@ def test_every_entry_is_a_valid_set(name):
 def test_params_take_a_name_a_path_or_both():
     tree = params.read_yaml(ROOT / "params.yaml")
     tree["ablations"] |= {"pca": {}, "search": {}}  # which name the default's sets
-    tree["evaluate"]["sets"] = {"pets": None, "flowers": {"probe": True}, "mine": "some/folder", "fmow": {"kind": "far"}}
+    tree["evaluate"]["sets"] = {
+        "pets": None,
+        "flowers": {"probe": True},
+        "mine": "some/folder",
+        "fmow": {"kind": "far"},
+    }
     sets = params.check(tree).evaluate.sets
     assert sets["pets"].path == "data/sets/wds_vtab-pets" and sets["pets"].main == "mean_per_class"
-    assert sets["flowers"].probe and sets["mine"].path == "some/folder" and sets["mine"].main == "top1"
-    assert (sets["fmow"].main, sets["fmow"].groups, sets["fmow"].kind) == ("worst_group_top1", 0, "far")
+    assert (
+        sets["flowers"].probe and sets["mine"].path == "some/folder" and sets["mine"].main == "top1"
+    )
+    assert (sets["fmow"].main, sets["fmow"].groups, sets["fmow"].kind) == (
+        "worst_group_top1",
+        0,
+        "far",
+    )
     picked = params.stage(params.pick(tree, ["evaluate.sets"]))  # what the report's stage sees
     assert picked.evaluate.sets == sets
     for wrong, message in [
@@ -56,7 +77,9 @@ def test_params_take_a_name_a_path_or_both():
             params.check(tree)
 
 
-@pytest.mark.skipif(not (ROOT / "data/eval/cifar10").is_dir(), reason="the default data are not here")
+@pytest.mark.skipif(
+    not (ROOT / "data/eval/cifar10").is_dir(), reason="the default data are not here"
+)
 def test_the_default_sets_lie_in_the_registrys_layout():
     for name, spec in params.load(ROOT / "params.yaml").evaluate.sets.items():
         split = read_split(ROOT / spec.path, spec.task)
@@ -77,30 +100,66 @@ def sample(label, noise):
 
 def test_the_command_line(model, tmp_path, capsys):
     root = tmp_path / "sets"
-    write_classification(root / "wds_vtab-pets", [sample(i % 37, i) for i in range(74)], [f"pet {i}" for i in range(37)], ["a {c}"])
-    write_classification(root / "mine", [sample(i % 3, i) for i in range(9)], ["a", "b", "c"], ["{c}"])
+    write_classification(
+        root / "wds_vtab-pets",
+        [sample(i % 37, i) for i in range(74)],
+        [f"pet {i}" for i in range(37)],
+        ["a {c}"],
+    )
+    write_classification(
+        root / "mine", [sample(i % 3, i) for i in range(9)], ["a", "b", "c"], ["{c}"]
+    )
     out = tmp_path / "scores.json"
-    argv = [model, "--sets", "pets", str(root / "mine"), "winogavil", "food101", "--root", str(root), "--out", str(out)]
+    argv = [
+        model,
+        "--sets",
+        "pets",
+        str(root / "mine"),
+        "winogavil",
+        "food101",
+        "--root",
+        str(root),
+        "--out",
+        str(out),
+    ]
     assert main(argv) == 0
     said = capsys.readouterr()
-    assert said.out.splitlines()[0].split()[:2] == ["pets", "mean_per_class"] and "mean of the main metric over 2" in said.out
-    assert f"food101: {root}/wds_food101 is missing, not evaluated (hf download --repo-type dataset clip-benchmark/wds_food101" in said.err
+    assert (
+        said.out.splitlines()[0].split()[:2] == ["pets", "mean_per_class"]
+        and "mean of the main metric over 2" in said.out
+    )
+    assert (
+        f"food101: {root}/wds_food101 is missing, not evaluated (hf download --repo-type dataset clip-benchmark/wds_food101"
+        in said.err
+    )
     assert "winogavil" in said.err and "Jaccard" in said.err
     tree = json.loads(out.read_text())
     assert set(tree["sets"]) == {"pets", "mine"} and len(tree["problems"]) == 2
-    assert tree["sets"]["pets"]["mean_per_class"] == pytest.approx(tree["sets"]["pets"]["top1"])  # two pictures each
+    assert tree["sets"]["pets"]["mean_per_class"] == pytest.approx(
+        tree["sets"]["pets"]["top1"]
+    )  # two pictures each
     multilabel = tmp_path / "multilabel"
     multilabel.mkdir()
     (multilabel / "dataset_type.txt").write_text("multilabel\n")
     for wrong, message in [
-        ([model, "--sets", "pest"], "error: pest: not in the registry (mclip/params/registry.py); did you mean 'pets'"),
+        (
+            [model, "--sets", "pest"],
+            "error: pest: not in the registry (mclip/params/registry.py); did you mean 'pets'",
+        ),
         (["ViT-B-33", "--sets", "demo"], "error: ViT-B-33: "),
         ([model, "--sets", str(tmp_path)], "nshards.txt is missing"),
-        ([model, "--sets", str(multilabel)], "dataset_type.txt: 'multilabel' is none of classification, retrieval"),
+        (
+            [model, "--sets", str(multilabel)],
+            "dataset_type.txt: 'multilabel' is none of classification, retrieval",
+        ),
     ]:
         assert main(wrong) == 2
         said = capsys.readouterr()
-        assert message in said.err and said.err.strip().splitlines()[-1].startswith("error: ") and not said.out
+        assert (
+            message in said.err
+            and said.err.strip().splitlines()[-1].startswith("error: ")
+            and not said.out
+        )
 
 
 def test_the_demo_s_part_of_a_set_counts_where_there_is_no_copy(tmp_path, monkeypatch):
@@ -108,18 +167,30 @@ def test_the_demo_s_part_of_a_set_counts_where_there_is_no_copy(tmp_path, monkey
     for name in ("cifar10", "openmoji-color"):
         (tmp_path / "data/eval" / name).mkdir(parents=True)
     sets = named_sets(["cifar10", "openmoji-color", "pets"])
-    assert [s.path for s in sets.values()] == ["data/eval/cifar10", "data/eval/openmoji-color", "data/sets/wds_vtab-pets"]
+    assert [s.path for s in sets.values()] == [
+        "data/eval/cifar10",
+        "data/eval/openmoji-color",
+        "data/sets/wds_vtab-pets",
+    ]
     (tmp_path / "data/sets/wds_vtab-cifar10").mkdir(parents=True)
     assert named_sets(["cifar10"])["cifar10"].path == "data/sets/wds_vtab-cifar10"
 
 
 def test_imagenets_names_where_a_copy_has_none(tmp_path):
-    write_split(tmp_path / "wds_imagenet1k" / "test", [{"png": sample(1, i)[0], "cls": str(i).encode()} for i in (0, 999)], 1)
-    split = evaluate._named_classes("imagenet1k", read_split(tmp_path / "wds_imagenet1k", "classification"))
+    write_split(
+        tmp_path / "wds_imagenet1k" / "test",
+        [{"png": sample(1, i)[0], "cls": str(i).encode()} for i in (0, 999)],
+        1,
+    )
+    split = evaluate._named_classes(
+        "imagenet1k", read_split(tmp_path / "wds_imagenet1k", "classification")
+    )
     assert (len(split.classes), split.classes[0], len(split.templates)) == (1000, "tench", 80)
     assert all(t.count("{c}") == 1 for t in split.templates)
     (tmp_path / "wds_imagenet1k" / "classnames.txt").write_text("own\n")
-    assert evaluate._named_classes("imagenet1k", read_split(tmp_path / "wds_imagenet1k", "classification")).classes == ["own"]
+    assert evaluate._named_classes(
+        "imagenet1k", read_split(tmp_path / "wds_imagenet1k", "classification")
+    ).classes == ["own"]
 
 
 class Bright(torch.nn.Module):
@@ -146,9 +217,21 @@ def test_groups_f1_and_a_missing_train_split(tmp_path):
         return buffer.getvalue()
 
     # region 7: 3 of 4 right; region 2: 1 of 3; region 5: all of 2
-    samples = [(0, 0, 7), (0, 0, 7), (1, 1, 7), (1, 0, 7), (0, 1, 2), (1, 0, 2), (1, 1, 2), (0, 0, 5), (1, 1, 5)]
-    files = [{"png": png([220 * seen + 15] * 3, i), "cls": str(label).encode(), "npy": npy(9, region)}
-             for i, (label, seen, region) in enumerate(samples)]
+    samples = [
+        (0, 0, 7),
+        (0, 0, 7),
+        (1, 1, 7),
+        (1, 0, 7),
+        (0, 1, 2),
+        (1, 0, 2),
+        (1, 1, 2),
+        (0, 0, 5),
+        (1, 1, 5),
+    ]
+    files = [
+        {"png": png([220 * seen + 15] * 3, i), "cls": str(label).encode(), "npy": npy(9, region)}
+        for i, (label, seen, region) in enumerate(samples)
+    ]
     files.append({"png": png([0, 0, 0]), "cls": b"0", "npy": npy(1)})
     folder = tmp_path / "set"
     write_split(folder / "test", files)
@@ -158,11 +241,15 @@ def test_groups_f1_and_a_missing_train_split(tmp_path):
     def tokenizer(texts):
         return torch.tensor([[1, 0] if "dark" in t else [0, 1] for t in texts])
 
-    sets = {"a": EvalSet(path=str(folder), metric="worst_group_top1", groups=1, probe=True),
-            "b": EvalSet(path=str(folder), metric="f1_macro")}
+    sets = {
+        "a": EvalSet(path=str(folder), metric="worst_group_top1", groups=1, probe=True),
+        "b": EvalSet(path=str(folder), metric="f1_macro"),
+    }
     result = evaluate.evaluate_many([Bright()], transforms.ToTensor(), tokenizer, sets)
     found = result.metrics[0]
-    assert found["a"]["worst_group_top1"] == pytest.approx(1 / 3) and found["a"]["top1"] == pytest.approx(6 / 9)
+    assert found["a"]["worst_group_top1"] == pytest.approx(1 / 3) and found["a"][
+        "top1"
+    ] == pytest.approx(6 / 9)
     assert any("no .npy with a column 1" in p for p in result.problems)
     assert f"a: {folder}/train is missing: no linear probe" in result.problems
     # with the tenth, dark and seen as dark: dark 4 of 5 named 6 times, bright 3 of 5 named 4 times
@@ -172,4 +259,6 @@ def test_groups_f1_and_a_missing_train_split(tmp_path):
     from mclip.report import compare
 
     main = compare.main_metric(compare.read_seeds(["r"], tmp_path)[0]).set_index("set")["value"]
-    assert main["a"] == pytest.approx(1 / 3, abs=1e-5) and main["b"] == pytest.approx(found["b"]["f1_macro"], abs=1e-5)
+    assert main["a"] == pytest.approx(1 / 3, abs=1e-5) and main["b"] == pytest.approx(
+        found["b"]["f1_macro"], abs=1e-5
+    )

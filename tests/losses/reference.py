@@ -24,7 +24,9 @@ def nce(a, b, scale, ids=None):
 
 
 def instance(image, text, teacher_image, teacher_text, scale, beta, ids=None):
-    return beta * nce(teacher_image, text, scale, ids) + (1 - beta) * nce(image, teacher_text, scale, ids)
+    return beta * nce(teacher_image, text, scale, ids) + (1 - beta) * nce(
+        image, teacher_text, scale, ids
+    )
 
 
 def kl(p_logits: list, q_logits: list):
@@ -39,10 +41,14 @@ def affinity(image, text, teachers, scale):
     n, total = len(image), 0.0
     for t_image, t_text, t_scale in teachers:
         for i in range(n):
-            total = total + kl([t_scale * (t_image[i] * t_text[j]).sum() for j in range(n)],
-                               [scale * (image[i] * text[j]).sum() for j in range(n)])
-            total = total + kl([t_scale * (t_text[i] * t_image[j]).sum() for j in range(n)],
-                               [scale * (text[i] * image[j]).sum() for j in range(n)])
+            total = total + kl(
+                [t_scale * (t_image[i] * t_text[j]).sum() for j in range(n)],
+                [scale * (image[i] * text[j]).sum() for j in range(n)],
+            )
+            total = total + kl(
+                [t_scale * (t_text[i] * t_image[j]).sum() for j in range(n)],
+                [scale * (text[i] * image[j]).sum() for j in range(n)],
+            )
     return total / (2 * n * len(teachers))
 
 
@@ -53,7 +59,8 @@ def cluster(image, teacher, labels, w, omega, alpha, reading, scale, tau, target
         at = omega.index(int(labels[i]))
         student = [(w[j] * image[i]).sum() for j in omega]
         discrimination = discrimination - log_softmax_at([scale * x for x in student], at)
-        distribution = distribution + kl([(target_w[j] * teacher[i]).sum() / tau for j in omega],
-                                         [x / tau for x in student])
+        distribution = distribution + kl(
+            [(target_w[j] * teacher[i]).sum() / tau for j in omega], [x / tau for x in student]
+        )
     weight = 1 - alpha if reading == "convex" else 1.0
     return weight * discrimination / n + alpha * distribution / n

@@ -8,8 +8,10 @@ from .reference import unit
 
 
 def teachers(b: int, widths=(3, 9), scales=(18.0, 100.0)):
-    return [(unit(b, d, seed=10 + k), unit(b, d, seed=20 + k), s)
-            for k, (d, s) in enumerate(zip(widths, scales, strict=True))]
+    return [
+        (unit(b, d, seed=10 + k), unit(b, d, seed=20 + k), s)
+        for k, (d, s) in enumerate(zip(widths, scales, strict=True))
+    ]
 
 
 @pytest.mark.parametrize(("b", "d", "k"), [(1, 3, 1), (2, 5, 2), (7, 4, 1), (11, 17, 2)])
@@ -19,14 +21,18 @@ def test_value_and_gradient(b, d, k):
     got = affinity_loss(image, text, teachers(b)[:k], scale)
     want = reference(image, text, teachers(b)[:k], scale)
     torch.testing.assert_close(got, want)
-    for x, y in zip(*(torch.autograd.grad(v, [image, text, scale]) for v in (got, want)), strict=True):
+    for x, y in zip(
+        *(torch.autograd.grad(v, [image, text, scale]) for v in (got, want)), strict=True
+    ):
         torch.testing.assert_close(x, y)
 
 
 def test_gradcheck():
     args = unit(4, 3, seed=1).requires_grad_(), unit(4, 3, seed=2).requires_grad_()
     scale = torch.tensor(6.0, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda a, b, s: affinity_loss(a, b, teachers(4), s), (*args, scale))
+    assert torch.autograd.gradcheck(
+        lambda a, b, s: affinity_loss(a, b, teachers(4), s), (*args, scale)
+    )
 
 
 def test_zero_where_the_student_equals_the_teacher_and_positive_elsewhere():

@@ -15,16 +15,30 @@ def batch(b: int, d: int, k: int):
 
 
 @pytest.mark.parametrize(("b", "d", "k"), [(1, 3, 1), (1, 4, 7), (9, 5, 6), (4, 7, 31)])
-@pytest.mark.parametrize(("reading", "alpha"), [("convex", 0.999), ("convex", 0.4), ("additive", 0.7)])
+@pytest.mark.parametrize(
+    ("reading", "alpha"), [("convex", 0.999), ("convex", 0.4), ("additive", 0.7)]
+)
 @pytest.mark.parametrize("tau", [None, 0.3])
 def test_value_and_gradient(b, d, k, reading, alpha, tau):
     image, teacher, labels = batch(b, d, k)
     loss = ClusterLoss(unit(k, d, seed=3), 1.0, alpha, reading, scale=11.0, tau=tau)
     got = loss(image, teacher, labels)
-    want = reference(image, teacher, labels, loss.weight, list(range(k)), alpha, reading, 11.0, tau or 1 / 11,
-                     loss.weight.detach())
+    want = reference(
+        image,
+        teacher,
+        labels,
+        loss.weight,
+        list(range(k)),
+        alpha,
+        reading,
+        11.0,
+        tau or 1 / 11,
+        loss.weight.detach(),
+    )
     torch.testing.assert_close(got, want)
-    for x, y in zip(*(torch.autograd.grad(v, [image, loss.weight]) for v in (got, want)), strict=True):
+    for x, y in zip(
+        *(torch.autograd.grad(v, [image, loss.weight]) for v in (got, want)), strict=True
+    ):
         torch.testing.assert_close(x, y)
 
 
@@ -34,8 +48,18 @@ def test_value_and_gradient_over_sampled_centres():
     loss, twin = ClusterLoss(*args, seed=8), ClusterLoss(*args, seed=8)
     omega = twin.sample(labels).tolist()
     got = loss(image, teacher, labels)
-    want = reference(image, teacher, labels, loss.weight, omega, 0.6, "convex", 20.0, 1 / 20,
-                     loss.weight.detach())
+    want = reference(
+        image,
+        teacher,
+        labels,
+        loss.weight,
+        omega,
+        0.6,
+        "convex",
+        20.0,
+        1 / 20,
+        loss.weight.detach(),
+    )
     torch.testing.assert_close(got, want)
     got_grad, want_grad = (torch.autograd.grad(v, loss.weight)[0] for v in (got, want))
     torch.testing.assert_close(got_grad, want_grad)
@@ -82,13 +106,27 @@ def test_resume_draws_what_the_run_would_have_drawn():
 
 
 def test_projection_of_another_width():
-    image, teacher, labels = unit(5, 3, seed=1).requires_grad_(), unit(5, 6, seed=2), torch.arange(5)
+    image, teacher, labels = (
+        unit(5, 3, seed=1).requires_grad_(),
+        unit(5, 6, seed=2),
+        torch.arange(5),
+    )
     loss = ClusterLoss(unit(9, 6), 1.0, 0.5, student_dim=3).double()
     got = loss(image, teacher, labels)
     projected = image @ loss.project.weight.T
     projected = projected / projected.norm(dim=1, keepdim=True)
-    want = reference(projected, teacher, labels, loss.weight, list(range(9)), 0.5, "convex", 20.0, 1 / 20,
-                     loss.weight.detach())
+    want = reference(
+        projected,
+        teacher,
+        labels,
+        loss.weight,
+        list(range(9)),
+        0.5,
+        "convex",
+        20.0,
+        1 / 20,
+        loss.weight.detach(),
+    )
     torch.testing.assert_close(got, want)
     got.backward()
     assert loss.project.weight.grad.abs().sum() > 0
@@ -104,24 +142,38 @@ def test_starts_as_the_centres_and_owns_its_copy():
     assert loss.weight.abs().sum() > 0
 
 
-@pytest.mark.parametrize(("image", "teacher", "labels", "message"), [
-    (unit(2, 5), unit(2, 5), torch.tensor([0, 1]), "image is 5 wide, the cluster centres 4"),
-    (unit(2, 4), unit(2, 5), torch.tensor([0, 1]), "image is 4 wide, teacher_image is 5"),
-    (unit(2, 4), unit(2, 4), torch.tensor([0, 7]), "cluster 7 is out of range, there are 7 centres"),
-    (unit(2, 4), unit(2, 4), torch.tensor([-1, 6]), "cluster -1 is out of range"),
-    (unit(2, 4), unit(2, 4), torch.tensor([0.0, 1.0]), "labels: expected shape"),
-    (unit(2, 4), unit(2, 4), torch.tensor([0]), "labels: expected shape"),
-    (torch.zeros(0, 4), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), "batch is empty"),
-])
+@pytest.mark.parametrize(
+    ("image", "teacher", "labels", "message"),
+    [
+        (unit(2, 5), unit(2, 5), torch.tensor([0, 1]), "image is 5 wide, the cluster centres 4"),
+        (unit(2, 4), unit(2, 5), torch.tensor([0, 1]), "image is 4 wide, teacher_image is 5"),
+        (
+            unit(2, 4),
+            unit(2, 4),
+            torch.tensor([0, 7]),
+            "cluster 7 is out of range, there are 7 centres",
+        ),
+        (unit(2, 4), unit(2, 4), torch.tensor([-1, 6]), "cluster -1 is out of range"),
+        (unit(2, 4), unit(2, 4), torch.tensor([0.0, 1.0]), "labels: expected shape"),
+        (unit(2, 4), unit(2, 4), torch.tensor([0]), "labels: expected shape"),
+        (torch.zeros(0, 4), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), "batch is empty"),
+    ],
+)
 def test_errors(image, teacher, labels, message):
     with pytest.raises(ValueError, match=message):
         ClusterLoss(unit(7, 4))(image, teacher, labels)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"sample_rate": 0}, "sample_rate"), ({"alpha": 2}, "alpha"), ({"reading": "both"}, "reading"),
-    ({"scale": 0}, "scale"), ({"tau": -1.0}, "tau"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sample_rate": 0}, "sample_rate"),
+        ({"alpha": 2}, "alpha"),
+        ({"reading": "both"}, "reading"),
+        ({"scale": 0}, "scale"),
+        ({"tau": -1.0}, "tau"),
+    ],
+)
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         ClusterLoss(unit(7, 4), **options)

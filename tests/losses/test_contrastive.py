@@ -7,7 +7,9 @@ from .reference import nce as reference
 from .reference import unit
 
 
-@pytest.mark.parametrize(("b", "d", "scale"), [(1, 3, 10.0), (2, 1, 1.0), (7, 5, 14.3), (13, 33, 100.0)])
+@pytest.mark.parametrize(
+    ("b", "d", "scale"), [(1, 3, 10.0), (2, 1, 1.0), (7, 5, 14.3), (13, 33, 100.0)]
+)
 @pytest.mark.parametrize("share", [False, True])
 def test_value_and_gradient(b, d, scale, share):
     image, text = unit(b, d, seed=1).requires_grad_(), unit(b, d, seed=2).requires_grad_()
@@ -48,12 +50,15 @@ def test_autocast_keeps_float32_logits():
     assert clip_loss(image.bfloat16(), text.bfloat16(), 100.0).dtype == torch.float32
 
 
-@pytest.mark.parametrize(("image", "text", "message"), [
-    (unit(3, 4), unit(3, 5), "image is 4 wide, text is 5"),
-    (unit(3, 4), unit(2, 4), "image has 3 rows, text has 2"),
-    (torch.zeros(0, 4), torch.zeros(0, 4), "batch is empty"),
-    (torch.zeros(4), torch.zeros(4), "image: expected embeddings of shape"),
-])
+@pytest.mark.parametrize(
+    ("image", "text", "message"),
+    [
+        (unit(3, 4), unit(3, 5), "image is 4 wide, text is 5"),
+        (unit(3, 4), unit(2, 4), "image has 3 rows, text has 2"),
+        (torch.zeros(0, 4), torch.zeros(0, 4), "batch is empty"),
+        (torch.zeros(4), torch.zeros(4), "image: expected embeddings of shape"),
+    ],
+)
 def test_errors(image, text, message):
     with pytest.raises(ValueError, match=message):
         clip_loss(image, text, 1.0)

@@ -1,4 +1,6 @@
-"""2 and 4 gloo processes have the loss and the gradients of one with the whole batch; W's rows lie by rank."""
+"""2 and 4 gloo processes have the loss and the gradients of one with the whole batch; W's rows lie
+by rank.
+"""
 
 import subprocess
 import sys
@@ -12,8 +14,13 @@ def folder(tmp_path_factory):
     """Where all processes left what they found."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "draft").mkdir()
-    running = [subprocess.Popen([sys.executable, "-m", "tests.losses.ranks", str(folder), str(rank), str(world)])
-               for world in (1, 2, 4) for rank in range(world)]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.losses.ranks", str(folder), str(rank), str(world)]
+        )
+        for world in (1, 2, 4)
+        for rank in range(world)
+    ]
     try:
         assert [p.wait(timeout=300) for p in running] == [0] * 7
     finally:
@@ -24,7 +31,11 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_loss_and_gradients_of_one_process(folder, world):
-    one, *ranks = (torch.load(folder / f"{w}-{rank}.pt", weights_only=True) for w in (1, world) for rank in range(w))
+    one, *ranks = (
+        torch.load(folder / f"{w}-{rank}.pt", weights_only=True)
+        for w in (1, world)
+        for rank in range(w)
+    )
     for name, (loss, *want) in one.items():
         assert loss > 0, name
         for other in ranks:
@@ -37,7 +48,9 @@ def test_loss_and_gradients_of_one_process(folder, world):
                 got = torch.cat(parts) / world  # rows of the batch: DDP averages what comes of them
             else:
                 got = torch.stack(parts).mean(0)  # a scalar, a projection
-            torch.testing.assert_close(got, g, rtol=1e-7, atol=1e-12, msg=f"{name}, gradient {i} of {len(want)}")
+            torch.testing.assert_close(
+                got, g, rtol=1e-7, atol=1e-12, msg=f"{name}, gradient {i} of {len(want)}"
+            )
 
 
 @pytest.mark.parametrize("origin", [1, 2, 4])
@@ -47,9 +60,13 @@ def test_a_checkpoint_goes_on_with_any_number_of_ranks(folder, origin, world):
     model, optimizer = torch.load(folder / f"{origin}-then-{world}.pt", weights_only=True)
     want, want_optimizer = torch.load(folder / "1-then-1.pt", weights_only=True)
     start = torch.load(folder / "checkpoint-1.pt", weights_only=True)[0]
-    assert model["cluster.weight"].shape == (43, 5) and not torch.equal(want["cluster.weight"], start["cluster.weight"])
+    assert model["cluster.weight"].shape == (43, 5) and not torch.equal(
+        want["cluster.weight"], start["cluster.weight"]
+    )
     for name, value in want.items():
         torch.testing.assert_close(model[name], value, rtol=1e-8, atol=1e-10, msg=name)
     for i, moments in want_optimizer["state"].items():
         for name, value in moments.items():
-            torch.testing.assert_close(optimizer["state"][i][name], value, rtol=1e-6, atol=1e-12, msg=f"{i} {name}")
+            torch.testing.assert_close(
+                optimizer["state"][i][name], value, rtol=1e-6, atol=1e-12, msg=f"{i} {name}"
+            )

@@ -25,7 +25,9 @@ def test_value_and_gradient(b, d, beta, share):
 def test_gradcheck():
     t_image, t_text = unit(4, 3, seed=3), unit(4, 3, seed=4)
     args = unit(4, 3, seed=1).requires_grad_(), unit(4, 3, seed=2).requires_grad_()
-    assert torch.autograd.gradcheck(lambda a, b: instance_loss(a, b, t_image, t_text, 5.0, 0.3), args)
+    assert torch.autograd.gradcheck(
+        lambda a, b: instance_loss(a, b, t_image, t_text, 5.0, 0.3), args
+    )
 
 
 def test_a_student_equal_to_the_teacher_has_the_clip_loss():

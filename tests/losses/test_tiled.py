@@ -11,20 +11,26 @@ from .reference import unit
 
 
 def teachers(b: int, widths=(3, 9), scales=(18.0, 100.0)):
-    return [(unit(b, d, seed=10 + k), unit(b, d, seed=20 + k), s)
-            for k, (d, s) in enumerate(zip(widths, scales, strict=True))]
+    return [
+        (unit(b, d, seed=10 + k), unit(b, d, seed=20 + k), s)
+        for k, (d, s) in enumerate(zip(widths, scales, strict=True))
+    ]
 
 
 def inputs(b: int, d: int, dtype=torch.float64):
     rows = [unit(b, d, seed=s).to(dtype).requires_grad_() for s in (1, 2)]
-    return *rows, torch.tensor(14.3, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+    return *rows, torch.tensor(
+        14.3, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True
+    )
 
 
 def gradients(loss, *inputs):
     return torch.autograd.grad(loss, inputs)
 
 
-@pytest.mark.parametrize(("b", "d", "tile"), [(1, 3, 4), (7, 4, 3), (8, 5, 4), (11, 17, 100), (5, 2, 1)])
+@pytest.mark.parametrize(
+    ("b", "d", "tile"), [(1, 3, 4), (7, 4, 3), (8, 5, 4), (11, 17, 100), (5, 2, 1)]
+)
 @pytest.mark.parametrize("shared", [False, True])
 def test_clip_loss_against_loops(b, d, tile, shared):
     a, t, scale = inputs(b, d)
@@ -36,7 +42,9 @@ def test_clip_loss_against_loops(b, d, tile, shared):
         torch.testing.assert_close(x, y)
 
 
-@pytest.mark.parametrize(("b", "d", "k", "tile"), [(1, 3, 1, 2), (7, 4, 1, 3), (8, 5, 2, 4), (11, 17, 2, 100)])
+@pytest.mark.parametrize(
+    ("b", "d", "k", "tile"), [(1, 3, 1, 2), (7, 4, 1, 3), (8, 5, 2, 4), (11, 17, 2, 100)]
+)
 def test_affinity_loss_against_loops(b, d, k, tile):
     a, t, scale = inputs(b, d)
     got = tiled.affinity_loss(a, t, teachers(b)[:k], scale, tile=tile)
@@ -54,19 +62,25 @@ def test_instance_loss_against_loops(b, d, tile, beta, shared):
     u, v = unit(b, d, seed=3).requires_grad_(), unit(b, d, seed=4).requires_grad_()
     ids = torch.arange(b) // 2 if shared else None
     got = tiled.instance_loss(a, t, u, v, scale, beta, ids=ids, tile=tile)
-    want = reference.instance(a, t, u.detach(), v.detach(), scale, beta, None if ids is None else ids.tolist())
+    want = reference.instance(
+        a, t, u.detach(), v.detach(), scale, beta, None if ids is None else ids.tolist()
+    )
     torch.testing.assert_close(got, want)
     used = [x for x, used in ((a, beta < 1), (t, beta > 0), (scale, True)) if used]
     for x, y in zip(gradients(got, *used), gradients(want, *used), strict=True):
         torch.testing.assert_close(x, y)
-    assert torch.autograd.grad(tiled.instance_loss(a, t, u, v, scale), u, allow_unused=True) == (None,)
+    assert torch.autograd.grad(tiled.instance_loss(a, t, u, v, scale), u, allow_unused=True) == (
+        None,
+    )
 
 
 def test_gradcheck():
     a, t, scale = inputs(5, 3)
     ids = torch.tensor([0, 1, 0, 2, 3])
     assert torch.autograd.gradcheck(lambda *x: tiled.clip_loss(*x, ids=ids, tile=2), (a, t, scale))
-    assert torch.autograd.gradcheck(lambda x, y, s: tiled.affinity_loss(x, y, teachers(5), s, tile=2), (a, t, scale))
+    assert torch.autograd.gradcheck(
+        lambda x, y, s: tiled.affinity_loss(x, y, teachers(5), s, tile=2), (a, t, scale)
+    )
 
 
 def test_every_other_sample_shares_the_caption():
@@ -85,8 +99,10 @@ def test_low_precision_against_float64(dtype, bound):
     wide = [x.detach().double().requires_grad_() for x in (a, t, scale)]
     for narrow, exact in [
         (tiled.clip_loss(a, t, scale, tile=128), losses.clip_loss(*wide)),
-        (tiled.affinity_loss(a, t, teachers(b, (8, 8)), scale, tile=128),
-         losses.affinity_loss(wide[0], wide[1], teachers(b, (8, 8)), wide[2])),
+        (
+            tiled.affinity_loss(a, t, teachers(b, (8, 8)), scale, tile=128),
+            losses.affinity_loss(wide[0], wide[1], teachers(b, (8, 8)), wide[2]),
+        ),
     ]:
         assert abs(narrow.item() - exact.item()) <= bound * abs(exact.item())
         for x, y in zip(gradients(narrow, a, t, scale), gradients(exact, *wide), strict=True):

@@ -1,4 +1,6 @@
-"""The tiled cluster loss against the module, which tests/losses/test_cluster.py holds against loops."""
+"""The tiled cluster loss against the module, which tests/losses/test_cluster.py holds against
+loops.
+"""
 
 import pytest
 import torch
@@ -18,25 +20,41 @@ def batch(b: int, d: int, k: int, dtype=torch.float64):
 def both(tile: int, image, teacher, labels, centres, *args, **options):
     """Value and gradients (image, W, projection) of the tiled and the plain loss."""
     out = []
-    for call in (lambda m: clusters.cluster_loss(m, image, teacher, labels, tile=tile),
-                 lambda m: m(image, teacher, labels)):
+    for call in (
+        lambda m: clusters.cluster_loss(m, image, teacher, labels, tile=tile),
+        lambda m: m(image, teacher, labels),
+    ):
         module = ClusterLoss(centres, *args, **options).to(image.dtype)
         value = call(module)
         out.append((value, *torch.autograd.grad(value, [image, *module.parameters()])))
     return out
 
 
-@pytest.mark.parametrize(("b", "d", "k", "tile"), [(1, 3, 1, 4), (1, 4, 7, 2), (9, 5, 6, 4), (4, 7, 31, 8), (6, 3, 5, 99)])
-@pytest.mark.parametrize(("reading", "alpha"), [("convex", 0.999), ("convex", 0.0), ("convex", 1.0), ("additive", 0.7)])
+@pytest.mark.parametrize(
+    ("b", "d", "k", "tile"),
+    [(1, 3, 1, 4), (1, 4, 7, 2), (9, 5, 6, 4), (4, 7, 31, 8), (6, 3, 5, 99)],
+)
+@pytest.mark.parametrize(
+    ("reading", "alpha"), [("convex", 0.999), ("convex", 0.0), ("convex", 1.0), ("additive", 0.7)]
+)
 @pytest.mark.parametrize("tau", [None, 0.3])
 def test_value_and_gradient(b, d, k, tile, reading, alpha, tau):
-    for x, y in zip(*both(tile, *batch(b, d, k), unit(k, d, seed=3), 1.0, alpha, reading, scale=11.0, tau=tau),
-                    strict=True):
+    for x, y in zip(
+        *both(tile, *batch(b, d, k), unit(k, d, seed=3), 1.0, alpha, reading, scale=11.0, tau=tau),
+        strict=True,
+    ):
         torch.testing.assert_close(x, y)
 
 
-@pytest.mark.parametrize("options", [{"normalise": True}, {"teacher_grad": True}, {"student_dim": 3},
-                                     {"normalise": True, "teacher_grad": True, "tau": 0.2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"normalise": True},
+        {"teacher_grad": True},
+        {"student_dim": 3},
+        {"normalise": True, "teacher_grad": True, "tau": 0.2},
+    ],
+)
 @pytest.mark.parametrize("rate", [0.3, 1.0])
 def test_options_over_sampled_centres(options, rate):
     image, teacher, labels = batch(7, 5, 40)
@@ -48,19 +66,35 @@ def test_options_over_sampled_centres(options, rate):
     for tiled in (True, False):
         torch.manual_seed(0)
         module = ClusterLoss(centres, rate, 0.6, seed=8, **options).double()
-        value = clusters.cluster_loss(module, image, teacher, labels, tile=4) if tiled else module(image, teacher, labels)
-        found.append((value, *torch.autograd.grad(value, [image, *module.parameters()]), module.get_extra_state()))
+        value = (
+            clusters.cluster_loss(module, image, teacher, labels, tile=4)
+            if tiled
+            else module(image, teacher, labels)
+        )
+        found.append(
+            (
+                value,
+                *torch.autograd.grad(value, [image, *module.parameters()]),
+                module.get_extra_state(),
+            )
+        )
     for x, y in zip(*found, strict=True):
         torch.testing.assert_close(x, y)
 
 
 def test_gradcheck():
     image, teacher, labels = batch(4, 3, 9)
-    loss = ClusterLoss(unit(9, 3, seed=3), 0.5, 0.5, scale=4.0, tau=0.4, normalise=True, teacher_grad=True)
+    loss = ClusterLoss(
+        unit(9, 3, seed=3), 0.5, 0.5, scale=4.0, tau=0.4, normalise=True, teacher_grad=True
+    )
     omega = loss.sample(labels)
     w = (1.7 * loss.weight).detach().requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x, w: clusters._Clusters.apply(x, w, teacher, labels, omega, loss, How(2, "torch", None)), (image, w))
+        lambda x, w: clusters._Clusters.apply(
+            x, w, teacher, labels, omega, loss, How(2, "torch", None)
+        ),
+        (image, w),
+    )
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -74,8 +108,11 @@ def test_low_precision_against_float64(dtype, bound):
     got = clusters.cluster_loss(module, image, teacher, labels, tile=128)
     want = exact(exact_image, teacher.double(), labels)
     assert abs(got.item() - want.item()) <= bound * abs(want.item())
-    for x, y in zip(torch.autograd.grad(got, [image, module.weight]),
-                    torch.autograd.grad(want, [exact_image, exact.weight]), strict=True):
+    for x, y in zip(
+        torch.autograd.grad(got, [image, module.weight]),
+        torch.autograd.grad(want, [exact_image, exact.weight]),
+        strict=True,
+    ):
         assert (x.double() - y).norm() <= bound * y.norm()
 
 

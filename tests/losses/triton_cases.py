@@ -1,6 +1,8 @@
-"""The Triton back end against float64 references: on CUDA where it is, else by Triton's interpreter on the CPU.
+"""The Triton back end against float64 references: on CUDA where it is, else by Triton's interpreter
+on the CPU.
 
-test_triton.py runs these in a process of its own: Triton reads TRITON_INTERPRET once, at its first import.
+test_triton.py runs these in a process of its own: Triton reads TRITON_INTERPRET once, at its first
+import.
 """
 
 import pytest
@@ -26,13 +28,21 @@ def scalar(value: float, dtype=torch.float64):
 
 
 def teachers(b: int, k: int, dtype=torch.float64):
-    return [(unit(b, 3 + 6 * i, seed=10 + i).to(DEVICE, dtype), unit(b, 3 + 6 * i, seed=20 + i).to(DEVICE, dtype), s)
-            for i, s in zip(range(k), (18.0, 100.0, 40.0), strict=False)]
+    return [
+        (
+            unit(b, 3 + 6 * i, seed=10 + i).to(DEVICE, dtype),
+            unit(b, 3 + 6 * i, seed=20 + i).to(DEVICE, dtype),
+            s,
+        )
+        for i, s in zip(range(k), (18.0, 100.0, 40.0), strict=False)
+    ]
 
 
 def agree(got, want, inputs, rtol=1e-9):
     torch.testing.assert_close(got, want, rtol=rtol, atol=rtol)
-    for x, y in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True):
+    for x, y in zip(
+        torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True
+    ):
         torch.testing.assert_close(x, y, rtol=rtol, atol=rtol)
 
 
@@ -48,8 +58,6 @@ def test_clip_loss(b, d, tile, shared):
     else:
         want = losses.clip_loss(a, t, scale, ids=ids)
     agree(got, want, [a, t, scale])
-
-
 
 
 @pytest.mark.parametrize(("b", "k", "tile"), [(1, 1, 2), (7, 1, 3), (8, 2, 4), (141, 3, 140)])
@@ -69,22 +77,34 @@ def test_instance_loss(beta):
 
 
 @pytest.mark.parametrize(("b", "k", "tile"), [(1, 1, 4), (9, 6, 4), (4, 150, 145)])
-@pytest.mark.parametrize(("reading", "alpha"), [("convex", 0.999), ("convex", 0.0), ("convex", 1.0), ("additive", 0.7)])
-@pytest.mark.parametrize("options", [{}, {"tau": 0.3, "normalise": True, "teacher_grad": True}], ids=["plain", "all"])
+@pytest.mark.parametrize(
+    ("reading", "alpha"), [("convex", 0.999), ("convex", 0.0), ("convex", 1.0), ("additive", 0.7)]
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"tau": 0.3, "normalise": True, "teacher_grad": True}], ids=["plain", "all"]
+)
 def test_cluster_loss(b, k, tile, reading, alpha, options):
     image, teacher = inputs(b, 5)
     labels = (7 * torch.arange(b, device=DEVICE)) % k
     values = []
-    for call in (lambda m: clusters.cluster_loss(m, image, teacher.detach(), labels, tile=tile, backend="triton"),
-                 lambda m: m(image, teacher.detach(), labels)):
-        module = ClusterLoss(unit(k, 5, seed=3), 0.5, alpha, reading, scale=11.0, **options).to(DEVICE)
+    for call in (
+        lambda m: clusters.cluster_loss(
+            m, image, teacher.detach(), labels, tile=tile, backend="triton"
+        ),
+        lambda m: m(image, teacher.detach(), labels),
+    ):
+        module = ClusterLoss(unit(k, 5, seed=3), 0.5, alpha, reading, scale=11.0, **options).to(
+            DEVICE
+        )
         value = call(module)
         values.append((value, *torch.autograd.grad(value, [image, module.weight])))
     for x, y in zip(*values, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-2)]
+)
 def test_low_precision_against_float64(dtype, bound):
     """Relative error of value and gradients, at CLIP's scale of 100 and sharp teachers."""
     b, d = 150, 48
@@ -93,18 +113,32 @@ def test_low_precision_against_float64(dtype, bound):
     wide = [x.detach().double().requires_grad_() for x in (a, t, scale)]
     for narrow, exact in [
         (tiled.clip_loss(a, t, scale, tile=64, backend="triton"), losses.clip_loss(*wide)),
-        (tiled.affinity_loss(a, t, teachers(b, 2, dtype), scale, tile=64, backend="triton"),
-         losses.affinity_loss(wide[0], wide[1], teachers(b, 2), wide[2])),
+        (
+            tiled.affinity_loss(a, t, teachers(b, 2, dtype), scale, tile=64, backend="triton"),
+            losses.affinity_loss(wide[0], wide[1], teachers(b, 2), wide[2]),
+        ),
     ]:
         assert abs(narrow.item() - exact.item()) <= bound * abs(exact.item())
-        for x, y in zip(torch.autograd.grad(narrow, [a, t, scale]), torch.autograd.grad(exact, wide), strict=True):
+        for x, y in zip(
+            torch.autograd.grad(narrow, [a, t, scale]),
+            torch.autograd.grad(exact, wide),
+            strict=True,
+        ):
             assert (x.double() - y).norm() <= bound * y.norm()
 
 
 def test_one_tile_as_plain_torch_does_it():
-    """Rows of nothing but -inf, a transposed tile, statistics of part of the rows, sums onto a matrix."""
+    """Rows of nothing but -inf, a transposed tile, statistics of part of the rows, sums onto a
+    matrix.
+    """
     module = tiles.backend("triton", torch.device(DEVICE))
-    t = torch.randn(45, 131, dtype=torch.float64, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
+    t = torch.randn(
+        45,
+        131,
+        dtype=torch.float64,
+        device=DEVICE,
+        generator=torch.Generator(DEVICE).manual_seed(0),
+    )
     t[3] = t[:, 5] = -torch.inf
     for tile in (t, t.T.contiguous().T):
         found = []
@@ -116,7 +150,9 @@ def test_one_tile_as_plain_torch_does_it():
             means = tiles.running(t, 45)
             ops.add(means, None, s * 3, s, scale=2.0)
             onto = torch.ones_like(s)
-            out = ops.softmax(s, s.logsumexp(1), s.logsumexp(0), onto=onto, weight=-1 / 3, scale=0.7)
+            out = ops.softmax(
+                s, s.logsumexp(1), s.logsumexp(0), onto=onto, weight=-1 / 3, scale=0.7
+            )
             assert out is onto
             found.append((rows, columns, means, out, ops.softmax(s, None, s.logsumexp(0))))
         for x, y in zip(*found, strict=True):
@@ -132,5 +168,7 @@ def test_which_back_end(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="backend 'triton' needs CUDA tensors, found cpu"):
         tiles.backend("triton", torch.device("cpu"))
-    with pytest.raises(ValueError, match="backend: expected one of auto, torch, triton, found 'cuda'"):
+    with pytest.raises(
+        ValueError, match="backend: expected one of auto, torch, triton, found 'cuda'"
+    ):
         tiled.clip_loss(unit(3, 4), unit(3, 4), 1.0, backend="cuda")

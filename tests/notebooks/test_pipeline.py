@@ -1,7 +1,7 @@
 """The whole pipeline in small sizes, as a person runs it: a clone, the smoke overlay, `dvc repro`.
 
-    python -m pytest tests/notebooks                     # about five minutes
-    python -m pytest -m "not pipeline"                   # everything else
+python -m pytest tests/notebooks                     # about five minutes
+python -m pytest -m "not pipeline"                   # everything else
 """
 
 import json
@@ -24,11 +24,25 @@ ROOT = Path(__file__).parents[2]
 
 def call(clone: Path, *command: str, check: bool = True) -> str:
     """Run a command in the clone with this interpreter's commands first; its output, both streams."""
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE")}
-    env |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]]),
-            "GIT_CONFIG_GLOBAL": os.devnull, "DVC_NO_ANALYTICS": "1"}
-    done = subprocess.run(command, cwd=clone, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          timeout=1500)
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("PYTHONPATH", "GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE")
+    }
+    env |= {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]]),
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "DVC_NO_ANALYTICS": "1",
+    }
+    done = subprocess.run(
+        command,
+        cwd=clone,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1500,
+    )
     assert not check or done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout[-6000:]}"
     return done.stdout
 
@@ -39,10 +53,17 @@ def ran(output: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """The working tree (with what isn't committed yet) as a repository of its own, and smoke laid over it."""
+    """The working tree (with what isn't committed yet) as a repository of its own, and smoke laid
+    over it.
+    """
     clone = tmp_path_factory.mktemp("clone")
-    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
-                            capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     for name in filter(None, listed.split("\0")):
         made = name.startswith("reports/") and not name.endswith("README.md")
         if (ROOT / name).is_file() and name != "dvc.lock" and not made:
@@ -51,14 +72,26 @@ def clone(tmp_path_factory):
     params.apply_overlay(ROOT / "params/smoke.yaml", clone / "params.yaml")
     call(clone, "git", "init", "-q")
     call(clone, "git", "add", "-A")
-    call(clone, "git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "-qm", "smoke")
+    call(
+        clone,
+        "git",
+        "-c",
+        "user.name=test",
+        "-c",
+        "user.email=test@localhost",
+        "commit",
+        "-qm",
+        "smoke",
+    )
     return clone
 
 
 @pytest.fixture(scope="module")
 def first(clone):
     start = time.monotonic()
-    output = call(clone, "python", "-m", "mclip.pipeline.warm", "dvc", "repro")  # as `make repro` does
+    output = call(
+        clone, "python", "-m", "mclip.pipeline.warm", "dvc", "repro"
+    )  # as `make repro` does
     print(f"smoke pipeline: {time.monotonic() - start:.0f} s")
     return output
 
@@ -74,7 +107,9 @@ def test_every_stage_runs_and_the_report_is_there(clone, first):
 
 
 def test_executed_notebooks_are_whole_and_without_traces(clone, first):
-    reports = [p for p in (clone / "reports").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts]
+    reports = [
+        p for p in (clone / "reports").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
+    ]
     assert len(reports) >= 8
     for path in reports:
         text = path.read_text()
@@ -97,9 +132,29 @@ def test_ablations_costs_and_pictures(clone, first):
     before = path.read_text()
     params.apply_overlay(Path(__file__).parent / "ablations.yaml", path)
     output = call(clone, "python", "-m", "mclip.pipeline.warm", "dvc", "repro")
-    assert ran(output) == {"ablate@terms", "ablate-learning@few-pairs", "students@combined", "latency@cpu", "amount@combined", "epoch@combined",
-                           "pca@combined", "weights@clip", "search@combined", "report"}
-    for name in ("terms", "few-pairs", "students", "latency", "amount", "epoch", "pca", "weights", "search"):
+    assert ran(output) == {
+        "ablate@terms",
+        "ablate-learning@few-pairs",
+        "students@combined",
+        "latency@cpu",
+        "amount@combined",
+        "epoch@combined",
+        "pca@combined",
+        "weights@clip",
+        "search@combined",
+        "report",
+    }
+    for name in (
+        "terms",
+        "few-pairs",
+        "students",
+        "latency",
+        "amount",
+        "epoch",
+        "pca",
+        "weights",
+        "search",
+    ):
         assert (clone / f"reports/site/ablations-{name}.html").is_file()
     path.write_text(before)
 
@@ -127,7 +182,10 @@ def test_one_changed_parameter_reruns_only_what_depends_on_it(clone, first):
 
 
 def test_an_edit_reruns_what_stands_on_it(clone, first):
-    """How figures look: only the checksums are written again, as they were. How links are found: not the trainings."""
+    """How figures look: only the checksums are written again, as they were. How links are found:
+    not the trainings.
+    """
+
     def edited(name: str) -> str:
         with open(clone / name, "a") as file:
             file.write("\n# edited\n")
@@ -138,7 +196,9 @@ def test_an_edit_reruns_what_stands_on_it(clone, first):
     assert "data/code" not in waiting
     assert ran(edited("mclip/balance/links.py")) == {"code"}
     waiting = call(clone, "dvc", "status", check=False)
-    assert "data/code/balance" in waiting and not re.search(r"data/code/(distill|cluster|reinforce|evaluate)\b", waiting)
+    assert "data/code/balance" in waiting and not re.search(
+        r"data/code/(distill|cluster|reinforce|evaluate)\b", waiting
+    )
 
 
 def test_an_unknown_parameter_stops_at_once(clone, first):
@@ -146,7 +206,9 @@ def test_an_unknown_parameter_stops_at_once(clone, first):
     before = path.read_text()
     path.write_text(before.replace("threshold:", "treshold:", 1))
     try:
-        output = call(clone, "python", "-m", "mclip.pipeline.run", "balance", "-p", "balance", check=False)
+        output = call(
+            clone, "python", "-m", "mclip.pipeline.run", "balance", "-p", "balance", check=False
+        )
     finally:
         path.write_text(before)
     assert "params.yaml: balance.treshold: unknown key; did you mean 'threshold'?" in output

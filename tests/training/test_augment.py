@@ -1,4 +1,6 @@
-"""mclip.data.augment: drawn from the key alone, replayed to the same pixels, readable from the published layout."""
+"""mclip.data.augment: drawn from the key alone, replayed to the same pixels, readable from the
+published layout.
+"""
 
 import numpy as np
 import pytest
@@ -18,7 +20,9 @@ def test_rows_depend_on_key_and_seed_only():
 
 
 def test_crops_stay_inside_and_keep_scale_and_ratio():
-    rows = np.concatenate([augment.draw(f"{i}", (40, 30), 20, image_px=16, seed=0) for i in range(50)])
+    rows = np.concatenate(
+        [augment.draw(f"{i}", (40, 30), 20, image_px=16, seed=0) for i in range(50)]
+    )
     top, left, height, width = rows[:, :4].T
     assert (top >= 0).all() and (left >= 0).all()
     assert (top + height <= 30).all() and (left + width <= 40).all()

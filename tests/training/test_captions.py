@@ -1,4 +1,6 @@
-"""mclip.distill.captions: what is kept says what was read and tokenised, and is read and tokenised once."""
+"""mclip.distill.captions: what is kept says what was read and tokenised, and is read and tokenised
+once.
+"""
 
 import json
 
@@ -16,9 +18,13 @@ TEXTS = ["a red apple", "two cats, on a mat; with more words than it holds", "\N
 
 def test_captions_are_read_once(world, tmp_path, monkeypatch):
     expected = [(s.key, s.caption) for s in shards.iter_samples(world / "pairs")]
-    assert list(zip(*captions.read_captions(str(world / "pairs"), tmp_path), strict=True)) == expected
+    assert (
+        list(zip(*captions.read_captions(str(world / "pairs"), tmp_path), strict=True)) == expected
+    )
     monkeypatch.setattr(shards, "iter_samples", None)
-    assert list(zip(*captions.read_captions(str(world / "pairs"), tmp_path), strict=True)) == expected
+    assert (
+        list(zip(*captions.read_captions(str(world / "pairs"), tmp_path), strict=True)) == expected
+    )
 
 
 def test_captions_of_other_shards_are_read_again(world, tmp_path):
@@ -46,9 +52,12 @@ def test_tokens_are_made_once(tmp_path):
         assert torch.equal(captions.tokenise(TEXTS, counting, tmp_path), TOKENIZER(TEXTS).int())
     assert calls == [3, 3] and not list(tmp_path.iterdir())
     first = captions.tokenise(TEXTS, TOKENIZER, tmp_path)
-    file, = tmp_path.glob("tokens-*.npy")
+    (file,) = tmp_path.glob("tokens-*.npy")
     stamp = file.stat().st_mtime_ns
-    assert torch.equal(captions.tokenise(TEXTS, TOKENIZER, tmp_path), first) and file.stat().st_mtime_ns == stamp
+    assert (
+        torch.equal(captions.tokenise(TEXTS, TOKENIZER, tmp_path), first)
+        and file.stat().st_mtime_ns == stamp
+    )
     assert torch.equal(first, TOKENIZER(TEXTS).int())
     captions.tokenise(TEXTS, open_clip.get_tokenizer("ViT-B-32", context_length=9), tmp_path)
     captions.tokenise(TEXTS[:2], TOKENIZER, tmp_path)

@@ -1,4 +1,6 @@
-"""mclip.report.claims: pooled spreads and intervals against scipy's, verdicts at their borders, learning curves by hand."""
+"""mclip.report.claims: pooled spreads and intervals against scipy's, verdicts at their borders,
+learning curves by hand.
+"""
 
 import math
 
@@ -13,8 +15,14 @@ from mclip.report.compare import HELD_OUT
 
 
 def frame(values: dict[str, list[float]], name: str = HELD_OUT) -> pd.DataFrame:
-    return pd.DataFrame([(variant, name, "", seed, value, 0.1) for variant, own in values.items()
-                         for seed, value in enumerate(own)], columns=["recipe", "set", "kind", "seed", "value", "chance"])
+    return pd.DataFrame(
+        [
+            (variant, name, "", seed, value, 0.1)
+            for variant, own in values.items()
+            for seed, value in enumerate(own)
+        ],
+        columns=["recipe", "set", "kind", "seed", "value", "chance"],
+    )
 
 
 def test_two_variants_with_the_same_seeds_give_the_paired_t_test():
@@ -37,17 +45,27 @@ def test_complete_blocks_are_the_two_way_analysis_of_variance():
 
 
 def test_a_variant_that_lacks_a_seed_is_compared_within_the_others():
-    values = {"a": [0.1, 0.6, 0.3], "b": [0.2, 0.7, 0.4], "c": [0.4]}  # seeds differ, variants by +0.1 and +0.3 exactly
+    values = {
+        "a": [0.1, 0.6, 0.3],
+        "b": [0.2, 0.7, 0.4],
+        "c": [0.4],
+    }  # seeds differ, variants by +0.1 and +0.3 exactly
     found = claims.fit(frame(values))
     assert found.df == 2 and found.std == pytest.approx(0, abs=1e-12)
-    assert found.difference("c", "a")[0] == pytest.approx(0.3) and found.difference("b", "c")[0] == pytest.approx(-0.2)
+    assert found.difference("c", "a")[0] == pytest.approx(0.3) and found.difference("b", "c")[
+        0
+    ] == pytest.approx(-0.2)
     noisy = claims.fit(frame({"a": [0.1, 0.5, 0.3], "b": [0.2, 0.7, 0.4], "c": [0.4]}))
     assert noisy.difference("c", "a")[1] > noisy.difference("b", "a")[1] > 0
 
 
 def test_two_changes_that_add_up_or_not():
     rng = np.random.default_rng(3)
-    values = rng.normal(size=(4, 6)) / 100 + rng.normal(size=6) / 10 + np.array([[0.5], [0.3], [0.25], [0.2]])
+    values = (
+        rng.normal(size=(4, 6)) / 100
+        + rng.normal(size=6) / 10
+        + np.array([[0.5], [0.3], [0.25], [0.2]])
+    )
     main = frame(dict(zip(("both", "one", "other", "neither"), values, strict=True)))
     found = claims.interactions(main, "both", "one", "other", "neither").loc[HELD_OUT]
     means = 100 * values.mean(1)
@@ -57,11 +75,18 @@ def test_two_changes_that_add_up_or_not():
     assert found["both"] == pytest.approx(means[0] - means[3])
     assert found["more than the sum"] == pytest.approx(means[0] - means[1] - means[2] + means[3])
     assert found["±"] == pytest.approx(stats.t.ppf(0.975, 15) * std * np.sqrt(4 / 6))
-    assert not len(claims.interactions(main[main["recipe"] != "one"], "both", "one", "other", "neither"))
+    assert not len(
+        claims.interactions(main[main["recipe"] != "one"], "both", "one", "other", "neither")
+    )
 
 
 def test_differences_to_the_first_variant_seed_by_seed():
-    main = pd.concat([frame({"a": [0.1, 0.2], "b": [0.5, 0.4]}), frame({"a": [0.0, 0.0], "b": [0.0, 0.0]}, "other")])
+    main = pd.concat(
+        [
+            frame({"a": [0.1, 0.2], "b": [0.5, 0.4]}),
+            frame({"a": [0.0, 0.0], "b": [0.0, 0.0]}, "other"),
+        ]
+    )
     rows, seeds = claims.against(main, HELD_OUT, "a")
     assert rows["recipe"].tolist() == ["a", "b"] and rows["mean"].tolist() == pytest.approx([0, 30])
     assert rows.loc[0, ["low", "high"]].tolist() == [0, 0]
@@ -70,45 +95,67 @@ def test_differences_to_the_first_variant_seed_by_seed():
     assert seeds["value"].tolist() == pytest.approx([0, 0, 40, 20])
 
 
-@pytest.mark.parametrize("other, said", [([0.1, 0.101], claims.HOLDS), ([0.5, 0.501], claims.REVERSED),
-                                         ([0.3, 0.301], claims.OPEN)])
+@pytest.mark.parametrize(
+    "other, said",
+    [([0.1, 0.101], claims.HOLDS), ([0.5, 0.501], claims.REVERSED), ([0.3, 0.301], claims.OPEN)],
+)
 def test_a_claim_holds_where_the_interval_is_above_zero(other, said):
-    found = claims.differences(frame({"a": [0.3, 0.301], "b": other}), [Claim("a is above", "a", "b")])
+    found = claims.differences(
+        frame({"a": [0.3, 0.301], "b": other}), [Claim("a is above", "a", "b")]
+    )
     assert found["verdict"].tolist() == [said]
     assert f"on held-out mean it {said} " in claims.verdict(found)
 
 
 def test_differences_are_read_in_points():
-    found = claims.differences(frame({"a": [0.3, 0.5], "b": [0.25, 0.35]}), [Claim("a is above", "a", "b")])
+    found = claims.differences(
+        frame({"a": [0.3, 0.5], "b": [0.25, 0.35]}), [Claim("a is above", "a", "b")]
+    )
     shown = claims.percent(found)
-    assert list(claims.percent(pd.concat([found, found])).index) == [0, 1]  # of which a table shows none
+    assert list(claims.percent(pd.concat([found, found])).index) == [
+        0,
+        1,
+    ]  # of which a table shows none
     assert shown["difference, points"].item() == pytest.approx(10)
     assert shown["±"].item() == pytest.approx(100 * found["half"].item())
-    assert shown[["claim", "set", "verdict"]].values.tolist() == [["a is above", HELD_OUT, claims.OPEN]]
+    assert shown[["claim", "set", "verdict"]].values.tolist() == [
+        ["a is above", HELD_OUT, claims.OPEN]
+    ]
 
 
 def test_one_seed_tells_nothing_and_variants_not_run_are_left_out():
-    found = claims.differences(frame({"a": [0.3], "b": [0.1]}), [Claim("x", "a", "b"), Claim("y", "a", "gone")])
+    found = claims.differences(
+        frame({"a": [0.3], "b": [0.1]}), [Claim("x", "a", "b"), Claim("y", "a", "gone")]
+    )
     assert found["claim"].tolist() == ["x"] and found["verdict"].tolist() == [claims.OPEN]
     assert math.isinf(found["half"].iloc[0])
-    assert claims.verdict(found) == ("The paper's direction, in 1 comparison with 95 % intervals (0 degrees of freedom): on "
-                                     "held-out mean it can't be told at this size for 1.")
+    assert claims.verdict(found) == (
+        "The paper's direction, in 1 comparison with 95 % intervals (0 degrees of freedom): on "
+        "held-out mean it can't be told at this size for 1."
+    )
     assert claims.verdict(found.iloc[:0]) == "The variants that the paper compares were not run."
 
 
 def test_the_sentence_counts_and_names():
     main = frame({"a": [0.3, 0.301], "b": [0.1, 0.101], "c": [0.5, 0.501]})
     open_one = frame({"a": [0.3, 0.301], "b": [0.5, 0.1], "c": [0.3, 0.4]}, "far")
-    found = claims.differences(pd.concat([main, open_one]), [Claim("one", "a", "b"), Claim("two", "a", "c")])
+    found = claims.differences(
+        pd.concat([main, open_one]), [Claim("one", "a", "b"), Claim("two", "a", "c")]
+    )
     assert claims.verdict(found, [HELD_OUT, "far"]) == (
         "The paper's direction, in 2 comparisons with 95 % intervals (2 degrees of freedom): on held-out mean it holds for 1 "
         "(one, +20.0 ± 0.0 points), does not hold for 1 (two, -20.0 ± 0.0 points); on far it can't be told at this size for "
-        "2.")
+        "2."
+    )
 
 
 def test_the_table_keeps_the_order_and_takes_the_paper_s_numbers():
-    made = claims.table(frame({"b": [0.2, 0.4], "a": [0.1, 0.1]}), {"a": "first", "b": "second"}, [HELD_OUT],
-                        {"zero-shot": {"b": 69.4}})
+    made = claims.table(
+        frame({"b": [0.2, 0.4], "a": [0.1, 0.1]}),
+        {"a": "first", "b": "second"},
+        [HELD_OUT],
+        {"zero-shot": {"b": 69.4}},
+    )
     assert made.index.tolist() == ["first", "second"]
     assert made[f"{HELD_OUT}, %"].tolist() == pytest.approx([10, 30])
     assert made["the paper's: zero-shot"].tolist() == pytest.approx([math.nan, 69.4], nan_ok=True)
@@ -120,14 +167,27 @@ def test_samples_to_an_accuracy_lie_between_points_in_the_logarithm():
     assert claims.samples_to(samples, accuracy, 0.5) == pytest.approx(1600)
     assert claims.samples_to(samples, accuracy, 0.05) == 100
     assert claims.samples_to(samples, accuracy, 0.6) == math.inf
-    assert claims.samples_to([1, 2, 4], [0.1, 0.4, 0.2], 0.3) == pytest.approx(2 ** (2 / 3))  # the first crossing
+    assert claims.samples_to([1, 2, 4], [0.1, 0.4, 0.2], 0.3) == pytest.approx(
+        2 ** (2 / 3)
+    )  # the first crossing
 
 
 def learning() -> pd.DataFrame:
-    curves = {"clip": {100: 0.1, 400: 0.2, 1600: 0.3}, "fast": {100: 0.25, 400: 0.5}, "slow": {100: 0.05, 400: 0.15},
-              "same": {100: 0.1, 400: 0.2}}
-    return pd.DataFrame([(r, n, HELD_OUT, seed, v + seed / 100) for r, c in curves.items() for n, v in c.items()
-                         for seed in (0, 1)], columns=["recipe", "samples", "set", "seed", "value"])
+    curves = {
+        "clip": {100: 0.1, 400: 0.2, 1600: 0.3},
+        "fast": {100: 0.25, 400: 0.5},
+        "slow": {100: 0.05, 400: 0.15},
+        "same": {100: 0.1, 400: 0.2},
+    }
+    return pd.DataFrame(
+        [
+            (r, n, HELD_OUT, seed, v + seed / 100)
+            for r, c in curves.items()
+            for n, v in c.items()
+            for seed in (0, 1)
+        ],
+        columns=["recipe", "samples", "set", "seed", "value"],
+    )
 
 
 def test_savings_say_where_they_are_only_bounds():
@@ -137,46 +197,89 @@ def test_savings_say_where_they_are_only_bounds():
     assert found.loc[("fast", 400), ["needed", "bound"]].to_list() == [100, ">="]
     assert found["factor"].tolist() == pytest.approx((found["reached"] / found["needed"]).tolist())
     assert found.loc[("fast", 400), "factor"] == pytest.approx(4)
-    assert found.loc[("fast", 1600), "bound"] == "=" and found.loc[("fast", 1600), "needed"] == pytest.approx(
-        100 * 4**0.2)
+    assert found.loc[("fast", 1600), "bound"] == "=" and found.loc[
+        ("fast", 1600), "needed"
+    ] == pytest.approx(100 * 4**0.2)
     assert found.loc[("slow", 400), ["needed", "bound"]].tolist() == [400, "<"]
     assert found.loc[("same", 400), ["needed", "bound"]].tolist() == [pytest.approx(400), "="]
-    text = claims.saving(found.reset_index(), {r: r.upper() for r in ("clip", "fast", "slow", "same")}, "clip", 10)
+    text = claims.saving(
+        found.reset_index(), {r: r.upper() for r in ("clip", "fast", "slow", "same")}, "clip", 10
+    )
     assert "FAST at least 4.0, SLOW less than 1.0, SAME 1.0" in text
-    assert ("FAST 12.1 on held-out mean, to CLIP's accuracy at 1,600 samples (2 seeds); the paper's factor of 10 holds."
-            in text)
+    assert (
+        "FAST 12.1 on held-out mean, to CLIP's accuracy at 1,600 samples (2 seeds); the paper's factor of 10 holds."
+        in text
+    )
 
 
 def test_savings_are_a_table_to_read():
     saved = claims.savings(learning(), "clip", 400)
-    table = claims.savings_table(saved, {r: r.upper() for r in ("clip", "fast", "slow", "same")}, "clip")
+    table = claims.savings_table(
+        saved, {r: r.upper() for r in ("clip", "fast", "slow", "same")}, "clip"
+    )
     assert len(table) == len(saved) and table["recipe"].isin(["FAST", "SLOW", "SAME"]).all()
-    row = table[(table["recipe"] == "FAST") & (table["at samples"] == 400) & (table["whose accuracy"] == "CLIP")].iloc[0]
-    assert row["factor"] == "≥\N{NO-BREAK SPACE}4.0" and row["CLIP reaches it at"] == 400 and row["accuracy, %"] == pytest.approx(20.5)
+    row = table[
+        (table["recipe"] == "FAST")
+        & (table["at samples"] == 400)
+        & (table["whose accuracy"] == "CLIP")
+    ].iloc[0]
+    assert (
+        row["factor"] == "≥\N{NO-BREAK SPACE}4.0"
+        and row["CLIP reaches it at"] == 400
+        and row["accuracy, %"] == pytest.approx(20.5)
+    )
 
 
 def test_a_baseline_that_falls_back_is_counted_where_it_first_was_there():
-    main = pd.DataFrame([(r, n, "s", 0, v) for r, c in {"clip": {100: 0.1, 200: 0.3, 800: 0.2}, "other": {100: 0.2}}.items()
-                         for n, v in c.items()], columns=["recipe", "samples", "set", "seed", "value"])
+    main = pd.DataFrame(
+        [
+            (r, n, "s", 0, v)
+            for r, c in {"clip": {100: 0.1, 200: 0.3, 800: 0.2}, "other": {100: 0.2}}.items()
+            for n, v in c.items()
+        ],
+        columns=["recipe", "samples", "set", "seed", "value"],
+    )
     found = claims.savings(main, "clip", 800).iloc[0]
     assert (found["reference"], found["seeds"], found["bound"]) == (800, 1, ">=")
-    assert found["reached"] == pytest.approx(100 * 2**0.5) and found["factor"] == pytest.approx(2**0.5)
+    assert found["reached"] == pytest.approx(100 * 2**0.5) and found["factor"] == pytest.approx(
+        2**0.5
+    )
 
 
-@pytest.mark.parametrize("curve, reached, bound, said", [
-    ({100: 0.1, 400: 0.45}, 1600, ">=", "4.0 on s, to its own accuracy at 400 samples (1 seed), which CLIP does not reach with "
-                                       "1,600; the paper's factor of 4 holds"),
-    ({100: 0.1, 400: 0.35}, 400 * 2 ** (5 / 12), "=", "1.3 on s, to its own accuracy at 400 samples (1 seed), which CLIP "
-                                                      "reaches with 534; "),
-    ({100: 0.01, 400: 0.05}, 100, "<", None),  # the baseline's shortest run is above it
-])
+@pytest.mark.parametrize(
+    "curve, reached, bound, said",
+    [
+        (
+            {100: 0.1, 400: 0.45},
+            1600,
+            ">=",
+            "4.0 on s, to its own accuracy at 400 samples (1 seed), which CLIP does not reach with "
+            "1,600; the paper's factor of 4 holds",
+        ),
+        (
+            {100: 0.1, 400: 0.35},
+            400 * 2 ** (5 / 12),
+            "=",
+            "1.3 on s, to its own accuracy at 400 samples (1 seed), which CLIP reaches with 534; ",
+        ),
+        ({100: 0.01, 400: 0.05}, 100, "<", None),  # the baseline's shortest run is above it
+    ],
+)
 def test_a_baseline_may_need_more_than_its_longest_run(curve, reached, bound, said):
     base = {100: 0.1, 400: 0.3, 800: 0.42, 1600: 0.4}
-    main = pd.DataFrame([(r, n, "s", 0, v) for r, c in {"clip": base, "other": curve}.items() for n, v in c.items()],
-                        columns=["recipe", "samples", "set", "seed", "value"])
+    main = pd.DataFrame(
+        [
+            (r, n, "s", 0, v)
+            for r, c in {"clip": base, "other": curve}.items()
+            for n, v in c.items()
+        ],
+        columns=["recipe", "samples", "set", "seed", "value"],
+    )
     saved = claims.savings(main, "clip", 400)
     own = saved[saved["whose"] == "other"].iloc[0]
     assert (own["reference"], own["needed"], own["bound"]) == (400, pytest.approx(400), bound)
-    assert own["reached"] == pytest.approx(reached) and own["factor"] == pytest.approx(reached / 400)
+    assert own["reached"] == pytest.approx(reached) and own["factor"] == pytest.approx(
+        reached / 400
+    )
     if said:
         assert said in claims.saving(saved, {"clip": "CLIP", "other": "OTHER"}, "clip", 4)

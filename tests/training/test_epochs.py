@@ -1,4 +1,5 @@
-"""mclip.studies.epochs: parts add up, runs that are too short are told, the verdict follows the numbers.
+"""mclip.studies.epochs: parts add up, runs that are too short are told, the verdict follows the
+numbers.
 
 Real teachers and a captioner go through it in tests/notebooks.
 """
@@ -13,18 +14,43 @@ from mclip.studies import epochs
 
 from .conftest import RECIPES, TRAIN
 
-SETTINGS = Reinforce(ensemble=["base"], n_aug=2, n_syn=2, image_px=16, scale_min=0.5, randaugment_ops=0,
-                     randaugment_magnitude=9, caption_top_p=0.9, batch_size=4, precision="fp32", seed=0)
+SETTINGS = Reinforce(
+    ensemble=["base"],
+    n_aug=2,
+    n_syn=2,
+    image_px=16,
+    scale_min=0.5,
+    randaugment_ops=0,
+    randaugment_magnitude=9,
+    caption_top_p=0.9,
+    batch_size=4,
+    precision="fp32",
+    seed=0,
+)
 
 
 @pytest.fixture
 def runs(student, training_set, tmp_path):
     def make(samples):
         spec = training_set("reinforced")
-        folders = {k: getattr(spec, k) for k in ("pairs", "balance", "clusters", "embeddings", "reinforced", "cache")}
+        folders = {
+            k: getattr(spec, k)
+            for k in ("pairs", "balance", "clusters", "embeddings", "reinforced", "cache")
+        }
         train = TRAIN.model_copy(update={"samples": samples, "batch_size": 8, "warmup_steps": 1})
-        return [plan.plan(name, RECIPES[name], student, train, [0], teacher="large", data=folders, out=tmp_path)[0]
-                for name in ("clip", "mobileclip")]
+        return [
+            plan.plan(
+                name,
+                RECIPES[name],
+                student,
+                train,
+                [0],
+                teacher="large",
+                data=folders,
+                out=tmp_path,
+            )[0]
+            for name in ("clip", "mobileclip")
+        ]
 
     return make
 
@@ -33,7 +59,9 @@ def test_what_is_online_is_added_to_the_reinforced_step(runs, student, monkeypat
     asked = []
 
     def reinforce_samples(samples, settings, ensemble, writer=None, **options):
-        asked.append((len(samples), settings.n_aug, settings.n_syn, len(ensemble), writer is not None))
+        asked.append(
+            (len(samples), settings.n_aug, settings.n_syn, len(ensemble), writer is not None)
+        )
 
     monkeypatch.setattr(epochs.reinforce, "reinforce_samples", reinforce_samples)
     seconds = {"plain": 8, "reinforced": 16, "teachers": 80, "texts": 40, "everything": 400}
@@ -45,13 +73,20 @@ def test_what_is_online_is_added_to_the_reinforced_step(runs, student, monkeypat
 
     monkeypatch.setattr(epochs, "interleaved", interleaved)
     ms = epochs.per_sample(*runs(64), SETTINGS, {"base": student}, student, rounds=1)
-    assert ms.to_dict() == {"plain": 1e3, "reinforced": 2e3, "teachers online": 17e3, "everything online": 52e3}
+    assert ms.to_dict() == {
+        "plain": 1e3,
+        "reinforced": 2e3,
+        "teachers online": 17e3,
+        "everything online": 52e3,
+    }
     assert asked == [(8, 1, 1, 1, False), (8, 1, 1, 1, True)]
     assert not list(tmp_path.rglob("history.csv"))
 
 
 def test_runs_that_are_too_short_are_told(runs, student):
-    with pytest.raises(ValueError, match="are 3 steps, timing 3 rounds takes more than 5: raise samples"):
+    with pytest.raises(
+        ValueError, match="are 3 steps, timing 3 rounds takes more than 5: raise samples"
+    ):
         epochs.per_sample(*runs(24), SETTINGS, {"base": student}, student, rounds=3)
 
 
@@ -59,7 +94,13 @@ def test_a_table_and_what_it_says():
     ms = pd.Series(dict(zip(epochs.KINDS, (2.0, 3.0, 8.0, 40.0), strict=True)))
     table = epochs.table(ms, 60_000, published.EPOCH_HOURS)
     assert table["minutes an epoch of 60,000 pairs"].tolist() == [2, 3, 8, 40]
-    assert table["times plain"].tolist() == [1, 1.5, 4, 20] and table["the paper: hours"].tolist() == [1.3, 1.3, 4.1, 21.1]
+    assert table["times plain"].tolist() == [1, 1.5, 4, 20] and table[
+        "the paper: hours"
+    ].tolist() == [1.3, 1.3, 4.1, 21.1]
     said = epochs.verdict(ms, published.EPOCH_HOURS)
-    assert "reinforced set takes 1.50 times (1.00)" in said and "4.00 times (3.15)" in said and said.endswith("holds.")
+    assert (
+        "reinforced set takes 1.50 times (1.00)" in said
+        and "4.00 times (3.15)" in said
+        and said.endswith("holds.")
+    )
     assert epochs.verdict(ms.replace(40.0, 5.0), published.EPOCH_HOURS).endswith("does not hold.")

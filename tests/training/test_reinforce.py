@@ -1,4 +1,6 @@
-"""mclip.reinforce: what is stored is what the teachers say of the replayed pictures; a killed run goes on."""
+"""mclip.reinforce: what is stored is what the teachers say of the replayed pictures; a killed run
+goes on.
+"""
 
 import json
 
@@ -17,8 +19,19 @@ from mclip.params import Reinforce
 
 from .conftest import PX, N
 
-SETTINGS = Reinforce(ensemble=["a", "b"], n_aug=2, n_syn=0, image_px=PX, scale_min=0.08, randaugment_ops=2,
-                     randaugment_magnitude=9, caption_top_p=0.9, batch_size=3, precision="fp32", seed=0)
+SETTINGS = Reinforce(
+    ensemble=["a", "b"],
+    n_aug=2,
+    n_syn=0,
+    image_px=PX,
+    scale_min=0.08,
+    randaugment_ops=2,
+    randaugment_magnitude=9,
+    caption_top_p=0.9,
+    batch_size=3,
+    precision="fp32",
+    seed=0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,26 +39,62 @@ def teachers(tmp_path_factory) -> dict[str, str]:
     out = {}
     for i, name in enumerate("ab"):
         torch.manual_seed(i)
-        cfg = {"embed_dim": 5 + i,
-               "vision_cfg": {"image_size": 16 + 8 * i, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
-               "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1}}
+        cfg = {
+            "embed_dim": 5 + i,
+            "vision_cfg": {
+                "image_size": 16 + 8 * i,
+                "layers": 1,
+                "width": 16,
+                "head_width": 8,
+                "patch_size": 8,
+            },
+            "text_cfg": {
+                "context_length": 8,
+                "vocab_size": 49408,
+                "width": 8,
+                "heads": 2,
+                "layers": 1,
+            },
+        }
         folder = tmp_path_factory.mktemp(name)
-        preprocess = {"mean": [0.4, 0.5, 0.6], "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+        preprocess = {
+            "mean": [0.4, 0.5, 0.6],
+            "std": [0.5] * 3,
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+        }
         models.export(open_clip.CLIP(**cfg), folder, config=cfg, preprocess=preprocess)
         out[name] = f"local-dir:{folder}"
     return out
 
 
 def run(world, out, teachers, *, balance=None, captioner="", fraction=1.0, **changes):
-    return reinforce.run(SETTINGS.model_copy(update=changes), teachers, captioner, pairs=world / "pairs",
-                         balance=balance or world / "balance", fraction=fraction, out=out, cache=out.parent / "cache",
-                         decoders=0)
+    return reinforce.run(
+        SETTINGS.model_copy(update=changes),
+        teachers,
+        captioner,
+        pairs=world / "pairs",
+        balance=balance or world / "balance",
+        fraction=fraction,
+        out=out,
+        cache=out.parent / "cache",
+        decoders=0,
+    )
 
 
 def keeping(folder, keys):
     """A balance folder that keeps all of some keys."""
-    balance_store.write(folder, balance_store.Balance(np.arange(len(keys)), np.ones(len(keys), bool), np.zeros(len(keys)),
-                                            np.array(keys), 0.1, "sql2"))
+    balance_store.write(
+        folder,
+        balance_store.Balance(
+            np.arange(len(keys)),
+            np.ones(len(keys), bool),
+            np.zeros(len(keys)),
+            np.array(keys),
+            0.1,
+            "sql2",
+        ),
+    )
     return folder
 
 
@@ -84,7 +133,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(world, teachers, tmp_
         run(world, tmp_path / "killed", teachers)
     assert not json.loads((tmp_path / "killed" / "meta.json").read_text())["complete"]
     again = []
-    monkeypatch.setattr(reinforced, "write_shard", lambda f, i, s: (again.append(i), write(f, i, s)))
+    monkeypatch.setattr(
+        reinforced, "write_shard", lambda f, i, s: (again.append(i), write(f, i, s))
+    )
     run(world, tmp_path / "killed", teachers)
     assert written == [0, 1] and again == [2]
     for file in sorted((tmp_path / "whole").iterdir()):
@@ -96,18 +147,28 @@ def test_many_processes_write_the_same_bytes(world, teachers, tmp_path):
     run(world, tmp_path / "two", teachers, workers=2)
     for file in sorted((tmp_path / "one").iterdir()):
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
-    reinforced.paths(tmp_path / "two", 1)[0].unlink()  # a killed run goes on, whatever the number of processes
+    reinforced.paths(tmp_path / "two", 1)[
+        0
+    ].unlink()  # a killed run goes on, whatever the number of processes
     whole = reinforced.paths(tmp_path / "two", 0)[0].stat().st_mtime_ns
     run(world, tmp_path / "two", teachers)
     assert reinforced.paths(tmp_path / "two", 0)[0].stat().st_mtime_ns == whole
-    assert reinforced.paths(tmp_path / "two", 1)[0].read_bytes() == reinforced.paths(tmp_path / "one", 1)[0].read_bytes()
+    assert (
+        reinforced.paths(tmp_path / "two", 1)[0].read_bytes()
+        == reinforced.paths(tmp_path / "one", 1)[0].read_bytes()
+    )
 
 
 def test_a_fraction_of_the_kept_pairs(world, teachers, tmp_path):
     meta = run(world, tmp_path / "r", teachers, fraction=0.5)
     keys = [key for i in range(3) for key in reinforced.read_keys(tmp_path / "r", i)]
-    assert keys == [key for key in (f"k{i:03d}" for i in range(N)) if key != "k005" and in_part(key, 0.5)]
-    assert meta["samples"] == len(keys) and meta["kept"] != run(world, tmp_path / "all", teachers)["kept"]
+    assert keys == [
+        key for key in (f"k{i:03d}" for i in range(N)) if key != "k005" and in_part(key, 0.5)
+    ]
+    assert (
+        meta["samples"] == len(keys)
+        and meta["kept"] != run(world, tmp_path / "all", teachers)["kept"]
+    )
 
 
 def test_other_settings_start_anew(world, teachers, tmp_path):
@@ -118,14 +179,18 @@ def test_other_settings_start_anew(world, teachers, tmp_path):
 
 def test_a_shard_of_which_nothing_is_kept_is_as_wide_as_the_others(world, teachers, tmp_path):
     keys = [f"k{i:03d}" for i in range(N) if i // 8 != 1]
-    assert run(world, tmp_path / "r", teachers, balance=keeping(tmp_path / "balance", keys))["samples"] == len(keys)
+    assert run(world, tmp_path / "r", teachers, balance=keeping(tmp_path / "balance", keys))[
+        "samples"
+    ] == len(keys)
     empty, full = (reinforced.read_shard(tmp_path / "r", i) for i in (1, 0))
     for name in ("augment", "image_emb", "text_emb"):
         assert getattr(empty, name).shape == (0, *getattr(full, name).shape[1:])
     (tmp_path / "out").mkdir()
     reinforced.select(tmp_path / "r", tmp_path / "out", n_aug=1, ensemble=["b"])
     assert reinforced.read_shard(tmp_path / "out", 1).image_emb.shape == (0, 1, 6)
-    spec = TrainingSet("reinforced", image_px=PX, pairs=str(world / "pairs"), reinforced=str(tmp_path / "r"))
+    spec = TrainingSet(
+        "reinforced", image_px=PX, pairs=str(world / "pairs"), reinforced=str(tmp_path / "r")
+    )
     assert targets.load_side(spec).keys == keys
 
 
@@ -147,8 +212,14 @@ def test_captions_come_from_the_captioner(world, teachers, tmp_path, monkeypatch
     bars, bar = [], reinforce.bar
     monkeypatch.setattr(captioner, "generate", generate)
     monkeypatch.setattr(reinforce, "bar", lambda **options: bars.append(bar(**options)) or bars[-1])
-    run(world, tmp_path / "r", teachers, captioner=teachers["a"], n_syn=2,
-        balance=keeping(tmp_path / "balance", [f"k{i:03d}" for i in range(N)]))
+    run(
+        world,
+        tmp_path / "r",
+        teachers,
+        captioner=teachers["a"],
+        n_syn=2,
+        balance=keeping(tmp_path / "balance", [f"k{i:03d}" for i in range(N)]),
+    )
     assert bars[0].n == bars[0].total == 2 * N
     shard = reinforced.read_shard(tmp_path / "r", 0)
     assert shard.text_emb.shape == (8, 3, 11) and len({s[0] for s in shard.syn_text}) == 8

@@ -1,4 +1,6 @@
-"""mclip.data.stores.reinforced: what is written is read; broken parts are named; the published layout is read."""
+"""mclip.data.stores.reinforced: what is written is read; broken parts are named; the published
+layout is read.
+"""
 
 import gzip
 import io
@@ -13,9 +15,13 @@ from mclip.data.stores import reinforced
 
 def shard(n=3):
     return reinforced.Shard(
-        keys=[f"k{i}" for i in range(n)], captions=["a"] * n, syn_text=[["x", "y"]] * n,
+        keys=[f"k{i}" for i in range(n)],
+        captions=["a"] * n,
+        syn_text=[["x", "y"]] * n,
         augment=np.arange(n * 2 * 8, dtype=np.float32).reshape(n, 2, 8),
-        image_emb=torch.randn(n, 2, 6).bfloat16(), text_emb=torch.randn(n, 3, 6).bfloat16())
+        image_emb=torch.randn(n, 2, 6).bfloat16(),
+        text_emb=torch.randn(n, 3, 6).bfloat16(),
+    )
 
 
 def test_round_trip_and_equal_bytes(tmp_path):
@@ -25,13 +31,20 @@ def test_round_trip_and_equal_bytes(tmp_path):
         reinforced.write_shard(tmp_path / folder, 7, written)
     read = reinforced.read_shard(tmp_path / "a", 7)
     assert read.keys == written.keys and read.syn_text == written.syn_text
-    assert np.array_equal(read.augment, written.augment) and torch.equal(read.image_emb, written.image_emb)
-    for a, b in zip(reinforced.paths(tmp_path / "a", 7), reinforced.paths(tmp_path / "b", 7), strict=True):
+    assert np.array_equal(read.augment, written.augment) and torch.equal(
+        read.image_emb, written.image_emb
+    )
+    for a, b in zip(
+        reinforced.paths(tmp_path / "a", 7), reinforced.paths(tmp_path / "b", 7), strict=True
+    ):
         assert a.read_bytes() == b.read_bytes()
 
 
 def test_missing_and_unequal_parts(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"reinforced_0000.safetensors is missing: run `dvc repro reinforce`"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"reinforced_0000.safetensors is missing: run `dvc repro reinforce`",
+    ):
         reinforced.read_shard(tmp_path, 0)
     with pytest.raises(FileNotFoundError, match=r"meta.json"):
         reinforced.read_meta(tmp_path)
@@ -54,11 +67,20 @@ def test_published_sample(as_string, form):
         np.savez(buffer, image_emb=image, text_emb=text)
         payload = buffer.getvalue()
     else:
-        torch.save({"image_emb": torch.from_numpy(image).bfloat16(), "text_emb": torch.from_numpy(text).bfloat16()},
-                   buffer)
+        torch.save(
+            {
+                "image_emb": torch.from_numpy(image).bfloat16(),
+                "text_emb": torch.from_numpy(text).bfloat16(),
+            },
+            buffer,
+        )
         payload = gzip.compress(buffer.getvalue())
-    sample = {"__key__": "k", "syn.json": json.dumps({"syn_text": ["a", "b"]}).encode(), form: payload,
-              "paug.json": json.dumps({"param_aug": json.dumps(PAUG) if as_string else PAUG}).encode()}
+    sample = {
+        "__key__": "k",
+        "syn.json": json.dumps({"syn_text": ["a", "b"]}).encode(),
+        form: payload,
+        "paug.json": json.dumps({"param_aug": json.dumps(PAUG) if as_string else PAUG}).encode(),
+    }
     got = reinforced.from_published_sample(sample)
     assert got["syn_text"] == ["a", "b"] and got["augment"].shape == (1, 8)
     assert np.array_equal(got["image_emb"], image) and got["text_emb"].shape == (3, 4)

@@ -1,4 +1,6 @@
-"""mclip.distill.trainer and mclip.distill: every recipe learns, resumes to the same bytes, and splits without changing."""
+"""mclip.distill.trainer and mclip.distill: every recipe learns, resumes to the same bytes, and
+splits without changing.
+"""
 
 import dataclasses
 import itertools
@@ -20,9 +22,19 @@ from .conftest import RECIPES, TRAIN
 def make_run(student, training_set, tmp_path, name="clip", **changes) -> trainer.Run:
     recipe = RECIPES[name]
     needs = recipe.weight.cluster or recipe.weight.instance
-    spec = training_set(recipe.pairs, teacher="large" if needs else None, synthetic=recipe.synthetic, light_views=2)
-    return trainer.Run(name=name, seed=0, student=student, train=TRAIN.model_copy(update=changes), recipe=recipe,
-                     data=spec, out=str(tmp_path / "out"), scratch=str(tmp_path / "scratch"))
+    spec = training_set(
+        recipe.pairs, teacher="large" if needs else None, synthetic=recipe.synthetic, light_views=2
+    )
+    return trainer.Run(
+        name=name,
+        seed=0,
+        student=student,
+        train=TRAIN.model_copy(update=changes),
+        recipe=recipe,
+        data=spec,
+        out=str(tmp_path / "out"),
+        scratch=str(tmp_path / "scratch"),
+    )
 
 
 def weights(run: trainer.Run) -> bytes:
@@ -35,18 +47,32 @@ def test_every_recipe_trains_and_the_loss_falls(name, student, training_set, tmp
     trainer.train(run)
     history = plan.history([run])
     assert history["loss"].iloc[-1] < history["loss"].iloc[0]
-    expected = {"clip": {"clip"}, "clip-cid": {"clip", "cluster", "instance"},
-                "mobileclip": {"affinity", "affinity_syn"},
-                "combined": {"clip", "clip_syn", "cluster", "instance", "affinity", "affinity_syn"}}[name]
-    assert set(history.columns) - {"seed", "step", "samples", "lr", "logit_scale", "loss"} == expected
+    expected = {
+        "clip": {"clip"},
+        "clip-cid": {"clip", "cluster", "instance"},
+        "mobileclip": {"affinity", "affinity_syn"},
+        "combined": {"clip", "clip_syn", "cluster", "instance", "affinity", "affinity_syn"},
+    }[name]
+    assert (
+        set(history.columns) - {"seed", "step", "samples", "lr", "logit_scale", "loss"} == expected
+    )
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{run.out}")
     assert model.encode_text(torch.zeros(1, 8, dtype=torch.long)).shape == (1, 7)
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"ema": 0.9}, {"accumulate": 2}, {"precision": "bf16", "grad_checkpoint": True},
-], ids=["plain", "ema", "accumulate", "bf16-checkpoint"])
-def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(changes, student, training_set, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"ema": 0.9},
+        {"accumulate": 2},
+        {"precision": "bf16", "grad_checkpoint": True},
+    ],
+    ids=["plain", "ema", "accumulate", "bf16-checkpoint"],
+)
+def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(
+    changes, student, training_set, tmp_path, monkeypatch
+):
     run = make_run(student, training_set, tmp_path / "a", "combined", samples=240, **changes)
     trainer.train(run)
     other = dataclasses.replace(run, out=str(tmp_path / "b"), scratch=str(tmp_path / "b-scratch"))
@@ -65,7 +91,9 @@ def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(changes, student,
     monkeypatch.setattr(trainer, "backward", step)
     trainer.train(other)
     assert weights(other) == weights(run)
-    assert (Path(other.out) / "history.csv").read_text() == (Path(run.out) / "history.csv").read_text()
+    assert (Path(other.out) / "history.csv").read_text() == (
+        Path(run.out) / "history.csv"
+    ).read_text()
 
 
 def one_step(run, **options):
@@ -75,7 +103,9 @@ def one_step(run, **options):
     model.train()
     if options.get("grad_checkpoint"):
         model.set_grad_checkpointing()
-    run = dataclasses.replace(run, data=dataclasses.replace(run.data, image_px=trainer.models.image_size(model)))
+    run = dataclasses.replace(
+        run, data=dataclasses.replace(run.data, image_px=trainer.models.image_size(model))
+    )
     ensemble = trainer.reinforced.read_meta(run.data.reinforced)["teachers"]
     side, _ = trainer._side(run, model, tokenizer)
     loader = trainer._loader(run, tokenizer, ensemble, side, start=0, rank=0, world=1)
@@ -87,29 +117,52 @@ def one_step(run, **options):
             p.data = torch.randn(p.shape, generator=generator)
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: kept.update({t.data_ptr(): t.numel() * t.element_size()}) or t, lambda t: t):
-        terms = trainer.backward(together, together, loader.batch(0), (0.5,) * 3, (0.5,) * 3, torch.float32,
-                               **({"accumulate": 1} | options))
-    return {n: p.grad for n, p in together.named_parameters() if p.grad is not None}, terms, model, sum(kept.values())
+        lambda t: kept.update({t.data_ptr(): t.numel() * t.element_size()}) or t, lambda t: t
+    ):
+        terms = trainer.backward(
+            together,
+            together,
+            loader.batch(0),
+            (0.5,) * 3,
+            (0.5,) * 3,
+            torch.float32,
+            **({"accumulate": 1} | options),
+        )
+    return (
+        {n: p.grad for n, p in together.named_parameters() if p.grad is not None},
+        terms,
+        model,
+        sum(kept.values()),
+    )
 
 
 def test_accumulation_has_the_gradient_of_the_whole_batch(student, training_set, tmp_path):
     """Objective without random centre sampling, so that order within the batch doesn't matter."""
     run = make_run(student, training_set, tmp_path, "combined")
-    recipe = Recipe.model_validate(run.recipe.model_dump(by_alias=True) | {"cluster": {"sample_rate": 1.0}})
+    recipe = Recipe.model_validate(
+        run.recipe.model_dump(by_alias=True) | {"cluster": {"sample_rate": 1.0}}
+    )
     run = dataclasses.replace(run, recipe=recipe)
     (whole, terms, *_), (parts, parts_terms, *_) = (one_step(run, accumulate=n) for n in (1, 4))
     assert whole.keys() == parts.keys()
     for name, g in whole.items():
         torch.testing.assert_close(parts[name], g, rtol=2e-4, atol=1e-6, msg=name)
-    assert {k: float(v) for k, v in terms.items()} == pytest.approx({k: float(v) for k, v in parts_terms.items()}, rel=1e-5)
+    assert {k: float(v) for k, v in terms.items()} == pytest.approx(
+        {k: float(v) for k, v in parts_terms.items()}, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("model", ["a transformer", "demo-student"])
-def test_checkpointing_keeps_less_and_changes_nothing(model, accumulate, student, training_set, tmp_path):
-    """The same gradients to the bit, and batch norm (the default student has it) counts each picture once."""
-    run = make_run(student if model == "a transformer" else model, training_set, tmp_path, "combined")
+def test_checkpointing_keeps_less_and_changes_nothing(
+    model, accumulate, student, training_set, tmp_path
+):
+    """The same gradients to the bit, and batch norm (the default student has it) counts each
+    picture once.
+    """
+    run = make_run(
+        student if model == "a transformer" else model, training_set, tmp_path, "combined"
+    )
     plain, terms, one, kept = one_step(run, accumulate=accumulate)
     again, same_terms, other, kept_less = one_step(run, accumulate=accumulate, grad_checkpoint=True)
     assert terms == same_terms and plain.keys() == again.keys()
@@ -121,11 +174,16 @@ def test_checkpointing_keeps_less_and_changes_nothing(model, accumulate, student
     assert all(v == accumulate for v in counted) and bool(counted) == (model == "demo-student")
 
 
-@pytest.mark.parametrize("name, changes", [("combined", {}), ("clip", {"ema": 0.9})], ids=["two captions", "ema"])
-def test_rows_that_no_caption_uses_are_trained_by_weight_decay_alone(name, changes, student, training_set, tmp_path,
-                                                                     monkeypatch):
+@pytest.mark.parametrize(
+    "name, changes", [("combined", {}), ("clip", {"ema": 0.9})], ids=["two captions", "ema"]
+)
+def test_rows_that_no_caption_uses_are_trained_by_weight_decay_alone(
+    name, changes, student, training_set, tmp_path, monkeypatch
+):
     """A table cut to the captions' tokens ends as the whole table, trained, does."""
-    run = make_run(student, training_set, tmp_path / "cut", name, samples=160, weight_decay=20.0, **changes)
+    run = make_run(
+        student, training_set, tmp_path / "cut", name, samples=160, weight_decay=20.0, **changes
+    )
     tables, cut = [], trainer.shrink
 
     def watched(model, captions):
@@ -136,22 +194,34 @@ def test_rows_that_no_caption_uses_are_trained_by_weight_decay_alone(name, chang
     monkeypatch.setattr(trainer, "shrink", watched)
     trainer.train(run)
     monkeypatch.setattr(trainer, "shrink", lambda model, captions: None)
-    whole = dataclasses.replace(run, out=str(tmp_path / "whole"), scratch=str(tmp_path / "whole-scratch"))
+    whole = dataclasses.replace(
+        run, out=str(tmp_path / "whole"), scratch=str(tmp_path / "whole-scratch")
+    )
     trainer.train(whole)
     assert tables[0] < 50
     (one, *_), (other, *_) = (trainer.models.create(f"local-dir:{r.out}") for r in (run, whole))
     before = trainer.models.create(student)[0].token_embedding.weight
-    assert other.token_embedding.weight[1000:2000].norm() < 0.9 * before[1000:2000].norm()  # it decayed
+    assert (
+        other.token_embedding.weight[1000:2000].norm() < 0.9 * before[1000:2000].norm()
+    )  # it decayed
     for name, value in other.state_dict().items():
         torch.testing.assert_close(one.state_dict()[name], value, rtol=2e-4, atol=2e-6, msg=name)
 
 
 def test_the_averaged_weights_are_those_that_are_kept(student, training_set, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "shrink", lambda model, captions: None)  # what is averaged is what is kept
+    monkeypatch.setattr(
+        trainer, "shrink", lambda model, captions: None
+    )  # what is averaged is what is kept
     seen = []
     update = trainer.AveragedModel.update_parameters
-    monkeypatch.setattr(trainer.AveragedModel, "update_parameters", lambda self, m: (
-        seen.append({k: v.double().clone() for k, v in m.state_dict().items()}), update(self, m))[1])
+    monkeypatch.setattr(
+        trainer.AveragedModel,
+        "update_parameters",
+        lambda self, m: (
+            seen.append({k: v.double().clone() for k, v in m.state_dict().items()}),
+            update(self, m),
+        )[1],
+    )
     run = make_run(student, training_set, tmp_path, samples=40, ema=0.8)
     trainer.train(run)
     assert len(seen) == 5
@@ -163,7 +233,9 @@ def test_the_averaged_weights_are_those_that_are_kept(student, training_set, tmp
         torch.testing.assert_close(found[name].double(), value, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_pictures_and_weights_are_channels_last_and_the_optimizer_fused(training_set, tmp_path, monkeypatch):
+def test_pictures_and_weights_are_channels_last_and_the_optimizer_fused(
+    training_set, tmp_path, monkeypatch
+):
     seen = {}
     step = trainer.backward
 
@@ -171,39 +243,72 @@ def test_pictures_and_weights_are_channels_last_and_the_optimizer_fused(training
         def conv_sees(module, inputs):
             seen["input"] = inputs[0].is_contiguous(memory_format=torch.channels_last)
             seen["weight"] = module.weight.is_contiguous(memory_format=torch.channels_last)
-            seen["dtype"] = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-        conv = next(m for m in together.student.visual.modules() if isinstance(m, torch.nn.Conv2d) and m.in_channels > 3)
+            seen["dtype"] = (
+                torch.get_autocast_dtype("cpu")
+                if torch.is_autocast_enabled("cpu")
+                else torch.float32
+            )
+
+        conv = next(
+            m
+            for m in together.student.visual.modules()
+            if isinstance(m, torch.nn.Conv2d) and m.in_channels > 3
+        )
         with conv.register_forward_pre_hook(conv_sees):
             return step(wrapped, together, *rest)
 
     made = []
     adamw = torch.optim.AdamW
     monkeypatch.setattr(trainer, "backward", look)
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: made.append(adamw(*a, **k)) or made[-1])
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda *a, **k: made.append(adamw(*a, **k)) or made[-1]
+    )
     run = make_run("demo-student", training_set, tmp_path, samples=8, precision="bf16")
     trainer.train(dataclasses.replace(run, data=dataclasses.replace(run.data, image_px=None)))
     assert seen == {"input": True, "weight": True, "dtype": torch.bfloat16}
     assert made[0].defaults["fused"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"loss_kernel": "tiled"}, {"accumulate": 2, "grad_checkpoint": True}],
-                         ids=["plain", "tiled", "in parts"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"loss_kernel": "tiled"}, {"accumulate": 2, "grad_checkpoint": True}],
+    ids=["plain", "tiled", "in parts"],
+)
 def test_two_processes_train_like_one(changes, student, training_set, tmp_path):
-    """torchrun with gloo, the global batch split over ranks: the same weights up to float32 summation order."""
+    """torchrun with gloo, the global batch split over ranks: the same weights up to float32
+    summation order.
+    """
     outputs = []
     for processes in (1, 2):
-        run = make_run(student, training_set, tmp_path / str(processes), "combined", samples=80, processes=processes,
-                       **{"loss_kernel": "plain"} | (changes if processes == 2 else changes | {"loss_kernel": "plain"}))
+        run = make_run(
+            student,
+            training_set,
+            tmp_path / str(processes),
+            "combined",
+            samples=80,
+            processes=processes,
+            **{"loss_kernel": "plain"}
+            | (changes if processes == 2 else changes | {"loss_kernel": "plain"}),
+        )
         plan.run_recipe([run])
         model = trainer.models.create(f"local-dir:{run.out}")[0]
         with torch.no_grad():
-            outputs.append(model.encode_image(torch.linspace(-1, 1, 5 * 3 * 16 * 16).view(5, 3, 16, 16)))
+            outputs.append(
+                model.encode_image(torch.linspace(-1, 1, 5 * 3 * 16 * 16).view(5, 3, 16, 16))
+            )
         assert not Path(run.scratch).exists()
-    one, two = (plan.history([dataclasses.replace(run, out=str(tmp_path / p / "out"))]) for p in ("1", "2"))
-    assert {"clip", "clip_syn", "affinity", "affinity_syn", "cluster", "instance"} < set(one.columns)
-    for column in one.columns:  # the mean of ten steps: also the gradients of the nine before the last agree
+    one, two = (
+        plan.history([dataclasses.replace(run, out=str(tmp_path / p / "out"))]) for p in ("1", "2")
+    )
+    assert {"clip", "clip_syn", "affinity", "affinity_syn", "cluster", "instance"} < set(
+        one.columns
+    )
+    for (
+        column
+    ) in one.columns:  # the mean of ten steps: also the gradients of the nine before the last agree
         assert one[column][0] == pytest.approx(two[column][0], rel=1e-5), column
-    # not the weights: those without a gradient (the keys' biases) get AdamW's steps from rounding errors alone
+    # not the weights: those without a gradient (the keys' biases) get AdamW's steps from rounding
+    # errors alone
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-3, atol=1e-4)
 
 
@@ -221,7 +326,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(student, training_set, tmp_path
 
 def test_a_failing_run_is_told_with_its_log(student, training_set, tmp_path):
     run = make_run("local-dir:/nowhere", training_set, tmp_path)
-    with pytest.raises(plan.TrainingError, match=r"(?s)clip seed 0 ended with exit status 1.*log\.txt.*nowhere"):
+    with pytest.raises(
+        plan.TrainingError, match=r"(?s)clip seed 0 ended with exit status 1.*log\.txt.*nowhere"
+    ):
         plan.run_recipe([run])
 
 
@@ -235,13 +342,22 @@ def test_finished_seeds_are_not_trained_again(student, training_set, tmp_path):
 
 def test_planning_and_waiting_need_neither_torch_nor_open_clip():
     code = "import sys, mclip.distill; print([m for m in ('torch', 'open_clip', 'torchvision') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )
 
 
 def test_learning_rate_warms_up_and_falls_to_its_floor():
     t = TRAIN.model_copy(update={"warmup_steps": 10, "lr_min": 1e-5})
     lr = [trainer.learning_rate(i, 100, t, 1e-3) for i in range(101)]
-    assert lr[0] == pytest.approx(1e-4) and lr[9] == pytest.approx(1e-3) and lr[100] == pytest.approx(1e-5)
+    assert (
+        lr[0] == pytest.approx(1e-4)
+        and lr[9] == pytest.approx(1e-3)
+        and lr[100] == pytest.approx(1e-5)
+    )
     assert all(a >= b for a, b in itertools.pairwise(lr[10:]))
 
 

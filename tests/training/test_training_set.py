@@ -1,4 +1,6 @@
-"""mclip.distill.targets: both loaders serve the same content; rows of all the parts belong together."""
+"""mclip.distill.targets: both loaders serve the same content; rows of all the parts belong
+together.
+"""
 
 import dataclasses
 import shutil
@@ -39,7 +41,9 @@ def test_pixels_are_the_replayed_augmentations(training_set, world):
     side, pixels = loaded(spec)
     assert pixels.shape == (N - 1, 3, 3, PX, PX) and pixels.dtype == np.uint8
     stored = reinforced.read_shard(world / "reinforced", 1)
-    sample = next(s for s in shards.iter_samples(world / "pairs", shards=[1]) if s.key == stored.keys[2])
+    sample = next(
+        s for s in shards.iter_samples(world / "pairs", shards=[1]) if s.key == stored.keys[2]
+    )
     expected = augment.replay_all(shards.decode(sample), stored.augment[2], PX)
     assert np.array_equal(pixels[side.row[side.keys.index(stored.keys[2])]], expected)
 
@@ -59,14 +63,19 @@ def test_a_batch_holds_one_sample_a_row(training_set):
     assert batch["image"].shape == (8, 3, PX, PX) and batch["tokens"].shape == (8, 8)
     assert torch.equal(batch["teacher_image"], batch["ensemble_image"][:, 6:11])
     for i in range(8):
-        at = [j for j in range(len(side)) if torch.equal(side.arrays["ensemble_texts"][j, 0].float(),
-                                                        batch["ensemble_text"][i])]
+        at = [
+            j
+            for j in range(len(side))
+            if torch.equal(side.arrays["ensemble_texts"][j, 0].float(), batch["ensemble_text"][i])
+        ]
         assert len(at) == 1
         j = at[0]
         assert int(batch["ids"][i]) == caption_id(side.captions[j])
         assert torch.equal(batch["tokens"][i], TOKENIZER([side.captions[j]])[0])
         view = next(v for v in range(3) if np.array_equal(pixels[j, v], batch["image"][i].numpy()))
-        assert torch.equal(batch["ensemble_image"][i], side.arrays["ensemble_image"][j, view].float())
+        assert torch.equal(
+            batch["ensemble_image"][i], side.arrays["ensemble_image"][j, view].float()
+        )
         syn = [int(v) for v in batch["syn_ids"]][i]
         assert syn in [caption_id(t) for t in side.syn_text[j]]
 
@@ -76,14 +85,18 @@ def test_batches_are_a_function_of_seed_and_step_and_cover_an_epoch(training_set
     a, b = (loaders.CachedLoader(side, pixels, 8, seed=3) for _ in range(2))
     a.batch(0)
     assert all(torch.equal(v, b.batch(2)[k]) for k, v in a.batch(2).items())
-    images = torch.cat([loaders.CachedLoader(side, pixels[:, :1], 8, seed=3).batch(i)["image"] for i in range(3)])
+    images = torch.cat(
+        [loaders.CachedLoader(side, pixels[:, :1], 8, seed=3).batch(i)["image"] for i in range(3)]
+    )
     assert len({bytes(x.numpy()) for x in images}) == N
 
 
 def test_ranks_share_a_global_batch(training_set):
     side, pixels = loaded(training_set("all"))
     whole = loaders.CachedLoader(side, pixels, 8, seed=0).batch(0)
-    parts = [loaders.CachedLoader(side, pixels, 8, seed=0, rank=r, world=2).batch(0) for r in range(2)]
+    parts = [
+        loaders.CachedLoader(side, pixels, 8, seed=0, rank=r, world=2).batch(0) for r in range(2)
+    ]
     together = torch.stack([parts[0]["image"], parts[1]["image"]], 1).flatten(0, 1)
     assert torch.equal(together, whole["image"])
 
@@ -93,7 +106,9 @@ def test_a_fraction_is_the_same_pairs_of_every_kind(training_set, kind):
     whole, _ = loaded(training_set(kind))
     options = {"teacher": "large", "synthetic": kind == "reinforced"}
     side, pixels = loaded(training_set(kind, fraction=0.5, **options))
-    assert side.keys == [key for key in whole.keys if in_part(key, 0.5)] and 0 < len(side) < len(whole)
+    assert side.keys == [key for key in whole.keys if in_part(key, 0.5)] and 0 < len(side) < len(
+        whole
+    )
     assert targets.pair_count(training_set(kind, fraction=0.5)) == len(side)
     assert all(len(values) == len(side) for values in side.arrays.values())
     everything, all_pixels = loaded(training_set(kind, **options))
@@ -110,9 +125,16 @@ def test_a_fraction_without_pairs_is_told(training_set):
         targets.load_side(training_set("all", fraction=1e-9))
 
 
-@pytest.mark.parametrize("kind, fraction", [("all", 1), ("kept", 1), ("reinforced", 1), ("reinforced", 0.6)])
+@pytest.mark.parametrize(
+    "kind, fraction", [("all", 1), ("kept", 1), ("reinforced", 1), ("reinforced", 0.6)]
+)
 def test_streamed_content_equals_cached(training_set, kind, fraction):
-    spec = training_set(kind, teacher=None if kind == "all" else "large", synthetic=kind == "reinforced", fraction=fraction)
+    spec = training_set(
+        kind,
+        teacher=None if kind == "all" else "large",
+        synthetic=kind == "reinforced",
+        fraction=fraction,
+    )
     side, pixels = loaded(spec)
     stream = loaders.StreamedLoader(spec, TOKENIZER, 8, seed=0, workers=0, teacher_slice=[6, 11])
     seen = set()
@@ -124,10 +146,14 @@ def test_streamed_content_equals_cached(training_set, kind, fraction):
             seen.add(side.keys[j])
             assert int(batch["ids"][i]) == caption_id(side.captions[j])
             if kind == "kept":
-                assert torch.equal(batch["teacher_image"][i], side.arrays["teacher_image"][j].float())
+                assert torch.equal(
+                    batch["teacher_image"][i], side.arrays["teacher_image"][j].float()
+                )
                 assert batch["label"][i] == side.arrays["label"][j]
             if kind == "reinforced":
-                assert torch.equal(batch["ensemble_image"][i], side.arrays["ensemble_image"][j, view].float())
+                assert torch.equal(
+                    batch["ensemble_image"][i], side.arrays["ensemble_image"][j, view].float()
+                )
     assert len(seen) == len(side)  # two epochs' worth: nothing is left out
 
 
@@ -135,17 +161,23 @@ def test_streamed_content_equals_cached(training_set, kind, fraction):
 def test_more_in_a_batch_than_there_are_pairs_is_refused(training_set, kind):
     spec = training_set(kind)
     count = len(targets.load_side(spec))
-    with pytest.raises(ValueError, match=f"batch_size {count + 1} is more than the {count} pairs there are"):
+    with pytest.raises(
+        ValueError, match=f"batch_size {count + 1} is more than the {count} pairs there are"
+    ):
         loaders.StreamedLoader(spec, TOKENIZER, count + 1, seed=0, workers=0)
     side, pixels = loaded(spec)
-    with pytest.raises(ValueError, match=f"batch_size {count + 1} is more than the {count} pairs there are"):
+    with pytest.raises(
+        ValueError, match=f"batch_size {count + 1} is more than the {count} pairs there are"
+    ):
         loaders.CachedLoader(side, pixels, count + 1, seed=0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_is_a_function_of_its_seed(training_set, workers):
     spec = training_set("reinforced", teacher="large", synthetic=True)
-    a, b, other = (loaders.StreamedLoader(spec, TOKENIZER, 8, seed=seed, workers=workers) for seed in (3, 3, 4))
+    a, b, other = (
+        loaders.StreamedLoader(spec, TOKENIZER, 8, seed=seed, workers=workers) for seed in (3, 3, 4)
+    )
     differs = False
     for step in range(5):
         one, two, three = a.batch(step), b.batch(step), other.batch(step)
@@ -157,8 +189,12 @@ def test_a_stream_is_a_function_of_its_seed(training_set, workers):
 def test_streaming_reads_each_shard_once_and_decodes_what_it_gives(training_set, monkeypatch):
     read, decoded = [], []
     iter_samples, decode = shards.iter_samples, shards.decode
-    monkeypatch.setattr(shards, "iter_samples", lambda *a, **k: read.append(k) or iter_samples(*a, **k))
-    monkeypatch.setattr(shards, "decode", lambda sample: decoded.append(sample.key) or decode(sample))
+    monkeypatch.setattr(
+        shards, "iter_samples", lambda *a, **k: read.append(k) or iter_samples(*a, **k)
+    )
+    monkeypatch.setattr(
+        shards, "decode", lambda sample: decoded.append(sample.key) or decode(sample)
+    )
     stream = loaders.StreamedLoader(training_set("all"), TOKENIZER, 12, seed=0, workers=0)
     for step in range(2):
         stream.batch(step)
@@ -166,20 +202,36 @@ def test_streaming_reads_each_shard_once_and_decodes_what_it_gives(training_set,
 
 
 @pytest.mark.parametrize("kind", ["all", "kept", "reinforced"])
-def test_a_stream_opens_a_shard_and_what_belongs_to_it_only(training_set, world, tmp_path, monkeypatch, kind):
+def test_a_stream_opens_a_shard_and_what_belongs_to_it_only(
+    training_set, world, tmp_path, monkeypatch, kind
+):
     root = shutil.copytree(world, tmp_path / "world")
-    folders = {k: str(root / k) for k in ("pairs", "balance", "clusters", "embeddings", "reinforced", "cache")}
+    folders = {
+        k: str(root / k)
+        for k in ("pairs", "balance", "clusters", "embeddings", "reinforced", "cache")
+    }
     spec = training_set(kind, teacher="large", **folders)
     whole = targets.load_side(spec)
     sides = targets.ShardSides(spec)
-    for path in [*root.glob("embeddings/large/*/*_000[02].*"), *root.glob("reinforced/*_000[02].*")]:
+    for path in [
+        *root.glob("embeddings/large/*/*_000[02].*"),
+        *root.glob("reinforced/*_000[02].*"),
+    ]:
         path.unlink()
-    for of in ("balanced.read", "balanced.kept", "clustered.read", "clustered.labels", "embedded.load"):
+    for of in (
+        "balanced.read",
+        "balanced.kept",
+        "clustered.read",
+        "clustered.labels",
+        "embedded.load",
+    ):
         monkeypatch.setattr(f"mclip.data.{of}", None)  # the tables are not read again either
     targets.ShardSides(spec)
     side, stored = sides(1, list(shards.iter_samples(root / "pairs", shards=[1])))
     place = [i for i, key in enumerate(whole.keys) if key in {f"k{i:03d}" for i in range(8, 16)}]
-    assert side.keys == [whole.keys[i] for i in place] and side.captions == [whole.captions[i] for i in place]
+    assert side.keys == [whole.keys[i] for i in place] and side.captions == [
+        whole.captions[i] for i in place
+    ]
     assert side.arrays.keys() == whole.arrays.keys() and (stored is None) == (kind != "reinforced")
     for name, values in side.arrays.items():
         assert torch.equal(values, whole.arrays[name][place])
@@ -189,15 +241,26 @@ def test_a_stream_opens_a_shard_and_what_belongs_to_it_only(training_set, world,
 
 def test_a_pair_without_a_label_or_an_embedding_is_named(training_set, world, tmp_path):
     few = cluster_store.read(world / "clusters")
-    cluster_store.write(tmp_path / "clusters", dataclasses.replace(few, labels=few.labels[:-2], keys=few.keys[:-2],
-                                                               similarity=few.similarity[:-2]))
-    spec = training_set("all", teacher="large", clusters=str(tmp_path / "clusters"), cache=str(tmp_path))
+    cluster_store.write(
+        tmp_path / "clusters",
+        dataclasses.replace(
+            few, labels=few.labels[:-2], keys=few.keys[:-2], similarity=few.similarity[:-2]
+        ),
+    )
+    spec = training_set(
+        "all", teacher="large", clusters=str(tmp_path / "clusters"), cache=str(tmp_path)
+    )
     samples = list(shards.iter_samples(spec.pairs, shards=[2]))
     for call in (lambda: targets.load_side(spec), lambda: targets.ShardSides(spec)(2, samples)):
-        with pytest.raises(ValueError, match="no cluster label for 2 pairs, the first is k022; run `dvc repro cluster`"):
+        with pytest.raises(
+            ValueError,
+            match="no cluster label for 2 pairs, the first is k022; run `dvc repro cluster`",
+        ):
             call()
     strange = [samples[0]._replace(key="k001")]
-    with pytest.raises(ValueError, match="no embedding of 1 pairs, the first is k001; run `dvc repro embed`"):
+    with pytest.raises(
+        ValueError, match="no embedding of 1 pairs, the first is k001; run `dvc repro embed`"
+    ):
         targets.ShardSides(training_set("all", teacher="large", cache=str(tmp_path)))(2, strange)
 
 

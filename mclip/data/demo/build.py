@@ -2,10 +2,10 @@
 
     build(params.load().data)       # data/pairs and data/eval/*; half a minute, after the download (0.3 GB)
 
-Trained on: three emoji styles with CLDR's names, part of CIFAR-10's training images with CLIP's templates.
-Never trained on: every seventh base concept with all its variants, in any style (emoji-unseen,
-emoji-subgroup); OpenMoji (a style shift, as ImageNet-R and -Sketch are); CIFAR-10's test images. The
-evaluation sets have the layout that CLIP_benchmark reads (`wds/...`).
+Trained on: three emoji styles with CLDR's names, part of CIFAR-10's training images with CLIP's
+templates. Never trained on: every seventh base concept with all its variants, in any style
+(emoji-unseen, emoji-subgroup); OpenMoji (a style shift, as ImageNet-R and -Sketch are); CIFAR-10's
+test images. The evaluation sets have the layout that CLIP_benchmark reads (`wds/...`).
 """
 
 from collections import Counter
@@ -17,12 +17,30 @@ import numpy as np
 from mclip import params
 from mclip.data import fetch, shards, tars
 from mclip.data.demo import emoji
-from mclip.data.demo.packages import EMOJI_STYLES, UNSEEN_STYLES, Item, packages_of, read_images, tables
+from mclip.data.demo.packages import (
+    EMOJI_STYLES,
+    UNSEEN_STYLES,
+    Item,
+    packages_of,
+    read_images,
+    tables,
+)
 from mclip.params import registry
 from mclip.system.files import whole_folder, write_json
 
 NONE = "none.txt"  # what lies in the evaluation folder where the pairs are not the demo's
-CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+CIFAR_CLASSES = [
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+]
 CIFAR_TEMPLATES = [  # CLIP's own for CIFAR-10
     f"a {look}photo of {article} {size}{{c}}."
     for article in ("a", "the")
@@ -84,14 +102,18 @@ def no_eval(out: str | Path = "data") -> None:
     """`out`/eval without a set, where `data.source` is not the demo; ValueError as in `build`."""
     _only_ours(folder := Path(out) / "eval")
     with whole_folder(folder) as scratch:  # not empty: DVC restores no empty folder
-        (scratch / NONE).write_text(f"data.source is webdataset; copies of the hub's sets lie in {registry.ROOT}\n")
+        (scratch / NONE).write_text(
+            f"data.source is webdataset; copies of the hub's sets lie in {registry.ROOT}\n"
+        )
 
 
 def _only_ours(folder: Path) -> None:
     for path in sorted(folder.glob("*")):
         if path.name != NONE and not (path / "manifest.json").is_file():
-            raise ValueError(f"{path} was not made here, and the stage data makes all of {folder} anew: "
-                             f"move it to {registry.ROOT}")
+            raise ValueError(
+                f"{path} was not made here, and the stage data makes all of {folder} anew: "
+                f"move it to {registry.ROOT}"
+            )
 
 
 def write_eval(
@@ -105,7 +127,8 @@ def write_eval(
     """One evaluation set in CLIP_benchmark's webdataset layout.
 
     test/0.tar, test/nshards.txt, (train/...,) and for classification classnames.txt and
-    zeroshot_classification_templates.txt, one a line, `{c}` for the class; dataset_type.txt says which task.
+    zeroshot_classification_templates.txt, one a line, `{c}` for the class; dataset_type.txt says
+    which task.
     """
     task = "retrieval" if classes is None else "classification"
     manifest = {"task": task, "splits": {}, **info}
@@ -127,7 +150,9 @@ def write_eval(
     (folder / "dataset_type.txt").write_text(task + "\n")
     if classes is not None:
         (folder / "classnames.txt").write_text("".join(f"{c}\n" for c in classes), encoding="utf-8")
-        (folder / "zeroshot_classification_templates.txt").write_text("".join(f"{t}\n" for t in templates))
+        (folder / "zeroshot_classification_templates.txt").write_text(
+            "".join(f"{t}\n" for t in templates)
+        )
         manifest["classes"] = len(classes)
     write_json(folder / "manifest.json", manifest)
     return manifest
@@ -147,7 +172,9 @@ def read_eval(folder: str | Path, *, count: int) -> list[tuple[bytes, str]]:
 # ------------------------------------------------------------------------------------------- what goes where
 
 
-def _emoji_pairs(trained, styles, images, packages, seed) -> tuple[list[shards.Sample], list[dict[str, Any]]]:
+def _emoji_pairs(
+    trained, styles, images, packages, seed
+) -> tuple[list[shards.Sample], list[dict[str, Any]]]:
     samples, skipped = [], []
     for style in styles:
         package = EMOJI_STYLES[style][0]
@@ -195,10 +222,16 @@ def _cifar_pairs(photos: list[Item], seed: int) -> list[shards.Sample]:
 
 def _eval_sets(trained, unseen, shifted, styles, images, photos) -> dict[str, dict[str, Any]]:
     """{set: arguments of write_eval}"""
-    # a few pictures are the same for several concepts (flags of territories, families): one that was trained on
-    # under another name is not unseen, and one that OpenMoji gives to several concepts (in black, every flag)
-    # has no right answer
-    known = {images[s][v.code] for s in styles for c in trained for v in c.variants if v.code in images[s]}
+    # a few pictures are the same for several concepts (flags of territories, families): one that
+    # was trained on under another name is not unseen, and one that OpenMoji gives to several
+    # concepts (in black, every flag) has no right answer
+    known = {
+        images[s][v.code]
+        for s in styles
+        for c in trained
+        for v in c.variants
+        if v.code in images[s]
+    }
     drawn = [(s, c) for c in unseen for s in styles if c.code in images[s]]
     of_styles = [(s, c) for s, c in drawn if images[s][c.code] not in known]
     subgroups = sorted({c.subgroup for _, c in of_styles})
@@ -218,7 +251,9 @@ def _eval_sets(trained, unseen, shifted, styles, images, photos) -> dict[str, di
             },
         },
         "emoji-unseen": {
-            "splits": {"test": [Item(f"{s}-{c.code}", images[s][c.code], c.name) for s, c in of_styles]},
+            "splits": {
+                "test": [Item(f"{s}-{c.code}", images[s][c.code], c.name) for s, c in of_styles]
+            },
             "classes": None,
             "templates": None,
             "info": {
@@ -230,8 +265,14 @@ def _eval_sets(trained, unseen, shifted, styles, images, photos) -> dict[str, di
         },
         "emoji-subgroup": {
             "splits": {
-                "test": [Item(f"{s}-{c.code}", images[s][c.code], label[c.subgroup]) for s, c in of_styles],
-                "train": [Item(f"{styles[0]}-{c.code}", images[styles[0]][c.code], label[c.subgroup]) for c in probe],
+                "test": [
+                    Item(f"{s}-{c.code}", images[s][c.code], label[c.subgroup])
+                    for s, c in of_styles
+                ],
+                "train": [
+                    Item(f"{styles[0]}-{c.code}", images[styles[0]][c.code], label[c.subgroup])
+                    for c in probe
+                ],
             },
             "classes": named,
             "templates": emoji.TEMPLATES,
@@ -247,7 +288,11 @@ def _eval_sets(trained, unseen, shifted, styles, images, photos) -> dict[str, di
         shared = Counter(images[style][c.code] for c in drawn)
         clear = [c for c in drawn if shared[images[style][c.code]] == 1]
         sets[style] = {
-            "splits": {"test": [Item(f"{style}-{c.code}", images[style][c.code], i) for i, c in enumerate(clear)]},
+            "splits": {
+                "test": [
+                    Item(f"{style}-{c.code}", images[style][c.code], i) for i, c in enumerate(clear)
+                ]
+            },
             "classes": [c.name for c in clear],
             "templates": emoji.TEMPLATES,
             "info": {
@@ -261,4 +306,7 @@ def _eval_sets(trained, unseen, shifted, styles, images, photos) -> dict[str, di
 
 def _sources(names: list[str]) -> list[dict[str, str]]:
     found = [fetch.PACKAGES[name] for name in dict.fromkeys(names)]
-    return [{"package": p.name, "version": p.version, "registry": p.ecosystem, "licence": p.licence} for p in found]
+    return [
+        {"package": p.name, "version": p.version, "registry": p.ecosystem, "licence": p.licence}
+        for p in found
+    ]

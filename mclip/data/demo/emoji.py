@@ -1,7 +1,7 @@
 """Emoji as concepts: what there is, what is held out, what a picture of one is called.
 
-A base concept is an entry of emoji.json ("waving hand"); its skin-tone variants belong to it. Names and
-keywords are the English ones of CLDR, in lower case plain text.
+A base concept is an entry of emoji.json ("waving hand"); its skin-tone variants belong to it. Names
+and keywords are the English ones of CLDR, in lower case plain text.
 """
 
 import hashlib
@@ -57,14 +57,17 @@ def concepts(
     Parameters
     ----------
     emoji_json : emoji-datasource's emoji.json
-    annotations : CLDR's annotations and annotationsDerived together: {emoji: {"tts": [name], "default": [..]}}
+    annotations : CLDR's annotations and annotationsDerived together: {emoji: {"tts": [name],
+        "default": [..]}}
     """
     named = {text.replace("\ufe0f", ""): entry for text, entry in annotations.items()}
 
     def variant(unified: str, tone: str) -> Variant:
         code = image_code(unified)
         entry = named["".join(chr(int(point, 16)) for point in code.split("-"))]
-        return Variant(code, plain(entry["tts"][0]), tuple(k.lower() for k in entry.get("default", ())), tone)
+        return Variant(
+            code, plain(entry["tts"][0]), tuple(k.lower() for k in entry.get("default", ())), tone
+        )
 
     entries = sorted(emoji_json, key=lambda e: e["unified"])
     if limit is not None and limit < len(entries):
@@ -75,12 +78,16 @@ def concepts(
         for tones, skin in sorted(entry.get("skin_variations", {}).items()):
             words = " and ".join(dict.fromkeys(SKIN_TONES[t] for t in tones.split("-")))
             variants.append(variant(skin["unified"], f"{words} skin tone"))
-        found.append(Concept(variants[0].name, entry["category"], entry["subcategory"], tuple(variants)))
+        found.append(
+            Concept(variants[0].name, entry["category"], entry["subcategory"], tuple(variants))
+        )
     return found
 
 
 def held_out(found: Sequence[Concept], every: int) -> tuple[list[Concept], list[Concept]]:
-    """(trained, held out): every `every`-th base concept, from the first, is never trained on in any style."""
+    """(trained, held out): every `every`-th base concept, from the first, is never trained on in
+    any style.
+    """
     return [c for i, c in enumerate(found) if i % every], list(found[::every])
 
 
@@ -107,7 +114,9 @@ def digest(*parts: object) -> bytes:
 
 
 def plain(tts: str) -> str:
-    """CLDR's name as running text: "flag: Chad" -> "flag of chad", "foot: dark skin tone" -> "foot, dark ..."."""
+    """CLDR's name as running text: "flag: Chad" -> "flag of chad", "foot: dark skin tone" -> "foot,
+    dark ...".
+    """
     text = tts.lower().translate({0x201C: None, 0x201D: None, 0x2019: "'"})
     head, colon, tail = text.partition(": ")
     if colon and head == "flag":

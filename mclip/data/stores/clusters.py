@@ -26,9 +26,10 @@ class ClusterError(ValueError):
 
 @dataclass(frozen=True)
 class Clusters:
-    """centres (k, d) float32, unit norm; row i of `labels` (n,) int64 and `similarity` (n,) float32, the cosine
-    to its own centre, belongs to `keys[i]`; objective (iterations,): mean similarity before each update of the
-    centres; warning: "" or one line about the choice of k."""
+    """centres (k, d) float32, unit norm; row i of `labels` (n,) int64 and `similarity` (n,)
+    float32, the cosine to its own centre, belongs to `keys[i]`; objective (iterations,): mean
+    similarity before each update of the centres; warning: "" or one line about the choice of k.
+    """
 
     centres: np.ndarray
     labels: np.ndarray
@@ -44,8 +45,12 @@ class Clusters:
 
 
 def write(folder: str | Path, result: Clusters) -> None:
-    """FOLDER/centres.npy and FOLDER/labels.parquet: key, label, similarity (the objective in its metadata)."""
-    content = pa.table({"key": result.keys, "label": result.labels, "similarity": result.similarity})
+    """FOLDER/centres.npy and FOLDER/labels.parquet: key, label, similarity (the objective in its
+    metadata).
+    """
+    content = pa.table(
+        {"key": result.keys, "label": result.labels, "similarity": result.similarity}
+    )
     about = {"objective": [float(x) for x in result.objective], "warning": result.warning}
     buffer = io.BytesIO()
     np.save(buffer, result.centres, allow_pickle=False)
@@ -65,7 +70,9 @@ def read(folder: str | Path) -> Clusters:
     except (pa.ArrowException, KeyError, ValueError) as err:
         raise _other(folder, err) from None
     _check(labels, label, len(centres))
-    return Clusters(centres, label, similarity, np.array(about["objective"]), as_keys(key), about["warning"])
+    return Clusters(
+        centres, label, similarity, np.array(about["objective"]), as_keys(key), about["warning"]
+    )
 
 
 def read_centres(folder: str | Path) -> np.ndarray:
@@ -103,8 +110,12 @@ def _there(path: Path) -> Path:
 def _check(path: Path, label: np.ndarray, centres: int) -> None:
     outside = label[(label < 0) | (label >= centres)]
     if len(outside):
-        raise ClusterError(f"{path}: label {outside[0]}, but there are {centres} centres: run `dvc repro -f cluster`")
+        raise ClusterError(
+            f"{path}: label {outside[0]}, but there are {centres} centres: run `dvc repro -f cluster`"
+        )
 
 
 def _other(folder: str | Path, err: Exception) -> ClusterError:
-    return ClusterError(f"{folder} holds no files of mclip.cluster: run `dvc repro -f cluster` ({err})")
+    return ClusterError(
+        f"{folder} holds no files of mclip.cluster: run `dvc repro -f cluster` ({err})"
+    )

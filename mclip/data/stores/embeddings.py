@@ -5,13 +5,15 @@
     FOLDER/metadata/metadata_0000.parquet    key, image_path (= key), caption
     FOLDER/meta.json                         which model and weights, which input shards
 
-Of clip-retrieval's: no zero padding or any, files in natural order, metadata and text optional, rows normalised if they
-are not. Apart from how embeddings are made, so that who only reads them is not made anew when a model's code changes.
+Of clip-retrieval's: no zero padding or any, files in natural order, metadata and text optional,
+rows normalised if they are not. Apart from how embeddings are made, so that who only reads them is
+not made anew when a model's code changes.
 
     embeddings = mclip.data.stores.embeddings.load("data/embeddings/large")
     embeddings.image        # (n, d) fp16
 
-Web sets are too large for that: `index` has their keys and files and reads no row, `load_shard` reads one shard.
+Web sets are too large for that: `index` has their keys and files and reads no row, `load_shard`
+reads one shard.
 """
 
 import json
@@ -33,9 +35,12 @@ class EmbeddingsError(ValueError):
 class Embeddings:
     """Row i of `image` and `text` belongs to `keys[i]`.
 
-    keys : n sample keys. image : (n, d) fp16, unit norm. text : (n, d) fp16 or None where there is none.
-    logit_scale : the teacher's own, exponentiated (100 where the folder doesn't say). model : its name or "".
-    captions : n true captions, or None. shard : (n,) the number of each row's file, ours: of its shard of pairs.
+    keys : n sample keys. image : (n, d) fp16, unit norm. text : (n, d) fp16 or None where there is
+        none.
+    logit_scale : the teacher's own, exponentiated (100 where the folder doesn't say). model : its
+        name or "".
+    captions : n true captions, or None. shard : (n,) the number of each row's file, ours: of its
+        shard of pairs.
     """
 
     keys: list[str]
@@ -49,8 +54,10 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Index:
-    """A folder without its rows: row i of the files in `image`, one after the other, belongs to `keys[i]` and comes
-    from the file numbered `shard[i]`. What takes a list of files (`mclip.data.stores.rows.Rows`) reads them block by block."""
+    """A folder without its rows: row i of the files in `image`, one after the other, belongs to
+    `keys[i]` and comes from the file numbered `shard[i]`. What takes a list of files
+    (`mclip.data.stores.rows.Rows`) reads them block by block.
+    """
 
     keys: np.ndarray
     image: list[Path]
@@ -58,7 +65,8 @@ class Index:
 
 
 def load(folder: str | Path, limit: int | None = None) -> Embeddings:
-    """Read a folder of embeddings (ours or clip-retrieval's); EmbeddingsError in one line if it is broken.
+    """Read a folder of embeddings (ours or clip-retrieval's); EmbeddingsError in one line if it is
+    broken.
 
     limit : about so many rows at most, of whole files that are spread over the folder.
     """
@@ -68,7 +76,10 @@ def load(folder: str | Path, limit: int | None = None) -> Embeddings:
     if limit is not None and sum(rows) > limit:
         few = max(1, int(limit / (sum(rows) / len(rows))))
         places = np.unique(np.linspace(0, len(rows) - 1, few).round().astype(int))
-        files, rows = dict(np.array(list(files.items()), object)[places].tolist()), [rows[i] for i in places]
+        files, rows = (
+            dict(np.array(list(files.items()), object)[places].tolist()),
+            [rows[i] for i in places],
+        )
     image = _stack(list(files.values()))
     text_files = _numbered(folder, "text_emb")
     if limit is not None:
@@ -78,33 +89,45 @@ def load(folder: str | Path, limit: int | None = None) -> Embeddings:
         raise EmbeddingsError(f"{folder}: {len(image)} image rows but {len(text)} text rows")
     keys, captions = _keys(folder, files, len(image), _numbered(folder, "metadata"))
     scale = float(meta.get("logit_scale", 100.0))
-    return Embeddings(keys, image, text, scale, meta.get("model", ""), captions, np.repeat(list(files), rows))
+    return Embeddings(
+        keys, image, text, scale, meta.get("model", ""), captions, np.repeat(list(files), rows)
+    )
 
 
 def index(folder: str | Path) -> Index:
-    """Keys and image files of a folder; EmbeddingsError as in `load`, but for what only the rows would tell."""
+    """Keys and image files of a folder; EmbeddingsError as in `load`, but for what only the rows
+    would tell.
+    """
     folder = Path(folder)
     files, _ = _image_files(folder)
     tables = _numbered(folder, "metadata")
     rows = [len(_rows(path)) for path in files.values()]
     shard = np.repeat(list(files), rows)
     if not tables:
-        return Index(np.array([f"{i:09d}" for i in range(len(shard))], str), list(files.values()), shard)
-    keys = [np.array(_keys(folder, {number: path}, n, tables)[0], str)
-            for (number, path), n in zip(files.items(), rows, strict=True)]
+        return Index(
+            np.array([f"{i:09d}" for i in range(len(shard))], str), list(files.values()), shard
+        )
+    keys = [
+        np.array(_keys(folder, {number: path}, n, tables)[0], str)
+        for (number, path), n in zip(files.items(), rows, strict=True)
+    ]
     return Index(np.concatenate(keys), list(files.values()), shard)
 
 
 def load_shard(folder: str | Path, number: int) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Keys, image and text rows of one shard that `mclip.embed` wrote; the rows stay in their files.
+    """Keys, image and text rows of one shard that `mclip.embed` wrote; the rows stay in their
+    files.
 
-    Raises EmbeddingsError where one of its files is missing or not whole."""
+    Raises EmbeddingsError where one of its files is missing or not whole.
+    """
     files = {part: part_file(Path(folder), part, number) for part in PARTS}
     for path in files.values():
         if not path.is_file():
             raise EmbeddingsError(f"{path} is missing: run `dvc repro embed` first")
     image, text = (_rows(files[part]) for part in ("img_emb", "text_emb"))
-    keys, _ = _keys(Path(folder), {number: files["img_emb"]}, len(image), {number: files["metadata"]})
+    keys, _ = _keys(
+        Path(folder), {number: files["img_emb"]}, len(image), {number: files["metadata"]}
+    )
     return keys, image, text
 
 
@@ -133,8 +156,10 @@ def _image_files(folder: Path) -> tuple[dict[int, Path], dict]:
         raise EmbeddingsError(f"{folder}/img_emb is missing{todo}")
     meta = read_meta(folder)
     if meta and len(meta["shards"]) > len(files):
-        raise EmbeddingsError(f"{folder}: {len(files)} of {len(meta['shards'])} shards embedded: "
-                              "run `dvc repro embed` to the end")
+        raise EmbeddingsError(
+            f"{folder}: {len(files)} of {len(meta['shards'])} shards embedded: "
+            "run `dvc repro embed` to the end"
+        )
     return files, meta
 
 
@@ -160,7 +185,8 @@ def _rows(path: Path) -> np.ndarray:
 
 def _stack(files: list[Path]) -> np.ndarray:
     """Rows of all files, (n, d) fp16 and unit norm; a single fp16 file stays memory-mapped."""
-    # no file stays open: there may be more than a process may open; an empty shard has no columns either
+    # no file stays open: there may be more than a process may open; an empty shard has no columns
+    # either
     counts = {path: len(rows) for path in files if len(rows := _rows(path))}
     if not counts:
         raise EmbeddingsError(f"{files[0].parent}: no rows")
@@ -171,8 +197,10 @@ def _stack(files: list[Path]) -> np.ndarray:
     for path, count in counts.items():
         rows = _unit(path)
         if rows.shape[1] != out.shape[1]:
-            raise EmbeddingsError(f"{path}: {rows.shape[1]} columns, {first.name} has {out.shape[1]}")
-        out[at:at + count] = rows
+            raise EmbeddingsError(
+                f"{path}: {rows.shape[1]} columns, {first.name} has {out.shape[1]}"
+            )
+        out[at : at + count] = rows
         at += count
     return out
 
@@ -180,8 +208,12 @@ def _stack(files: list[Path]) -> np.ndarray:
 def _unit(path: Path) -> np.ndarray:
     """A file's rows, (n, d) fp16 and unit norm; memory-mapped where they are so already."""
     rows = _rows(path)
-    norm = np.concatenate([np.linalg.norm(rows[i:i + 65536].astype(np.float32), axis=1)
-                           for i in range(0, len(rows), 65536)])
+    norm = np.concatenate(
+        [
+            np.linalg.norm(rows[i : i + 65536].astype(np.float32), axis=1)
+            for i in range(0, len(rows), 65536)
+        ]
+    )
     bad = np.flatnonzero(~np.isfinite(norm) | (norm < 1e-6))
     if bad.size:
         what = "is all zeros" if np.isfinite(norm[bad[0]]) else "is not finite"
@@ -191,8 +223,9 @@ def _unit(path: Path) -> np.ndarray:
     return rows if rows.dtype == np.float16 else rows.astype(np.float16)
 
 
-def _keys(folder: Path, files: dict[int, Path], n: int,
-          tables: dict[int, Path]) -> tuple[list[str], list[str] | None]:
+def _keys(
+    folder: Path, files: dict[int, Path], n: int, tables: dict[int, Path]
+) -> tuple[list[str], list[str] | None]:
     """Keys and captions of the files' n rows from the metadata, or row numbers where there is none."""
     if not tables:
         return [f"{i:09d}" for i in range(n)], None

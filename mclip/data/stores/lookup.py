@@ -1,9 +1,11 @@
-"""A number for each of many keys, in a mapped file: who streams a set asks for a shard's keys and reads nothing else.
+"""A number for each of many keys, in a mapped file: who streams a set asks for a shard's keys and
+reads nothing else.
 
     kept = lookup.make("data/cache", "kept", "data/balance/balance.parquet", pieces)  # made once, then mapped
     kept.find(["000000012", "000000013"])  # array([1, -1]): the second isn't there
 
-16 bytes a key on disk, shared by all processes through the page cache; making it takes about 40 in memory.
+16 bytes a key on disk, shared by all processes through the page cache; making it takes about 40 in
+memory.
 """
 
 from collections.abc import Callable, Iterable
@@ -50,15 +52,17 @@ def make(cache: str | Path, name: str, source: str | Path, pieces: Callable[[], 
     pieces : gives (keys, numbers of 0 and more) piece by piece.
 
     Raises
-    ------
-    KeysError where a key is there twice (or, once in 10^19 pairs of keys, two have one 64-bit hash).
+    ------ KeysError where a key is there twice (or, once in 10^19 pairs of keys, two have one
+    64-bit hash).
     """
     source = Path(source)
     state = source.stat()
 
     def build(draft: Path) -> None:
         found = [(hashes(keys), np.asarray(values, np.uint64)) for keys, values in pieces()]
-        ids, values = (np.concatenate([part[i] for part in found] or [np.empty(0, np.uint64)]) for i in (0, 1))
+        ids, values = (
+            np.concatenate([part[i] for part in found] or [np.empty(0, np.uint64)]) for i in (0, 1)
+        )
         order = np.argsort(ids)
         ids, values = ids[order], values[order]
         if (ids[1:] == ids[:-1]).any():

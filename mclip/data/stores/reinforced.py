@@ -1,12 +1,14 @@
-"""The reinforced set on disk: augmentation parameters, synthetic captions, ensemble embeddings (papers.md 2.1).
+"""The reinforced set on disk: augmentation parameters, synthetic captions, ensemble embeddings
+(papers.md 2.1).
 
     data/reinforced/meta.json                      teachers, widths, logit scales, settings, counts
     data/reinforced/reinforced_0000.safetensors    augment (n, n_aug, 4 + 2 ops) f32, image_emb (n, n_aug, D) bf16,
                                                    text_emb (n, 1 + n_syn, D) bf16 (true caption first)
     data/reinforced/reinforced_0000.parquet        key, caption, syn_text (list of n_syn)
 
-Shard i belongs to shard i of the pairs. D is the sum of the teachers' widths; each teacher's slice has unit norm by
-itself. `from_published_sample` reads a sample of Apple's published layout (papers.md 2.6).
+Shard i belongs to shard i of the pairs. D is the sum of the teachers' widths; each teacher's slice
+has unit norm by itself. `from_published_sample` reads a sample of Apple's published layout
+(papers.md 2.6).
 """
 
 import io
@@ -82,7 +84,9 @@ def read_shard(folder: str | Path, index: int) -> Shard:
     tensors, table = _there(folder, index)
     frame, data = pd.read_parquet(table), load_file(tensors)
     if len(frame) != len(data["augment"]):
-        raise ValueError(f"{table}: {len(frame)} rows, but {tensors.name} has {len(data['augment'])}")
+        raise ValueError(
+            f"{table}: {len(frame)} rows, but {tensors.name} has {len(data['augment'])}"
+        )
     return Shard(
         keys=frame["key"].tolist(),
         captions=frame["caption"].tolist(),
@@ -102,23 +106,35 @@ def read_meta(folder: str | Path) -> dict:
 
 
 def pictures(meta: dict) -> dict:
-    """What the augmented pictures of a set depend on, of its meta.json: sets that share it have the same pictures."""
+    """What the augmented pictures of a set depend on, of its meta.json: sets that share it have the
+    same pictures.
+    """
     drawn = ("n_aug", "image_px", "scale_min", "randaugment_ops", "randaugment_magnitude", "seed")
     settings = {k: v for k, v in meta["settings"].items() if k in drawn}
     return settings | {k: meta[k] for k in ("ops", "kept", "pairs", "versions") if k in meta}
 
 
-def select(folder: str | Path, out: str | Path, *, n_aug: int | None = None, n_syn: int | None = None,
-           ensemble: list[str] | None = None, captions: str = "true", plain: Plain | None = None) -> None:
-    """Write a part of a reinforced set as a set of its own; nothing is augmented, captioned or embedded anew.
+def select(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    n_aug: int | None = None,
+    n_syn: int | None = None,
+    ensemble: list[str] | None = None,
+    captions: str = "true",
+    plain: Plain | None = None,
+) -> None:
+    """Write a part of a reinforced set as a set of its own; nothing is augmented, captioned or
+    embedded anew.
 
     Parameters
     ----------
-    n_aug, n_syn : how many augmentations and synthetic captions a sample, the first of those stored; None: all.
-        n_aug 0: the picture itself, whole, with what `plain` says of it.
+    n_aug, n_syn : how many augmentations and synthetic captions a sample, the first of those
+        stored; None: all. n_aug 0: the picture itself, whole, with what `plain` says of it.
     ensemble : teachers, in the order wanted; None: all.
     captions : "synthetic": each sample's first synthetic caption takes the place of the true one.
-    plain : (keys, names) -> (n, 4) crops that hold the whole picture, (n, D) float embeddings by these teachers.
+    plain : (keys, names) -> (n, 4) crops that hold the whole picture, (n, D) float embeddings by
+        these teachers.
 
     Raises
     ------
@@ -138,25 +154,40 @@ def select(folder: str | Path, out: str | Path, *, n_aug: int | None = None, n_s
     for name in names:
         teachers.append(by_name[name] | {"slice": [start, start + by_name[name]["width"]]})
         start += by_name[name]["width"]
-    for index in sorted(int(path.stem.rpartition("_")[2]) for path in Path(folder).glob("reinforced_*.safetensors")):
+    for index in sorted(
+        int(path.stem.rpartition("_")[2]) for path in Path(folder).glob("reinforced_*.safetensors")
+    ):
         shard = read_shard(folder, index)
         rows, image_emb = shard.augment[:, :n_aug], shard.image_emb[:, :n_aug, columns]
         if n_aug == 0:
             crops, found = plain(shard.keys, names)
-            rows = np.pad(crops, ((0, 0), (0, shard.augment.shape[2] - 4)))[:, None].astype(np.float32)  # op 0: none
+            rows = np.pad(crops, ((0, 0), (0, shard.augment.shape[2] - 4)))[:, None].astype(
+                np.float32
+            )  # op 0: none
             image_emb = found[:, None].bfloat16()
         texts, syn_text, text_emb = shard.captions, shard.syn_text, shard.text_emb[:, :, columns]
         if captions == "synthetic":
-            texts, syn_text, text_emb = [s[0] for s in syn_text], [s[1:] for s in syn_text], text_emb[:, 1:]
+            texts, syn_text, text_emb = (
+                [s[0] for s in syn_text],
+                [s[1:] for s in syn_text],
+                text_emb[:, 1:],
+            )
         if n_syn is not None:
             syn_text, text_emb = [s[:n_syn] for s in syn_text], text_emb[:, : 1 + n_syn]
         write_shard(out, index, Shard(shard.keys, texts, syn_text, rows, image_emb, text_emb))
-    settings |= {k: v for k, v in {"n_aug": n_aug, "n_syn": n_syn, "ensemble": ensemble}.items() if v is not None}
+    settings |= {
+        k: v
+        for k, v in {"n_aug": n_aug, "n_syn": n_syn, "ensemble": ensemble}.items()
+        if v is not None
+    }
     if captions == "synthetic" and "n_syn" in meta["settings"]:
         settings["n_syn"] = min(meta["settings"]["n_syn"] - 1, settings["n_syn"])
     if n_aug == 0:
         settings |= {"n_aug": 1, "scale_min": "plain", "randaugment_ops": 0}
-    write_json(Path(out) / "meta.json", meta | {"settings": settings, "teachers": teachers, "captions": captions})
+    write_json(
+        Path(out) / "meta.json",
+        meta | {"settings": settings, "teachers": teachers, "captions": captions},
+    )
 
 
 def from_published_sample(sample: dict[str, bytes]) -> dict:
@@ -167,8 +198,8 @@ def from_published_sample(sample: dict[str, bytes]) -> dict:
     sample : raw bytes by extension: `syn.json`, `paug.json` and `npz` (or `pth.gz`).
 
     Returns
-    -------
-    {"syn_text": [...], "augment": (n_aug, p) float32, "image_emb": (n_aug, D) float32, "text_emb": (1 + n_syn, D)}
+    ------- {"syn_text": [...], "augment": (n_aug, p) float32, "image_emb": (n_aug, D) float32,
+    "text_emb": (1 + n_syn, D)}
 
     Raises
     ------
@@ -178,16 +209,24 @@ def from_published_sample(sample: dict[str, bytes]) -> dict:
         if extension not in sample:
             raise KeyError(f"sample {sample.get('__key__', '?')} has no .{extension}")
     param_aug = json.loads(sample["paug.json"])["param_aug"]
-    if isinstance(param_aug, str):  # the published set holds a JSON string, the training code a list
+    if isinstance(
+        param_aug, str
+    ):  # the published set holds a JSON string, the training code a list
         param_aug = json.loads(param_aug)
     if "npz" in sample:
         with np.load(io.BytesIO(sample["npz"]), allow_pickle=False) as arrays:
-            image_emb, text_emb = (np.asarray(arrays[k], dtype=np.float32) for k in ("image_emb", "text_emb"))
+            image_emb, text_emb = (
+                np.asarray(arrays[k], dtype=np.float32) for k in ("image_emb", "text_emb")
+            )
     elif "pth.gz" in sample:
         import gzip
 
-        data = torch.load(io.BytesIO(gzip.decompress(sample["pth.gz"])), map_location="cpu", weights_only=True)
-        image_emb, text_emb = (torch.as_tensor(data[k]).float().numpy() for k in ("image_emb", "text_emb"))
+        data = torch.load(
+            io.BytesIO(gzip.decompress(sample["pth.gz"])), map_location="cpu", weights_only=True
+        )
+        image_emb, text_emb = (
+            torch.as_tensor(data[k]).float().numpy() for k in ("image_emb", "text_emb")
+        )
     else:
         raise KeyError(f"sample {sample.get('__key__', '?')} has neither .npz nor .pth.gz")
     return {

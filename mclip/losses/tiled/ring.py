@@ -1,4 +1,6 @@
-"""Blocks that pass from rank to rank in a ring: every rank meets every other's, none holds more than two at a time."""
+"""Blocks that pass from rank to rank in a ring: every rank meets every other's, none holds more
+than two at a time.
+"""
 
 from collections.abc import Iterator
 
@@ -8,7 +10,8 @@ from torch import Tensor
 
 
 class Ring:
-    """The ranks of a process group in a circle. group None: this process alone, and nothing is sent.
+    """The ranks of a process group in a circle. group None: this process alone, and nothing is
+    sent.
 
     All ranks must make the same calls in the same order, with tensors of the same shapes.
     """
@@ -18,11 +21,14 @@ class Ring:
         self.world = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
 
-    def turn(self, fixed: list[Tensor], running: list[Tensor]) -> Iterator[tuple[int, list[Tensor], list[Tensor]]]:
+    def turn(
+        self, fixed: list[Tensor], running: list[Tensor]
+    ) -> Iterator[tuple[int, list[Tensor], list[Tensor]]]:
         """Each rank's (rank, fixed, running), this one's own first.
 
-        `fixed` is only read; its next block is on its way while the caller works on the present one. `running` is what
-        the caller changes in place: it goes on with the changes, and at the end the given tensors hold all ranks'.
+        `fixed` is only read; its next block is on its way while the caller works on the present
+        one. `running` is what the caller changes in place: it goes on with the changes, and at the
+        end the given tensors hold all ranks'.
         """
         here, moving = fixed, running
         for step in range(self.world):
@@ -57,8 +63,10 @@ class Ring:
         received = [torch.empty_like(x) for x in sent]
         transfers = []
         for tag, (x, y) in enumerate(zip(sent, received, strict=True)):
-            transfers += [dist.P2POp(dist.isend, x, group=self.group, group_peer=to, tag=tag),
-                          dist.P2POp(dist.irecv, y, group=self.group, group_peer=source, tag=tag)]
+            transfers += [
+                dist.P2POp(dist.isend, x, group=self.group, group_peer=to, tag=tag),
+                dist.P2POp(dist.irecv, y, group=self.group, group_peer=source, tag=tag),
+            ]
         return dist.batch_isend_irecv(transfers), sent, received
 
     @staticmethod

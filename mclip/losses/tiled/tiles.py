@@ -1,8 +1,9 @@
 """What the tiled losses share, and their back ends: `torch_tiles`, `triton_tiles`.
 
-A back end is a module with `add` (forward) and `softmax` (backward) of one tile of logits. All matrix products are
-torch's own: no kernel written here would beat the vendor's at widths of 512 to 1,536, and a fused one would have to
-make each tile once for its rows and once for its columns. So the back ends differ in these two functions alone.
+A back end is a module with `add` (forward) and `softmax` (backward) of one tile of logits. All
+matrix products are torch's own: no kernel written here would beat the vendor's at widths of 512 to
+1,536, and a fused one would have to make each tile once for its rows and once for its columns. So
+the back ends differ in these two functions alone.
 """
 
 import os
@@ -18,24 +19,32 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def backend(name: str, device: torch.device) -> ModuleType:
-    """The module that `name` stands for; auto: Triton's on CUDA where the package is, else plain torch's."""
+    """The module that `name` stands for; auto: Triton's on CUDA where the package is, else plain
+    torch's.
+    """
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {name!r}")
     if name == "triton" or (name == "auto" and device.type == "cuda"):
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(f"backend 'triton' needs CUDA tensors, found {device.type}; use 'auto' or 'torch'")
+            raise ValueError(
+                f"backend 'triton' needs CUDA tensors, found {device.type}; use 'auto' or 'torch'"
+            )
         try:
             from mclip.losses.tiled import triton_tiles
         except ImportError as err:
             if name == "triton":
-                raise ValueError(f"backend 'triton': the package triton can't be imported ({err})") from err
+                raise ValueError(
+                    f"backend 'triton': the package triton can't be imported ({err})"
+                ) from err
         else:
             return triton_tiles
     return torch_tiles
 
 
 def running(like: Tensor, *shape: int) -> Tensor:
-    """(*shape[:-1], 3, n) statistics of n rows before any tile: maximum, sum of exp, sum of exp times difference."""
+    """(*shape[:-1], 3, n) statistics of n rows before any tile: maximum, sum of exp, sum of exp
+    times difference.
+    """
     state = torch.zeros(*shape[:-1], 3, shape[-1], dtype=wide_type(like), device=like.device)
     state[..., 0, :] = -torch.inf
     return state
@@ -79,5 +88,7 @@ def cuts(n: int, tile: int) -> list[slice]:
 
 
 def _in_half(x: Tensor, y: Tensor) -> bool:
-    """Whether the device multiplies halves and sums in float32; CPUs that have bf16 units round each product's sum."""
+    """Whether the device multiplies halves and sums in float32; CPUs that have bf16 units round
+    each product's sum.
+    """
     return x.is_cuda and x.dtype == y.dtype and x.dtype in HALF

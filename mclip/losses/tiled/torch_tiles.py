@@ -1,10 +1,18 @@
-"""A tile of logits into running statistics, and out of them into softmaxes: plain torch, any device."""
+"""A tile of logits into running statistics, and out of them into softmaxes: plain torch, any
+device.
+"""
 
 import torch
 from torch import Tensor
 
 
-def add(rows: Tensor | None, columns: Tensor | None, t: Tensor, s: Tensor | None = None, scale: float = 1.0) -> None:
+def add(
+    rows: Tensor | None,
+    columns: Tensor | None,
+    t: Tensor,
+    s: Tensor | None = None,
+    scale: float = 1.0,
+) -> None:
     """Take a tile into the running statistics, in place.
 
     Parameters
@@ -31,8 +39,15 @@ def add(rows: Tensor | None, columns: Tensor | None, t: Tensor, s: Tensor | None
         state[0] = top
 
 
-def softmax(x: Tensor, row: Tensor | None, column: Tensor | None, *, onto: Tensor | None = None, weight: float = 1.0,
-            scale: float = 1.0) -> Tensor:
+def softmax(
+    x: Tensor,
+    row: Tensor | None,
+    column: Tensor | None,
+    *,
+    onto: Tensor | None = None,
+    weight: float = 1.0,
+    scale: float = 1.0,
+) -> Tensor:
     """onto + weight * (exp(scale x - row) + exp(scale x - column)), of whichever is given: (n, m).
 
     row (n,), column (m,) : log-sum-exps. onto : (n, m), changed in place; None: a new matrix.
@@ -42,5 +57,9 @@ def softmax(x: Tensor, row: Tensor | None, column: Tensor | None, *, onto: Tenso
     for lse_, axis in ((row, 1), (column, 0)):
         if lse_ is not None:
             e = (x - lse_.unsqueeze(axis)).exp_()
-            onto = (e if weight == 1 else e.mul_(weight)) if onto is None else onto.add_(e, alpha=weight)
+            onto = (
+                (e if weight == 1 else e.mul_(weight))
+                if onto is None
+                else onto.add_(e, alpha=weight)
+            )
     return onto

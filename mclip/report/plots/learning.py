@@ -1,4 +1,6 @@
-"""Accuracy over how much: learning curves over samples seen, a panel a set; over what is stored, a panel a kind."""
+"""Accuracy over how much: learning curves over samples seen, a panel a set; over what is stored, a
+panel a kind.
+"""
 
 import itertools
 import math
@@ -12,25 +14,39 @@ from mclip.report.plots.charts import curves
 from mclip.report.plots.theme import COLOURS, MUTED, SPARE, WIDTH
 
 
-def learning(main: pd.DataFrame, level: pd.DataFrame, *, title: str, labels: Mapping[str, str]) -> Figure:
+def learning(
+    main: pd.DataFrame, level: pd.DataFrame, *, title: str, labels: Mapping[str, str]
+) -> Figure:
     """Mean and one standard deviation over the seeds of each recipe; samples on a logarithmic axis.
 
     Parameters
     ----------
     main : columns recipe, samples, set, value (a fraction).
-    level : rows of the same columns, of one recipe: their mean over the seeds is a dotted line across the panel.
+    level : rows of the same columns, of one recipe: their mean over the seeds is a dotted line
+        across the panel.
     labels : recipe -> what to call it.
     """
     names = list(dict.fromkeys(main["set"]))
     across = level.groupby("set")["value"].mean()
-    colour = COLOURS.get(next(iter(level["recipe"]), "").partition(" ")[0], MUTED)  # "clip on all pairs" is CLIP's
+    colour = COLOURS.get(
+        next(iter(level["recipe"]), "").partition(" ")[0], MUTED
+    )  # "clip on all pairs" is CLIP's
     rows = -(-len(names) // 2)
     fig, axes = plt.subplots(rows, 2, figsize=(WIDTH, 3.1 * rows), squeeze=False)
     handles, shown = [], []
     for ax, name in zip(axes.flat, names, strict=False):
         own = main[main["set"] == name].assign(percent=lambda f: 100 * f["value"])
-        curves(own, x="samples", y="percent", hue="recipe", title=name, xlabel="samples seen", ylabel="%", ax=ax,
-               marker="o")
+        curves(
+            own,
+            x="samples",
+            y="percent",
+            hue="recipe",
+            title=name,
+            xlabel="samples seen",
+            ylabel="%",
+            ax=ax,
+            marker="o",
+        )
         if name in across:
             ax.axhline(100 * across[name], color=colour, linestyle=":", linewidth=1.2)
         ax.set_xscale("log")
@@ -39,20 +55,29 @@ def learning(main: pd.DataFrame, level: pd.DataFrame, *, title: str, labels: Map
         ax.minorticks_off()
         handles, shown = ax.get_legend_handles_labels()
         ax.get_legend().remove()
-    for ax in list(axes.flat)[len(names):]:
+    for ax in list(axes.flat)[len(names) :]:
         ax.axis("off")
-    fig.legend(handles, [labels.get(name, name) for name in shown], loc="outside lower center", ncols=len(shown))
+    fig.legend(
+        handles,
+        [labels.get(name, name) for name in shown],
+        loc="outside lower center",
+        ncols=len(shown),
+    )
     fig.suptitle(title, x=0.01, ha="left")
     return fig
 
 
 def amounts(frame: pd.DataFrame, *, title: str, ylabel: str) -> Figure:
-    """Differences to the largest number of each kind, with their intervals; the numbers are evenly spread.
+    """Differences to the largest number of each kind, with their intervals; the numbers are evenly
+    spread.
 
-    frame : columns what (a panel each), number, set (a line each), mean, low, high; an infinite interval is not drawn.
+    frame : columns what (a panel each), number, set (a line each), mean, low, high; an infinite
+        interval is not drawn.
     """
     kinds, sets = (list(dict.fromkeys(frame[column])) for column in ("what", "set"))
-    looks = zip(sets, itertools.cycle([*SPARE[:2], *SPARE[5:]]), itertools.cycle("osD^"))  # easily told apart
+    looks = zip(
+        sets, itertools.cycle([*SPARE[:2], *SPARE[5:]]), itertools.cycle("osD^")
+    )  # easily told apart
     styles = {name: {"color": colour, "marker": marker} for name, colour, marker in looks}
     fig, axes = plt.subplots(1, len(kinds), figsize=(WIDTH, 3.8), sharey=True, squeeze=False)
     for ax, what in zip(axes[0], kinds, strict=True):
@@ -60,8 +85,12 @@ def amounts(frame: pd.DataFrame, *, title: str, ylabel: str) -> Figure:
         for i, name in enumerate(sets):
             own = frame[(frame["what"] == what) & (frame["set"] == name)].sort_values("number")
             half = (own["high"] - own["mean"]).replace(math.inf, math.nan)
-            at = [ticks.index(n) + 0.06 * (i - (len(sets) - 1) / 2) for n in own["number"]]  # side by side, not over
-            ax.errorbar(at, own["mean"], yerr=half, markersize=6, capsize=3, label=name, **styles[name])
+            at = [
+                ticks.index(n) + 0.06 * (i - (len(sets) - 1) / 2) for n in own["number"]
+            ]  # side by side, not over
+            ax.errorbar(
+                at, own["mean"], yerr=half, markersize=6, capsize=3, label=name, **styles[name]
+            )
         ax.axhline(0, color=MUTED, linestyle=":", linewidth=1.2)
         ax.set_xticks(range(len(ticks)), ticks)
         ax.set_xlim(-0.3, len(ticks) - 0.7)

@@ -49,7 +49,10 @@ def gallery(
     for i, ax in enumerate(axes.flat):
         ax.axis("off")
         if i < count:
-            ax.imshow(np.asarray(images[i]), interpolation="nearest" if _small(images[i]) else "antialiased")
+            ax.imshow(
+                np.asarray(images[i]),
+                interpolation="nearest" if _small(images[i]) else "antialiased",
+            )
             if titles is not None:
                 ax.text(
                     0.5,
@@ -77,12 +80,16 @@ def grid(
 ) -> Figure:
     """The same things down a column, seen in as many ways as there are rows.
 
-    rows : of PIL images, (h, w, 3) arrays in 0..1 or 0..255, or (h, w) maps, which `cmap` colours between the row's
-    `limits` (None: the row's own extremes). labels: one a row, to its left. columns: a caption over each column.
+    rows : of PIL images, (h, w, 3) arrays in 0..1 or 0..255, or (h, w) maps, which `cmap` colours
+        between the row's
+    `limits` (None: the row's own extremes). labels: one a row, to its left. columns: a caption over
+    each column.
     """
     count = max(len(row) for row in rows)
     side = WIDTH / (max(count, 5) + 1.1)
-    figure, axes = plt.subplots(len(rows), count, squeeze=False, figsize=(WIDTH, len(rows) * side * 1.04 + 0.7))
+    figure, axes = plt.subplots(
+        len(rows), count, squeeze=False, figsize=(WIDTH, len(rows) * side * 1.04 + 0.7)
+    )
     for r, (row, label) in enumerate(zip(rows, labels, strict=True)):
         flat = [np.asarray(cell) for cell in row]
         low, high = (limits[r] if limits and limits[r] else None) or (
@@ -95,27 +102,47 @@ def grid(
             for spine in ax.spines.values():
                 spine.set_visible(False)
         for ax, cell in zip(axes[r], flat, strict=False):
-            ax.imshow(cell, cmap=cmap, vmin=low, vmax=high, interpolation="nearest" if _small(cell) else "antialiased")
+            ax.imshow(
+                cell,
+                cmap=cmap,
+                vmin=low,
+                vmax=high,
+                interpolation="nearest" if _small(cell) else "antialiased",
+            )
         axes[r][0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8, labelpad=6)
     for ax, text in zip(axes[0], columns or [], strict=False):
-        ax.set_title(wrap(text, max(9, int(side * 13)), 3), fontsize=7, fontweight="normal", loc="center", pad=3)
+        ax.set_title(
+            wrap(text, max(9, int(side * 13)), 3),
+            fontsize=7,
+            fontweight="normal",
+            loc="center",
+            pad=3,
+        )
     figure.suptitle(title, x=0.01, ha="left")
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
     return figure
 
 
 def ranked(
-    found: Mapping[str, Sequence[Sequence[tuple[Any, bool | None]]]], queries: Sequence[str], *, title: str
+    found: Mapping[str, Sequence[Sequence[tuple[Any, bool | None]]]],
+    queries: Sequence[str],
+    *,
+    title: str,
 ) -> Figure:
     """What searches found: a row a query, a block of pictures a searcher, the best first.
 
-    found : searcher -> for each query its pictures, each with whether it is right (None: nobody knows). Right ones are
+    found : searcher -> for each query its pictures, each with whether it is right (None: nobody
+        knows). Right ones are
     framed and ticked.
     """
     names, wide = list(found), max(len(row) for rows in found.values() for row in rows)
     side, gap, label = (WIDTH - 1.3) / (len(names) * wide + 0.4 * (len(names) - 1)), 0.4, 1.3
     figure = plt.figure(figsize=(WIDTH, len(queries) * side * 1.06 + 0.75))
-    widths = [w for i in range(len(names)) for w in ([label + side * wide] if i == 0 else [gap * side, side * wide])]
+    widths = [
+        w
+        for i in range(len(names))
+        for w in ([label + side * wide] if i == 0 else [gap * side, side * wide])
+    ]
     panels = figure.subfigures(1, len(widths), squeeze=False, width_ratios=widths)[0][::2]
     for block, (panel, name) in enumerate(zip(panels, names, strict=True)):
         axes = panel.subplots(len(queries), wide, squeeze=False)
@@ -128,15 +155,36 @@ def ranked(
                 ax.set_frame_on(False)
             for ax, (image, right) in zip(line, found[name][row], strict=False):
                 ax.set_frame_on(True)
-                ax.imshow(np.asarray(image), interpolation="nearest" if _small(image) else "antialiased")
+                ax.imshow(
+                    np.asarray(image), interpolation="nearest" if _small(image) else "antialiased"
+                )
                 for spine in ax.spines.values():
-                    spine.set(visible=True, color=RIGHT if right else GRID, linewidth=2.2 if right else 0.6)
+                    spine.set(
+                        visible=True,
+                        color=RIGHT if right else GRID,
+                        linewidth=2.2 if right else 0.6,
+                    )
                 if right:
-                    ax.text(0.04, 0.96, "✓", transform=ax.transAxes, color="white", fontsize=7, fontweight="bold",
-                            va="top", bbox={"boxstyle": "round,pad=0.12", "color": RIGHT})
+                    ax.text(
+                        0.04,
+                        0.96,
+                        "✓",
+                        transform=ax.transAxes,
+                        color="white",
+                        fontsize=7,
+                        fontweight="bold",
+                        va="top",
+                        bbox={"boxstyle": "round,pad=0.12", "color": RIGHT},
+                    )
             if block == 0:
-                line[0].set_ylabel(wrap(queries[row], 18, 3), rotation=0, ha="right", va="center", fontsize=8,
-                                   labelpad=6)
+                line[0].set_ylabel(
+                    wrap(queries[row], 18, 3),
+                    rotation=0,
+                    ha="right",
+                    va="center",
+                    fontsize=8,
+                    labelpad=6,
+                )
     figure.suptitle(title, x=0.01, ha="left")
     return figure
 

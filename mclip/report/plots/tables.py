@@ -27,12 +27,20 @@ def table(
             return formats[column](value)
         if isinstance(value, float | np.floating):
             return f"{value:.{digits}f}"
-        return f"{value:,}" if isinstance(value, int | np.integer) and not isinstance(value, bool) else str(value)
+        return (
+            f"{value:,}"
+            if isinstance(value, int | np.integer) and not isinstance(value, bool)
+            else str(value)
+        )
 
-    text = pd.DataFrame({c: [show(c, v) for v in frame[c]] for c in frame.columns}, index=frame.index)
+    text = pd.DataFrame(
+        {c: [show(c, v) for v in frame[c]] for c in frame.columns}, index=frame.index
+    )
     numeric = {c for c in frame.columns if pd.api.types.is_numeric_dtype(frame[c]) or c in formats}
     top = {c: set(np.flatnonzero(frame[c] == frame[c].max())) for c in best if len(frame)}
-    index = [str(name) for name in frame.index] if not isinstance(frame.index, pd.RangeIndex) else None
+    index = (
+        [str(name) for name in frame.index] if not isinstance(frame.index, pd.RangeIndex) else None
+    )
 
     def align(column: str) -> str:
         return f'style="text-align: {"right" if column in numeric else "left"}"'
@@ -44,12 +52,17 @@ def table(
 
     names = [f'<th scope="col" {align(c)}>{html.escape(str(c))}</th>' for c in frame.columns]
     if index is not None:
-        names.insert(0, f'<th scope="col" style="text-align: left">{html.escape(frame.index.name or "")}</th>')
+        names.insert(
+            0,
+            f'<th scope="col" style="text-align: left">{html.escape(frame.index.name or "")}</th>',
+        )
     rows = []
     for row in range(len(frame)):
         cells = [cell(row, c) for c in frame.columns]
         if index is not None:
-            cells.insert(0, f'<th scope="row" style="text-align: left">{html.escape(index[row])}</th>')
+            cells.insert(
+                0, f'<th scope="row" style="text-align: left">{html.escape(index[row])}</th>'
+            )
         rows.append(f"<tr>{''.join(cells)}</tr>")
     body = "<tbody>\n" + "\n".join(rows) + "\n</tbody>"
     title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
@@ -66,9 +79,24 @@ def table(
 
 
 def verdicts(found: pd.DataFrame, titles: Mapping[str, str], *, caption: str = "") -> None:
-    """Show what `mclip.report.compare.verdicts` found, in points; titles: recipe -> what to call it."""
-    points = {name: 100 * found[column] for name, column in
-              (("difference, points", "difference"), ("from", "low"), ("to", "high"))}
-    shown = pd.DataFrame({"recipe": found["recipe"].map(titles), "set": found["set"], "kind": found["kind"], **points,
-                          "verdict": found["verdict"]})
-    table(shown.reset_index(drop=True), caption=caption, formats=dict.fromkeys(points, "{:+.1f}".format))
+    """Show what `mclip.report.compare.verdicts` found, in points; titles: recipe -> what to call
+    it.
+    """
+    points = {
+        name: 100 * found[column]
+        for name, column in (("difference, points", "difference"), ("from", "low"), ("to", "high"))
+    }
+    shown = pd.DataFrame(
+        {
+            "recipe": found["recipe"].map(titles),
+            "set": found["set"],
+            "kind": found["kind"],
+            **points,
+            "verdict": found["verdict"],
+        }
+    )
+    table(
+        shown.reset_index(drop=True),
+        caption=caption,
+        formats=dict.fromkeys(points, "{:+.1f}".format),
+    )

@@ -11,7 +11,8 @@ WIDTH = 8.0  # inches, of every figure, so that type has one size down a page
 DPI = 150
 INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 
-# seaborn's "colorblind" palette, one fixed colour a name; other names get the spare ones in sorted order.
+# seaborn's "colorblind" palette, one fixed colour a name; other names get the spare ones in sorted
+# order.
 COLOURS = {
     "clip": "#8c8c8c",
     "clip-cid": "#0173b2",
@@ -67,7 +68,8 @@ def style() -> None:
         shell = get_ipython()
         if shell is not None and hasattr(shell, "kernel"):
             set_matplotlib_formats("png")
-            plt.uninstall_repl_displayhook()  # it would draw each figure once more, for windows that there are none of
+            # it would draw each figure once more, for windows that there are none of
+            plt.uninstall_repl_displayhook()
             shell.display_formatter.formatters["text/plain"].for_type(
                 Figure, lambda figure, printer, cycle: printer.text(f"Figure: {describe(figure)}")
             )
@@ -76,7 +78,11 @@ def style() -> None:
 def describe(figure: Figure) -> str:
     """A figure in words: its title, or the titles of its axes."""
     title = figure.get_suptitle()
-    titles = [title] if title else [t for ax in figure.axes for t in [ax.get_title("left") or ax.get_title()] if t]
+    titles = (
+        [title]
+        if title
+        else [t for ax in figure.axes for t in [ax.get_title("left") or ax.get_title()] if t]
+    )
     return " ".join("; ".join(titles or ["untitled"]).split())
 
 
