@@ -471,8 +471,7 @@ def test_what_workers_share_lies_where_it_is_told(tmp_path, monkeypatch):
         told.extend(tasks)
         return run_tasks(function, tasks, **options)
 
-    for user in ("components", "forest"):
-        monkeypatch.setattr(f"mclip.balance.{user}.run_tasks", recorded)
+    monkeypatch.setattr(components, "run_tasks", recorded)
     options = {"metric": "sql2", "tile": 64, "workers": 2, "scratch": tmp_path / "shared"}
     got, (_, _, square) = (
         balance(rows, threshold=0.1, **options),
