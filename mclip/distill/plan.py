@@ -95,7 +95,7 @@ def architecture(student: str) -> str:
     folder = Path(student.removeprefix("local-dir:"))
     for file in (
         folder / "open_clip_config.json",
-        Path(__file__).parent / "models" / "configs" / f"{student}.json",
+        Path(__file__).parents[1] / "models" / "configs" / f"{student}.json",
     ):
         if file.is_file():
             return file.read_text()

@@ -170,7 +170,7 @@ def code(module: str) -> str:
     """Digest of a module of this package and all that it imports; once a process, which keeps what
     it has imported.
     """
-    package = Package(Path(__file__).parents[1])
+    package = Package(Path(__file__).parents[2])
     return digest(package.checksums(package.files([module])))
 
 
