@@ -121,6 +121,11 @@ class _Job(NamedTuple):
         return self.make(index, makers, lambda passes: None)
 
 
+def result_settings(settings: Reinforce) -> dict[str, Any]:
+    """The settings that the result depends on: all but how the work is spread."""
+    return settings.model_dump(exclude={"workers", "backend"})
+
+
 def run(
     settings: Reinforce,
     teachers: dict[str, str],
@@ -147,11 +152,13 @@ def run(
     decoders : processes that augment; None: see models.decoders.
 
     Returns
-    ------- What meta.json holds: teachers with widths, logit scales and slices; settings; samples;
+    -------
+    What meta.json holds: teachers with widths, logit scales and slices; settings; samples;
     library versions.
 
     Raises
-    ------ ValueError when no pair is kept; BalanceError where `balance` has none; ModelError for a
+    ------
+    ValueError when no pair is kept; BalanceError where `balance` has none; ModelError for a
     teacher that can't be made.
     """
     manifest, kept = shards.read_manifest(pairs), _kept(balance, fraction)
@@ -172,7 +179,7 @@ def run(
     alone = is_alone(settings.workers, settings.backend)
     makers = _Makers.of(chosen, job.captioner if alone else None, device if alone else "cpu")
     identity = {
-        "settings": settings.identity(),
+        "settings": result_settings(settings),
         "teachers": _described(settings.ensemble, chosen, makers.ensemble),
         "ops": list(augment.OPS),
         "captioner": models.weights_sha256(captioner) if settings.n_syn else None,

@@ -49,11 +49,14 @@ def test_a_stage_depends_on_its_notebook_and_keeps_the_report(name):
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_a_stage_depends_on_the_code_that_its_notebook_stands_on(name):
-    notebook, deps = call(STAGES[name])[0], STAGES[name]["deps"]
-    assert [d for d in deps if d.startswith("data/code")] == [f"data/code/{notebook}"]
-    listed = [d for d in deps if d.startswith("mclip")]
-    assert all(Path(d).stem in code.SHOWING | {"site"} for d in listed), (
+def test_a_stage_depends_on_the_code_of_its_notebook(name):
+    words, deps = call(STAGES[name]), STAGES[name]["deps"]
+    values = [setting.split("=", 1)[1] for setting in option(words, "-s")]
+    assert [d for d in deps if d.startswith("data/code")] == [
+        f"data/code/{'/'.join([words[0], *values])}"
+    ]
+    listed = [d for d in deps if d.startswith("mclip") and d != "mclip/report/site"]
+    assert all(d.removesuffix(".py").replace("/", ".") in code.EXEMPT for d in listed), (
         "mclip.pipeline.code knows of it"
     )
 
@@ -63,7 +66,7 @@ def test_the_first_stage_writes_what_notebooks_stand_on():
     assert (name, entry["cmd"], entry["deps"], entry["outs"]) == (
         "code",
         "python -m mclip.pipeline.code",
-        ["mclip", "notebooks"],
+        ["mclip", "notebooks", "params.yaml"],
         [code.FOLDER],
     )
 

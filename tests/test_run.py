@@ -313,6 +313,7 @@ def package(tmp_path, monkeypatch):
         "notebooks/x.ipynb": nbformat.writes(
             v4.new_notebook(cells=[v4.new_code_cell("from mclip import a")])
         ),
+        "mclip/__init__.py": "",
         "mclip/a.py": "from . import models",
         "mclip/models/__init__.py": "from . import b",
     }
@@ -337,8 +338,10 @@ def package(tmp_path, monkeypatch):
 
 
 def test_guarded_are_the_sources_that_dvc_records(package):
-    assert set(run.sources(run.Stage("x"))) == {
-        "params.yaml",
+    def files(name):
+        return {path.as_posix() for path in run.sources(run.Stage(name), closure.Package())}
+
+    assert files("x") == {
         "notebooks/x.ipynb",
         "mclip/a.py",
         "mclip/models/__init__.py",
@@ -346,13 +349,42 @@ def test_guarded_are_the_sources_that_dvc_records(package):
         "mclip/models/c.json",
         "mclip/shown.py",
     }
-    assert "mclip/other.py" in run.sources(run.Stage("w"))  # no notebook that can be read
+    assert "mclip/other.py" in files("w")  # no notebook that can be read
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "counts"),
+    [
+        ("mclip/models/b.py", "# a comment", False),
+        ("mclip/models/b.py", "x = 1", True),
+        ("mclip/models/b.py", "def (", True),
+        ("mclip/models/c.json", " ", True),
+        ("notebooks/x.ipynb", "{}", True),
+        ("mclip/other.py", "x = 1", False),
+    ],
+)
+def test_an_edit_that_changes_what_a_stage_does_is_seen(package, file, text, counts):
+    stage = run.Stage("x", ["balance"])
+    files = run.sources(stage, closure.Package())
+    before = run.state(stage, files)
+    (package / file).write_text(text)
+    assert (run.state(stage, files) != before) == counts
+
+
+def test_an_edit_of_the_values_that_a_stage_picks_is_seen(package):
+    before = run.state(stage := run.Stage("x", ["balance"]), [])
+    text = (package / "params.yaml").read_text()
+    (package / "params.yaml").write_text(text.replace("threshold: 0.15", "threshold: 0.2"))
+    assert run.state(stage, []) != before
 
 
 def test_an_edit_between_dvcs_stage_code_and_the_notebooks_own_stops_it(package, monkeypatch):
+    def edited():
+        return run.edited_before(run.Stage("x"), closure.Package())
+
     closure.write()
     (package / "mclip/models/b.py").write_text("changed = True")
-    assert run.edited_before(run.Stage("x")) == []  # by hand, where nothing is recorded
+    assert edited() == []  # by hand, where nothing is recorded
     monkeypatch.setenv("DVC_STAGE", "y@1")
     with pytest.raises(
         run.StageError,
@@ -360,7 +392,12 @@ def test_an_edit_between_dvcs_stage_code_and_the_notebooks_own_stops_it(package,
     ):
         run.run(run.Stage("x"))
     closure.write()
-    assert run.edited_before(run.Stage("x")) == []
+    assert edited() == []
+    (package / "mclip/models/b.py").write_text("changed = True  # said why")
+    assert edited() == []
+    (package / "mclip/models/b.py").write_text("def (")
+    with pytest.raises(run.StageError, match=r"^x: mclip/models/b.py, line 1: not valid Python"):
+        run.run(run.Stage("x"))
 
 
 def test_injected_values_are_python_one_key_a_line():

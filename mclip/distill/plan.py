@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -21,6 +22,9 @@ from mclip.data import shards
 from mclip.distill.runs import Run, TrainingSet
 from mclip.params import Recipe, Train
 from mclip.pipeline import warm
+
+if TYPE_CHECKING:  # started as a process: an edit of it is one of this module (mclip.pipeline.code)
+    from mclip.distill import trainer as train  # noqa: F401
 
 SCRATCH = Path("data/cache/runs")
 CHECKPOINTS = 2  # their layout; one of another layout is not gone on with

@@ -58,7 +58,8 @@ def shrink(student: nn.Module, captions: Sequence[Tensor]) -> Kept | None:
     captions : all tokens that the training will see, any shapes.
 
     Returns
-    ------- None where the student is left as it is: its text tower finds the end of a caption by
+    -------
+    None where the student is left as it is: its text tower finds the end of a caption by
     anything but the largest token (`pool_type` argmax) or pads with anything but 0, has no such
     table, or the captions use half of it and more.
     """

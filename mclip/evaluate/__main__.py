@@ -102,15 +102,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = {name: metrics for name, metrics in result.metrics[0].items() if metrics}
     for name, metrics in found.items():
         others = ", ".join(
-            f"{key} {100 * value:.1f}" for key, value in metrics.items() if key != sets[name].main
+            f"{key} {100 * value:.1f}" for key, value in metrics.items() if key != sets[name].metric
         )
         print(
-            f"{name:30} {sets[name].main:16} {100 * metrics[sets[name].main]:5.1f} %   ({others})"
+            f"{name:30} {sets[name].metric:16} {100 * metrics[sets[name].metric]:5.1f} %   ({others})"
         )
     if len(found) > 1:
         print(
             f"mean of the main metric over {len(found)} sets: "
-            f"{100 * sum(metrics[sets[name].main] for name, metrics in found.items()) / len(found):.1f} %"
+            f"{100 * sum(metrics[sets[name].metric] for name, metrics in found.items()) / len(found):.1f} %"
         )
     if args.out:
         tree = {"model": args.model, "sets": found, "problems": result.problems}

@@ -59,7 +59,8 @@ def classification(
     """Zero-shot accuracy of (n, d) pictures against (c, d) classes, both unit-norm.
 
     Returns
-    ------- top1, top5 (with more than five classes), mean_per_class: the mean of the classes' own
+    -------
+    top1, top5 (with more than five classes), mean_per_class: the mean of the classes' own
     accuracies, of those that have a picture (balanced accuracy); with `groups`, a number a picture,
     worst_group_top1 and worst_group_top5: the accuracy in the group where it is lowest; with `f1`,
     f1_macro: the mean of the F1 of those classes.

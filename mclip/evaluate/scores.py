@@ -41,12 +41,12 @@ def headline(metrics: Mapping[str, Mapping[str, float]], sets: Mapping[str, Eval
     """One number a model: the mean of the main metric over the held-out sets (kind other than "in
     domain").
 
-    The main metric is `EvalSet.main`: zero-shot top-1, for retrieval the mean of both R@1, or the
+    The main metric is `EvalSet.metric`: zero-shot top-1, for retrieval the mean of both R@1, or the
     set's own. Sets without metrics do not count; with no held-out set at all, every set counts.
     """
     there = {name: spec for name, spec in sets.items() if metrics.get(name)}
     held_out = {name: spec for name, spec in there.items() if spec.kind != IN_DOMAIN} or there
-    values = [metrics[name][spec.main] for name, spec in held_out.items()]
+    values = [metrics[name][spec.metric] for name, spec in held_out.items()]
     return float(np.mean(values)) if values else float("nan")
 
 
@@ -115,7 +115,7 @@ def write_all(
             seed,
             round(values[key][metric], 6),
             round(guess, 6),
-            spec.main,
+            spec.metric,
         )
         for recipe, metrics in found.items()
         for key, spec in sets.items()

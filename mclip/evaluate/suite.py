@@ -121,7 +121,7 @@ def evaluate_many(
         if spec.task == "classification":
             rows, result.gallery[name] = [row[text] for text in prompts(split)], split.classes
             result.texts[name] = [class_features(own[rows], len(split.classes)) for own in known]
-            options = {"groups": split.groups, "f1": spec.main == "f1_macro"}
+            options = {"groups": split.groups, "f1": spec.metric == "f1_macro"}
             found = [
                 classification(x, texts, split.labels, **options)
                 for x, texts in zip(images, result.texts[name], strict=True)

@@ -61,7 +61,8 @@ def for_inference(model: nn.Module) -> nn.Module:
         already, is returned itself, in eval mode).
 
     Notes
-    ----- Multi-branch blocks (timm's FastViT and MobileOne, MCt's RepMixer) become one convolution
+    -----
+    Multi-branch blocks (timm's FastViT and MobileOne, MCt's RepMixer) become one convolution
     each. Then a probe run shows which batch norm or LayerScale reads which convolution's output;
     such a pair becomes one convolution (`torch.nn.utils.fusion`), and the activation of timm's
     BatchNormAct2d stays. A folded tower must repeat the probe's embedding to 1e-4, else it stays

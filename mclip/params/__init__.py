@@ -12,7 +12,7 @@ In a notebook::
 """
 
 from mclip.params.ablations import Amount, KeptPairs, Learning, Selection, Study, Variant
-from mclip.params.schema import Params, apply_overlay, check, load, varied
+from mclip.params.schema import Params, apply_overlay, check, load
 from mclip.params.sections import (
     Align,
     Balance,
@@ -27,7 +27,7 @@ from mclip.params.sections import (
     Teachers,
     Train,
 )
-from mclip.params.tree import ParamsError, merge, pick, read_yaml
+from mclip.params.tree import ParamsError, merge, pick, read_yaml, varied
 from mclip.params.view import stage
 
 __all__ = [

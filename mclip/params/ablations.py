@@ -140,9 +140,3 @@ class Ablations(Section):
     pca: dict[str, PcaPictures] = Field(max_length=1)
     weights: dict[str, WeightsPictures] = Field(max_length=1)
     search: dict[str, SearchPictures] = Field(max_length=1)
-
-    @property
-    def notebooks(self) -> set[str]:
-        """The notebooks of notebooks/ablations that these parameters ask for."""
-        single = ("students", "latency", "amount", "epoch", "pca", "weights", "search")
-        return {*self.studies, *self.learning, *(name for name in single if getattr(self, name))}

@@ -51,7 +51,7 @@ class Entry(NamedTuple):
     source: str  # data set on the Hugging Face hub, or what else makes it
     classes: int | None  # None: retrieval; the demo's: in the default run
     size: int | None  # test pictures; None: depends on params.yaml
-    metric: str = "top1"
+    metric: str | None = None  # None: the task's, see params.EvalSet
     kind: str = ""
     groups: int | None = None  # column of KEY.npy that the metric groups by
     captions: str = "each"
@@ -147,8 +147,8 @@ SETS: dict[str, Entry] = {
     "renderedsst2": _hub("renderedsst2", "Rendered SST2", DC, 2, 1_821),
     "resisc45": _hub("vtab-resisc45", "RESISC45", DC, 45, 6_300),
     "svhn": _hub("vtab-svhn", "SVHN", DC, 10, 26_032),
-    "flickr30k": _hub("flickr30k", "Flickr30k", DC, None, 1_000, "mean_r1"),
-    "mscoco_captions": _hub("mscoco_captions", "MSCOCO", DC, None, 5_000, "mean_r1"),
+    "flickr30k": _hub("flickr30k", "Flickr30k", DC, None, 1_000),
+    "mscoco_captions": _hub("mscoco_captions", "MSCOCO", DC, None, 5_000),
     "winogavil": Entry(
         "WinoGAViL",
         DC,
@@ -173,7 +173,6 @@ SETS: dict[str, Entry] = {
         "emoji-unseen",
         None,
         None,
-        "mean_r1",
         kind="unseen concepts",
         captions="distinct",
     ),  # a concept's pictures share its caption
@@ -246,7 +245,7 @@ def main(root: str = ROOT) -> None:
     for name, e in SETS.items():
         here = "here" if Path(e.place(root)).is_dir() else e.where
         print(
-            f"{name:30} {e.metric:16} {e.classes or '-':>5} classes {e.size or '-':>7} pictures "
+            f"{name:30} {e.metric or e.task:16} {e.classes or '-':>5} classes {e.size or '-':>7} pictures "
             f"{','.join(e.suites):20} {here}"
         )
 

@@ -4,7 +4,7 @@ over it.
 
 import io
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pydantic
 from ruamel.yaml import YAML
@@ -21,10 +21,8 @@ from mclip.params.sections import (
     Reinforce,
     Teachers,
 )
-from mclip.params.tree import ParamsError, Section, explain, merge, read_yaml
+from mclip.params.tree import ParamsError, Section, explain, merge, read_yaml, varied
 from mclip.system.files import write_whole
-
-S = TypeVar("S", bound=Section)
 
 
 class Params(Section):
@@ -164,11 +162,6 @@ class Params(Section):
             raise ValueError(
                 f"{key}.reinforced.captions: synthetic needs reinforce.n_syn and synthetic: false"
             )
-
-
-def varied(section: S, changes: dict[str, Any]) -> S:
-    """A section, such as a recipe, with some keys laid over it: {"weight": {"cluster": 0.0}}."""
-    return type(section).model_validate(merge(section.model_dump(by_alias=True), changes))
 
 
 def check(data: dict[str, Any], source: str = "params.yaml") -> Params:

@@ -21,10 +21,6 @@ class Spread(Section):
     workers: PositiveInt = 1
     backend: Literal["processes", "ray"] = "processes"
 
-    def identity(self) -> dict[str, Any]:
-        """The section without these two: what the result depends on."""
-        return self.model_dump(exclude=set(Spread.model_fields))
-
 
 class DemoData(Section):
     styles: list[Literal["noto", "twemoji", "fluent"]] = Field(min_length=1)
@@ -230,7 +226,8 @@ class EvalSet(Section):
 
     path: str
     task: Literal["classification", "retrieval"] = "classification"
-    metric: EvalMetric | None = None  # the one that stands for the set; None: see `main`
+    # the one that stands for the set; of retrieval mean_r1 if none is given
+    metric: EvalMetric = "top1"
     captions: Literal["each", "distinct"] = (
         "each"  # retrieval: what is an entry, see mclip.evaluate.metrics.caption_pairs
     )
@@ -238,25 +235,29 @@ class EvalSet(Section):
     probe: bool = False
     kind: str = ""
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _metric_of_the_task(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("metric") is not None:
+            return values
+        return values | {"metric": "mean_r1" if values.get("task") == "retrieval" else "top1"}
+
     @pydantic.model_validator(mode="after")
     def _metric_fits(self):
-        if (self.metric == "mean_r1") != (self.task == "retrieval") and self.metric:
+        if (self.metric == "mean_r1") != (self.task == "retrieval"):
             raise ValueError(f"metric: {self.metric} is none of {self.task}")
-        if (self.metric or "").startswith("worst_group") and self.groups is None:
+        if self.metric.startswith("worst_group") and self.groups is None:
             raise ValueError(f"metric: {self.metric} needs groups, a column of KEY.npy")
         return self
 
-    @classmethod
-    def named(cls, name: str, values: Any) -> Any:
-        """An entry of `evaluate.sets`, a map, a path or nothing, filled up."""
-        return filled(name, values) if values is None or isinstance(values, dict | str) else values
 
-    @property
-    def main(self) -> str:
-        """The metric that stands for the set: top1, for retrieval mean_r1, if it has none of its
-        own.
-        """
-        return self.metric or {"classification": "top1", "retrieval": "mean_r1"}[self.task]
+def from_registry(sets: Any) -> Any:
+    """`evaluate.sets` with each entry, a map, a path or nothing, filled up by its name."""
+    if not isinstance(sets, dict):
+        return sets
+    return {
+        k: filled(k, v) if v is None or isinstance(v, dict | str) else v for k, v in sets.items()
+    }
 
 
 class Evaluate(Section):
@@ -270,4 +271,4 @@ class Evaluate(Section):
     @pydantic.field_validator("sets", mode="before")
     @classmethod
     def _from_registry(cls, sets: Any) -> Any:
-        return {k: EvalSet.named(k, v) for k, v in sets.items()} if isinstance(sets, dict) else sets
+        return from_registry(sets)

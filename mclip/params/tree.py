@@ -5,7 +5,7 @@ wrong.
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict
 from ruamel.yaml import YAML, YAMLError
@@ -21,6 +21,9 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+
+S = TypeVar("S", bound=Section)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -57,6 +60,11 @@ def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
         else:
             base[key] = value
     return base
+
+
+def varied(section: S, changes: dict[str, Any]) -> S:
+    """A section, such as a recipe, with some keys laid over it: {"weight": {"cluster": 0.0}}."""
+    return type(section).model_validate(merge(section.model_dump(by_alias=True), changes))
 
 
 def pick(tree: dict[str, Any], keys: list[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin
 import pydantic
 
 from mclip.params.schema import Params, load
+from mclip.params.sections import EvalSet, from_registry
 from mclip.params.tree import ParamsError, child, explain, is_section, keys, unknown
 
 
@@ -64,8 +65,8 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
     """value at a dotted path of the tree: a model where the section is whole, a part where it is
     not.
     """
-    if get_origin(kind) is dict and hasattr(get_args(kind)[1], "named") and isinstance(value, dict):
-        value = {k: get_args(kind)[1].named(k, v) for k, v in value.items()}
+    if get_origin(kind) is dict and get_args(kind)[1] is EvalSet:
+        value = from_registry(value)
     if not isinstance(value, dict):
         return value
     below = {k: (child(kind, k), f"{path}.{k}".lstrip(".")) for k in value}

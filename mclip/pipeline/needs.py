@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mclip import params
-from mclip.pipeline import code
 
 READ = ("data/", "models/", "reports/metrics")
-CODE = f"{code.FOLDER}/"  # says what a notebook stands on; no notebook reads it
+CODE = "data/code/"  # what a stage depends on (mclip.pipeline.code); no notebook reads it
 
 
 class MissingInput(FileNotFoundError):

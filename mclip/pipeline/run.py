@@ -25,7 +25,6 @@ if __name__ == "__main__":
 import argparse
 import ast
 import difflib
-import hashlib
 import json
 import os
 import re
@@ -123,13 +122,12 @@ def _parameter_names(nb: nbformat.NotebookNode, path: Path) -> list[str]:
     raise StageError(f"{path}: no cell is tagged 'parameters'", 2)
 
 
-def sources(stage: Stage, package: closure.Package | None = None) -> dict[str, str]:
-    """What must not change while the stage runs: sha256 of its source files, and of what it picks.
+def sources(stage: Stage, package: closure.Package) -> list[Path]:
+    """The files that must not change while the stage runs.
 
     DVC records its dependencies as they are after a stage, so an edit during it would go down as
-    what produced the outputs. The files are the notebook, what it stands on (mclip.pipeline.code),
-    and what dvc.yaml names of mclip beside that. package: one whose modules have been read just
-    now.
+    what produced the outputs. They are the notebook, the code that it depends on
+    (mclip.pipeline.code), and what dvc.yaml names of mclip beside that.
     """
     deps = [stage.notebook, *_dependencies(stage)]
     paths = {
@@ -138,15 +136,16 @@ def sources(stage: Stage, package: closure.Package | None = None) -> dict[str, s
         for p in (d.rglob("*") if d.is_dir() else [d])
         if p.suffix in SOURCE_SUFFIXES
     }
-    paths |= set((package or closure.Package()).notebook(stage.notebook))
-    files = {
-        str(p): hashlib.sha256(p.read_bytes()).hexdigest() if p.exists() else ""
-        for p in sorted(paths)
-    }
+    return sorted({*paths, *package.notebook(stage.notebook)})
+
+
+def state(stage: Stage, files: list[Path]) -> dict[str, str]:
+    """What each file does now, comments and docstrings aside, and the values that the stage picks."""
+    found = {str(path): closure.file_digest(path) for path in files}
     try:
-        return files | {"params.yaml": json.dumps(picked(stage.keys))}
+        return found | {"params.yaml": json.dumps(picked(stage.keys))}
     except ParamsError as err:
-        return files | {"params.yaml": str(err)}
+        return found | {"params.yaml": str(err)}
 
 
 def _dependencies(stage: Stage) -> list[Path]:
@@ -166,14 +165,14 @@ def _dependencies(stage: Stage) -> list[Path]:
     return []
 
 
-def edited_before(stage: Stage, package: closure.Package | None = None) -> list[str]:
+def edited_before(stage: Stage, package: closure.Package) -> list[str]:
     """Under DVC, what changed since its stage `code` ran: it would take the outputs for those of
     the code before.
     """
-    if "DVC_STAGE" not in os.environ or not Path(closure.FOLDER, stage.name).is_file():
+    if "DVC_STAGE" not in os.environ or not Path(closure.FOLDER, stage.title).is_file():
         return []
-    package, before = package or closure.Package(), closure.recorded(stage.name)
-    now = package.checksums(package.notebook(stage.notebook))
+    before = closure.recorded(stage.title)
+    now = closure.depends_on(package, [stage.title]).get(stage.title, {})
     return sorted(p for p in before | now if before.get(p) != now.get(p))
 
 
@@ -282,12 +281,16 @@ def _own_frames(traceback: str, last: int = 2) -> list[str]:
 
 def run(stage: Stage) -> Path:
     """Execute the stage's notebook and write its report; StageError says why there is none."""
-    package = closure.Package()
+    try:
+        package = closure.Package()
+    except closure.CodeError as err:
+        raise StageError(f"{stage.title}: {err}") from None
     if edited := edited_before(stage, package):
         raise StageError(
             f"{stage.title}: {edited[0]} was edited after DVC's stage `code`: run `dvc repro` again"
         )
-    before = sources(stage, package)
+    files = sources(stage, package)
+    before = state(stage, files)
     nb, injected = prepare(stage)
     # here: importing papermill takes seconds, in which files change
     from mclip.pipeline.kernel import (
@@ -304,7 +307,7 @@ def run(stage: Stage) -> Path:
     if reason is not None:
         save(cleaned(result), failed)
         raise StageError(describe(result, stage, failed, reason))
-    after = sources(stage)
+    after = state(stage, files)
     if edited := sorted(p for p in before | after if before.get(p) != after.get(p)):
         raise StageError(
             f"{stage.title}: {edited[0]} was edited while it ran; nothing is kept, run it again"

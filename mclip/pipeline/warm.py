@@ -23,7 +23,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # started as a process: an edit of it is one of this module (mclip.pipeline.code)
+    from mclip.pipeline import forks  # noqa: F401
 
 SOCKET = "MCLIP_WARM"  # names the socket to the processes below
 FORK = "MCLIP_WARM_FORK"  # a fork's own process id

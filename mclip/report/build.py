@@ -153,6 +153,16 @@ def clock(seconds: float) -> str:
 # ---------------------------------------------------------------- the site
 
 
+def asked(ablations: Any) -> set[str]:
+    """The notebooks of notebooks/ablations that the section `ablations` asks for."""
+    single = ("students", "latency", "amount", "epoch", "pca", "weights", "search")
+    return {
+        *ablations.studies,
+        *ablations.learning,
+        *(name for name in single if getattr(ablations, name)),
+    }
+
+
 def build(
     reports: str | Path = "reports",
     out: str | Path = "reports/site",
@@ -165,7 +175,7 @@ def build(
     reports, out = Path(reports), Path(out)
     p = params.load(settings)
     recipes = {name: recipe.title for name, recipe in p.distill.recipes.items()}
-    pages = read_pages(reports, recipes, p.ablations.notebooks)
+    pages = read_pages(reports, recipes, asked(p.ablations))
     if not pages:
         raise SystemExit(f"{reports}: no executed notebook to report on: run `dvc repro` first")
     metrics = read_metrics(reports / "metrics")
@@ -204,7 +214,7 @@ def build(
         table=summary_table(rows, recipes, list(p.teachers.models)),
         cells=Markup,
         missing=missing,
-        times=read_times(reports / "times", list(recipes), p.ablations.notebooks),
+        times=read_times(reports / "times", list(recipes), asked(p.ablations)),
         recipes=recipes,
         p=p,
         yaml=Path(settings).read_text(),

@@ -239,7 +239,8 @@ def savings(main: pd.DataFrame, baseline: str, at_least: int) -> pd.DataFrame:
     at_least : samples from which on the baseline's runs are what others are held against.
 
     Returns
-    ------- columns recipe, set, whose (accuracy it is), reference (at how many samples), seeds (how
+    -------
+    columns recipe, set, whose (accuracy it is), reference (at how many samples), seeds (how
     many there are of it), accuracy, reached (samples at which the baseline first is there: fewer
     than its `reference` where its curve falls back), needed (the recipe's), factor (reached /
     needed), bound: "=" between two points; ">=" where the recipe's shortest run is above it already

@@ -75,7 +75,7 @@ def read_seeds(
 
 
 def main_metric(frame: pd.DataFrame) -> pd.DataFrame:
-    """A row a recipe, set and seed with its main metric (params.EvalSet.main).
+    """A row a recipe, set and seed with its main metric (params.EvalSet.metric).
 
     The held-out mean comes first: over the sets of a kind other than "in domain" (over all sets if
     there is none).
@@ -172,7 +172,7 @@ def main_rows(metrics: Mapping[str, Mapping[str, Any]], sets: Mapping[str, EvalS
         for name, tree in named.items():
             own: list[Row] = []
             for set_name, spec in sets.items():
-                if leaf := _leaf(tree.get(set_name, {}).get(spec.main)):
+                if leaf := _leaf(tree.get(set_name, {}).get(spec.metric)):
                     own.append(Row(group, name, set_name, spec.kind, *leaf))
             held_out = [r for r in own if r.kind != IN_DOMAIN] or own
             if held_out:

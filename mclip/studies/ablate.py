@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 from filelock import FileLock
@@ -28,11 +28,15 @@ from mclip import evaluate, models
 from mclip.distill import plan as distill
 from mclip.distill.runs import Run
 from mclip.evaluate import scores as tables
-from mclip.params import Balance, Cluster, EvalSet, Learning, Recipe, Study, Train, varied
+from mclip.params import Balance, Cluster, EvalSet, Learning, Recipe, Study, Train
+from mclip.params.tree import varied
 from mclip.pipeline import code
 from mclip.report import compare
 from mclip.studies import derive
 from mclip.system.files import digest, write_whole
+
+if TYPE_CHECKING:  # a run is named by its code (`identity`), which `distill` starts as a process
+    import mclip.distill.trainer  # noqa: F401
 
 CACHE = Path("data/cache/ablations")
 METRICS = Path("reports/metrics/ablations")

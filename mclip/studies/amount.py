@@ -24,7 +24,8 @@ import pandas as pd
 
 from mclip import models, reinforce
 from mclip.distill.runs import Run
-from mclip.params import Amount, Recipe, Reinforce, Selection, varied
+from mclip.params import Amount, Recipe, Reinforce, Selection
+from mclip.params.tree import varied
 from mclip.pipeline import code
 from mclip.report import claims
 from mclip.studies import ablate, derive
@@ -43,9 +44,11 @@ def variants(study: Amount) -> dict[str, Selection]:
     """Variant -> what of the stored set it takes; "syn 0" takes what ALL does, for a recipe without
     captions.
     """
-    found = {ALL: Selection()}
-    found |= {f"{AUG} {n}": Selection(n_aug=n) for n in study.n_aug}
-    return found | {f"{SYN} {n}": Selection(n_syn=n or None) for n in study.n_syn}
+    found = {ALL: derive.WHOLE}
+    found |= {f"{AUG} {n}": derive.WHOLE.model_copy(update={"n_aug": n}) for n in study.n_aug}
+    return found | {
+        f"{SYN} {n}": derive.WHOLE.model_copy(update={"n_syn": n or None}) for n in study.n_syn
+    }
 
 
 def reinforced_part(
@@ -69,7 +72,7 @@ def reinforced_part(
     if wanted.n_syn:
         weights.append(models.weights_sha256(captioner))
     made_of = [
-        wanted.identity(),
+        reinforce.result_settings(wanted),
         weights,
         study.fraction,
         derive.fingerprint(own["pairs"]),

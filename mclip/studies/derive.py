@@ -26,6 +26,9 @@ from mclip.system.files import digest, whole_folder
 FOLDERS = {
     name: f"data/{name}" for name in ("pairs", "balance", "clusters", "embeddings", "reinforced")
 }
+WHOLE = Selection(
+    n_aug=None, n_syn=None, ensemble=None, captions="true"
+)  # of the stored reinforced set
 
 
 def folders(
@@ -172,7 +175,7 @@ def selected(wanted: Selection, data: dict[str, str], cache: Path) -> Path:
     """A part of the reinforced set of `data`; without augmentations, with the embeddings of the
     plain pictures. The set itself where all of it is wanted.
     """
-    if wanted == Selection():
+    if wanted == WHOLE:
         return Path(data["reinforced"])
     made_of = [wanted.model_dump(), fingerprint(data["reinforced"])]
     if wanted.n_aug == 0:

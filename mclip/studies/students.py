@@ -71,7 +71,8 @@ def costs(runs: Mapping[str, Run], *, steps: int = 8, rounds: int = 60) -> pd.Da
     rounds : passes of each tower that are timed.
 
     Returns
-    ------- indexed by student: image_params, text_params, image_ms, text_ms, latency_ms (both),
+    -------
+    indexed by student: image_params, text_params, image_ms, text_ms, latency_ms (both),
     step_ms, train_s (step_ms times the steps of a run).
     """
     threads = torch.get_num_threads()

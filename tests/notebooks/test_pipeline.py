@@ -133,6 +133,7 @@ def test_ablations_costs_and_pictures(clone, first):
     params.apply_overlay(Path(__file__).parent / "ablations.yaml", path)
     output = call(clone, "python", "-m", "mclip.pipeline.warm", "dvc", "repro")
     assert ran(output) == {
+        "code",
         "ablate@terms",
         "ablate-learning@few-pairs",
         "students@combined",
@@ -174,27 +175,32 @@ def test_one_changed_parameter_reruns_only_what_depends_on_it(clone, first):
     path.write_text(before.replace(f"threshold: {threshold}", "threshold: 0.4", 1))
     assert params.load(path).balance.threshold == 0.4
     output = call(clone, "dvc", "repro", "cluster")
-    assert ran(output) == {"balance", "cluster"}
+    assert ran(output) == {
+        "code",
+        "balance",
+        "cluster",
+    }  # code: the same files, as params.yaml gives the threshold
     for name in ("data", "teachers", "embed"):
         assert f"Stage '{name}' didn't change, skipping" in output
     waiting = call(clone, "dvc", "status", check=False)
     assert "reinforce" in waiting and "distill@" in waiting
 
 
-def test_an_edit_reruns_what_stands_on_it(clone, first):
-    """How figures look: only the checksums are written again, as they were. How links are found:
-    not the trainings.
+def test_an_edit_reruns_what_depends_on_it(clone, first):
+    """A figure's look, a comment: data/code is written again, as it was. How links are found: not
+    the trainings.
     """
 
-    def edited(name: str) -> str:
+    def edited(name: str, line: str) -> str:
         with open(clone / name, "a") as file:
-            file.write("\n# edited\n")
+            file.write(f"\n{line}\n")
         return call(clone, "dvc", "repro", "code")
 
-    assert ran(edited("mclip/report/plots/charts.py")) == {"code"}
+    assert ran(edited("mclip/report/plots/charts.py", "EDITED = 1")) == {"code"}
+    assert ran(edited("mclip/balance/links.py", "# edited")) == {"code"}
     waiting = call(clone, "dvc", "status", check=False)
     assert "data/code" not in waiting
-    assert ran(edited("mclip/balance/links.py")) == {"code"}
+    assert ran(edited("mclip/balance/links.py", "EDITED = 1")) == {"code"}
     waiting = call(clone, "dvc", "status", check=False)
     assert "data/code/balance" in waiting and not re.search(
         r"data/code/(distill|cluster|reinforce|evaluate)\b", waiting

@@ -52,7 +52,8 @@ def make(cache: str | Path, name: str, source: str | Path, pieces: Callable[[], 
     pieces : gives (keys, numbers of 0 and more) piece by piece.
 
     Raises
-    ------ KeysError where a key is there twice (or, once in 10^19 pairs of keys, two have one
+    ------
+    KeysError where a key is there twice (or, once in 10^19 pairs of keys, two have one
     64-bit hash).
     """
     source = Path(source)

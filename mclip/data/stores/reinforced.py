@@ -198,7 +198,8 @@ def from_published_sample(sample: dict[str, bytes]) -> dict:
     sample : raw bytes by extension: `syn.json`, `paug.json` and `npz` (or `pth.gz`).
 
     Returns
-    ------- {"syn_text": [...], "augment": (n_aug, p) float32, "image_emb": (n_aug, D) float32,
+    -------
+    {"syn_text": [...], "augment": (n_aug, p) float32, "image_emb": (n_aug, D) float32,
     "text_emb": (1 + n_syn, D)}
 
     Raises
