@@ -10,7 +10,7 @@ help:    ## list these commands
 	@sed -n 's/^\([a-z]*\):[^#]*## */make \1\t/p' Makefile
 
 repro: $(STAMP)    ## run what is missing or changed, data to report; OVERLAY=smoke: with params/smoke.yaml
-	@if [ -n "$(OVERLAY)" ]; then python -m mclip.params apply params/$(OVERLAY).yaml; fi
+	@if [ -n "$(OVERLAY)" ]; then python -m mclip params apply params/$(OVERLAY).yaml; fi
 	python -m mclip.pipeline.warm dvc repro
 	@echo "The report: $(CURDIR)/reports/site/index.html"
 
@@ -27,10 +27,11 @@ report: $(STAMP)    ## the report's pages only, from the notebooks executed so f
 
 lint: $(STAMP)    ## ruff, and are the source notebooks stripped?
 	ruff check .
-	python -m mclip.pipeline.strip --check
+	python -m mclip strip --check
 
 bench: $(STAMP)    ## every benchmark, one after the other
 	@for script in benchmarks/*.py; do echo "== $$script"; python "$$script" || exit 1; done
+	@echo "== mclip latency"; python -m mclip latency
 
 hooks: $(STAMP)    ## strip source notebooks at every commit (a git hook of this clone)
 	@hook="$$(git rev-parse --git-path hooks)/pre-commit"; \

@@ -1,39 +1,33 @@
-"""A model to take away: open_clip's folder, both towers folded as ONNX and checked, and a model
-card.
+"""A model to take away: open_clip's folder, both towers as checked ONNX, and a model card.
 
-    python -m mclip.export models/students/combined/seed0 OUT_DIR
-    python -m mclip.export MobileCLIP-S0/checkpoints/mobileclip_s0.pt OUT_DIR --no-onnx
+    mclip export models/students/combined/seed0 OUT
+    mclip export MobileCLIP-S0/checkpoints/mobileclip_s0.pt OUT --no-onnx
 
-    OUT_DIR/open_clip_config.json, open_clip_model.safetensors   for `open_clip.create_model("local-dir:OUT_DIR")`;
-                                                                 with the branches, so that it can be trained on
-    OUT_DIR/image.onnx      pixels (batch, 3, h, w) float32  ->  image_embedding (batch, d), unit-norm
-    OUT_DIR/text.onnx       tokens (batch, context) int64    ->  text_embedding (batch, d), unit-norm
-    OUT_DIR/README.md       the card: recipe, data, metrics, licences, as far as this repository knows them
+    OUT/open_clip_config.json, open_clip_model.safetensors
+                        for `open_clip.create_model("local-dir:OUT")`; with branches, for training
+    OUT/image.onnx      pixels (batch, 3, h, w) float32 -> image_embedding (batch, d), unit-norm
+    OUT/text.onnx       tokens (batch, context) int64   -> text_embedding (batch, d), unit-norm
+    OUT/README.md       the card: recipe, data, metrics, licences, as far as they are known
 
 The ONNX towers are folded (`mclip.models.for_inference`) and run in onnxruntime on photographs and
 captions before they get their names: a cosine below 0.9999 to torch's embeddings is an error.
 Preprocessing is in open_clip_config.json.
 """
 
-import argparse
 import json
-import math
+import runpy
 import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from open_clip.push_to_hf_hub import generate_readme
 from PIL import Image
-from torch import Tensor, nn
 
 from mclip import models
 from mclip.data import evalsets
-from mclip.models.factory import quiet
+from mclip.models.onnx import Tower, agreement, to_onnx
 from mclip.system.files import whole, write_whole
 
 COSINE = 0.9999
@@ -57,10 +51,12 @@ LICENCES = {
         "teachers: EfficientNet-Lite and all-MiniLM-L6-v2 (Apache-2.0)",
     ],
     "published": [
-        "published MobileCLIP weights: Apple's research licence for models, for research purposes only"
+        "published MobileCLIP weights: Apple's research licence for models, "
+        "for research purposes only"
     ],
     "weights": [
-        "the weights are others': the licence under which they were published holds for this copy, too"
+        "the weights are others': the licence under which they were published holds for this "
+        "copy, too"
     ],
 }
 
@@ -68,76 +64,11 @@ LICENCES = {
 class ExportError(RuntimeError):
     """An exported tower differs from the model; the message names the file."""
 
-
-class Tower(nn.Module):
-    """A tower with one input and one output: unit-norm embeddings, (batch, d)."""
-
-    def __init__(self, model: nn.Module, kind: str):
-        super().__init__()
-        self.model, self.kind = model, kind
-
-    @property
-    def input_name(self) -> str:
-        return "pixels" if self.kind == "image" else "tokens"
-
-    def example(self, batch: int, seed: int = 0) -> Tensor:
-        """An input of the right shape: noise, or tokens drawn at random."""
-        generator = torch.Generator().manual_seed(seed)
-        if self.kind == "image":
-            size = models.image_size(self.model)
-            return torch.randn(batch, 3, size, size, generator=generator)
-        text = getattr(self.model, "text", self.model)
-        return torch.randint(1, text.vocab_size, (batch, text.context_length), generator=generator)
-
-    def forward(self, x: Tensor) -> Tensor:
-        encode = self.model.encode_image if self.kind == "image" else self.model.encode_text
-        return F.normalize(encode(x), dim=-1)
+    exit_code = 1
 
 
-def to_onnx(tower: Tower, path: str | Path, *, opset: int | None = None) -> Path:
-    """Write a tower (of a model from `for_inference`) as ONNX with a dynamic batch; whole or not at
-    all.
-
-    opset : None: the current one of torch's exporter.
-    """
-    tower = tower.eval()
-    with quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            tower,
-            (tower.example(2),),
-            dynamo=True,
-            verbose=False,
-            opset_version=opset,
-            input_names=[tower.input_name],
-            output_names=[f"{tower.kind}_embedding"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-        )
-        with whole(path) as draft:
-            program.save(draft, external_data=False)
-    return Path(path)
-
-
-def session(path: str | Path, threads: int | None = None) -> Callable[[Tensor], np.ndarray]:
-    """An ONNX tower in onnxruntime on the CPU: input tensor to embeddings."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.log_severity_level = 3
-    running = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    name = running.get_inputs()[0].name
-    return lambda x: running.run(None, {name: x.numpy()})[0]
-
-
-def agreement(path: str | Path, tower: Tower, x: Tensor) -> float:
-    """The lowest cosine between the embeddings of torch and of an ONNX file, over the rows of x."""
-    run = session(path)
-    found = np.concatenate([run(x[:1]), run(x[1:])]) if len(x) > 1 else run(x)  # two sizes of batch
-    with torch.no_grad():
-        expected = tower(x).double()
-    lowest = float(F.cosine_similarity(torch.from_numpy(found).double(), expected).min())
-    return math.floor(1e6 * lowest) / 1e6  # to be said with "at least"
+class NoPictures(ValueError):
+    """A folder without pictures to check on; the message names it."""
 
 
 def photographs(count: int = 8) -> list[Image.Image]:
@@ -167,7 +98,7 @@ def read_pictures(folder: Path, limit: int = 64) -> list[Image.Image]:
         )
         read = Image.open
     if not found:
-        raise ExportError(
+        raise NoPictures(
             f"{folder}: no picture in it (.png, .jpg, .webp, or an evaluation set's tars)"
         )
     return [read(f) for f in found[:: -(-len(found) // limit)]]
@@ -241,8 +172,8 @@ def card(name: str, cosines: dict[str, float] | None = None) -> dict[str, Any]:
         "tags": ["clip", "zero-shot-image-classification"],
         "license": "other",
         "details": details,
-        "description": "An image-text model, exported by mclip (`python -m mclip.export`), which trains by the "
-        "recipes of CLIP-CID (arXiv 2408.09441) and MobileCLIP (arXiv 2311.17049).",
+        "description": "An image-text model, exported by mclip (`mclip export`), which trains by "
+        "the recipes of CLIP-CID (arXiv 2408.09441) and MobileCLIP (arXiv 2311.17049).",
         "usage": _usage(),
     }
 
@@ -305,39 +236,6 @@ def _named(name: str) -> str:
     return f"local-dir:{name}" if (Path(name) / "open_clip_config.json").is_file() else name
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m mclip.export", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("model", help="a folder, or a name as mclip.models.create takes it")
-    parser.add_argument("out", help="folder to write")
-    parser.add_argument(
-        "--no-onnx", action="store_true", help="open_clip's files and the card only"
-    )
-    parser.add_argument(
-        "--pictures",
-        type=Path,
-        help="folder of pictures, or an evaluation set, to check on "
-        "(default: parts of two photographs)",
-    )
-    parser.add_argument(
-        "--opset", type=int, help="ONNX operator set (default: the exporter's current one)"
-    )
-    args = parser.parse_args(argv)
-    try:
-        pictures = read_pictures(args.pictures) if args.pictures else None
-        found = run(
-            args.model, args.out, onnx=not args.no_onnx, pictures=pictures, opset=args.opset
-        )
-    except (models.ModelError, ExportError, evalsets.EvalError) as err:
-        print(err, file=sys.stderr)
-        return 2
-    said = ", ".join(
-        f"{kind}.onnx (cosine to torch at least {value:.6f})" for kind, value in found.items()
-    )
-    print(f"{args.out}: open_clip's folder, {said + ', ' if said else ''}README.md")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # `python -m mclip.export` is `mclip export`
+    sys.argv[1:1] = ["export"]
+    runpy.run_module("mclip", run_name="__main__", alter_sys=True)

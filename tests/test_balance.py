@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+from mclip import cli
 from mclip.balance import (
     BalanceError,
     balance,
@@ -21,7 +22,6 @@ from mclip.balance import (
     spanning_forest,
     write,
 )
-from mclip.balance.__main__ import main
 from mclip.data.stores.rows import Rows, RowsError
 from mclip.system.workers import WorkerError, run_tasks
 
@@ -369,7 +369,7 @@ def test_cli_errors_are_one_line(tmp_path, capsys):
                 *args[1:],
             )
         ]
-        assert main(args) == 2
+        assert cli.main(["balance", *args]) == 2
         error = capsys.readouterr().err.strip()
         assert message in error
         assert "\n" not in error
@@ -382,13 +382,13 @@ def test_cli_without_metadata_and_with_too_little(tmp_path, capsys):
     )
     args = [str(folder), str(tmp_path / "out"), "--threshold", "0.1", "--metric", "sql2"]
     pd.DataFrame({"image_path": ["a"]}).to_parquet(folder / "metadata/metadata_10.parquet")
-    assert main(args) == 2
+    assert cli.main(["balance", *args]) == 2
     assert "metadata_10.parquet has 1 rows, img_emb_10.npy has 50" in capsys.readouterr().err
     (folder / "metadata/metadata_10.parquet").unlink()
-    assert main(args) == 2
+    assert cli.main(["balance", *args]) == 2
     assert "there is no parquet file for img_emb_10.npy" in capsys.readouterr().err
     (folder / "metadata/metadata_9.parquet").unlink()
-    assert main(args) == 0
+    assert cli.main(["balance", *args]) == 0
     assert read(tmp_path / "out").keys.tolist() == list(range(70))
 
 

@@ -194,7 +194,7 @@ def built(tmp_path_factory):
     """A small build from the cached packages, twice."""
     styles = ["noto"]
     if missing := [name for name in packages.packages_of(styles) if fetch.cached(name) is None]:
-        pytest.skip(f"not cached: {', '.join(missing)} (python -m mclip.data.fetch)")
+        pytest.skip(f"not cached: {', '.join(missing)} (mclip fetch)")
     data = params.Data(source="demo", shards=[], shard_size=150, demo=params.DemoData(
         styles=styles, cifar_train=40, cifar_probe=20, cifar_test=20, holdout_every=7, openmoji_every=1, max_concepts=60,
         image_px=32, seed=0))  # fmt: skip

@@ -9,8 +9,9 @@ import pytest
 import torch
 from test_mobileclip import TINY, trained
 
-from mclip import export, models
+from mclip import cli, export, models
 from mclip.models import mct
+from mclip.models import onnx as towers
 
 torch.set_num_threads(1)
 # every kind of layer that is folded: FastViT's blocks and MCt's
@@ -43,20 +44,20 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "taken"
-    assert export.main([str(folder), str(out)]) == 0
+    assert cli.main(["export", str(folder), str(out)]) == 0
     return out
 
 
 def test_both_towers_as_onnx(folder, exported):
     model, *_ = models.create(f"local-dir:{folder}")
     for kind in ("image", "text"):
-        path, tower = exported / f"{kind}.onnx", export.Tower(model, kind)
+        path, tower = exported / f"{kind}.onnx", towers.Tower(model, kind)
         onnx.checker.check_model(str(path))
         graph = onnx.load(path)
         assert graph.opset_import[0].version >= 18
         assert graph.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
         for batch in (1, 2, 5):
-            assert export.agreement(path, tower, tower.example(batch, seed=batch)) > 0.9999
+            assert towers.agreement(path, tower, tower.example(batch, seed=batch)) > 0.9999
         ops = [node.op_type for node in graph.graph.node]
         assert "BatchNormalization" not in ops or kind == "image"
     weights = [i.name for i in onnx.load(exported / "text.onnx").graph.initializer]
@@ -79,7 +80,7 @@ def test_the_folder_is_open_clips_and_has_its_branches(folder, exported):
 
 def test_a_tower_that_differs_is_not_kept(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(export, "agreement", lambda *_: 0.99)
-    assert export.main([str(folder), str(tmp_path / "out")]) == 2
+    assert cli.main(["export", str(folder), str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err
     assert (
         "image.onnx: cosine 0.990000 to torch's embeddings, expected 0.9999" in said
@@ -91,14 +92,14 @@ def test_a_tower_that_differs_is_not_kept(folder, tmp_path, monkeypatch, capsys)
 def test_agreement_sees_a_difference(exported, folder):
     model, *_ = models.create(f"local-dir:{folder}")
     model.text.ln_final.bias.data += 1
-    tower = export.Tower(model, "text")
-    assert export.agreement(exported / "text.onnx", tower, tower.example(3)) < 0.9999
+    tower = towers.Tower(model, "text")
+    assert towers.agreement(exported / "text.onnx", tower, tower.example(3)) < 0.9999
 
 
 def test_a_wrong_name_and_no_pictures(folder, tmp_path, capsys):
-    assert export.main(["MobileCLIP-S9", str(tmp_path / "a")]) == 2
+    assert cli.main(["export", "MobileCLIP-S9", str(tmp_path / "a")]) == 2
     assert "did you mean MobileCLIP-S" in capsys.readouterr().err
-    assert export.main([str(folder), str(tmp_path / "a"), "--pictures", str(tmp_path)]) == 2
+    assert cli.main(["export", str(folder), str(tmp_path / "a"), "--pictures", str(tmp_path)]) == 2
     assert "no picture in it" in capsys.readouterr().err and not (tmp_path / "a").exists()
 
 
@@ -127,7 +128,7 @@ def test_the_card_of_a_student(folder, tmp_path, monkeypatch):
         }
     }
     (tmp_path / "reports/metrics/combined.json").write_text(json.dumps(metrics))
-    assert export.main([str(student), str(tmp_path / "out"), "--no-onnx"]) == 0
+    assert cli.main(["export", str(student), str(tmp_path / "out"), "--no-onnx"]) == 0
     text = (tmp_path / "out/README.md").read_text()
     p = params.load()
     assert f"samples seen: {p.distill.train.samples}" in text and "pairs: 123" in text

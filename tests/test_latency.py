@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mclip import export, models
-from mclip.models import latency
+from mclip import models
+from mclip.models import latency, onnx
 
 torch.set_num_threads(1)
 
@@ -62,7 +62,7 @@ def test_every_runtime_computes_the_same(tmp_path):
     model, *_ = models.create("demo-student")
     fast = models.for_inference(model)
     for kind in ("image", "text"):
-        plain, folded = export.Tower(model, kind).eval(), export.Tower(fast, kind).eval()
+        plain, folded = onnx.Tower(model, kind).eval(), onnx.Tower(fast, kind).eval()
         x = folded.example(2)
         with torch.no_grad():
             for runtime in ("unfolded", "eager", "eager-bf16", "onnxruntime", "onnxruntime-int8"):

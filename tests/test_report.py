@@ -215,7 +215,7 @@ def test_an_ablation_of_another_run_is_shown_as_such(reports):
 
 
 def test_nothing_to_report_on(tmp_path):
-    with pytest.raises(SystemExit, match="run `dvc repro` first"):
+    with pytest.raises(report.ReportError, match="run `dvc repro` first"):
         report.build(tmp_path, tmp_path / "site", ROOT / "params.yaml")
 
 

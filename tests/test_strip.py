@@ -5,6 +5,7 @@ import json
 import nbformat
 from nbformat import v4
 
+from mclip import cli
 from mclip.pipeline import strip
 
 
@@ -57,14 +58,13 @@ def test_check_lists_offenders_and_changes_nothing(tmp_path, monkeypatch, capsys
     checkpoint.parent.mkdir()
     checkpoint.write_text(dirty_notebook())
     before = path.read_text()
-    assert strip.main(["--check"]) == 1
+    assert cli.main(["strip", "--check"]) == 1
     assert (
-        capsys.readouterr().out
-        == "notebooks/ablations/x.ipynb: not stripped: run `python -m mclip.pipeline.strip`\n"
+        capsys.readouterr().out == "notebooks/ablations/x.ipynb: not stripped: run `mclip strip`\n"
     )
     assert path.read_text() == before
-    assert strip.main([]) == 0
-    assert strip.main(["--check"]) == 0
+    assert cli.main(["strip"]) == 0
+    assert cli.main(["strip", "--check"]) == 0
     path.write_text("{")
-    assert strip.main(["--check"]) == 1
+    assert cli.main(["strip", "--check"]) == 1
     assert "not a readable notebook" in capsys.readouterr().err

@@ -3,7 +3,7 @@
     from mclip.balance import balance
     result = balance(embeddings, keys, threshold=0.07, metric="sql2")
 
-    python -m mclip.balance EMBEDDINGS_DIR OUT_DIR --threshold 0.07 --metric sql2
+    mclip balance EMBEDDINGS OUT --threshold 0.07 --metric sql2
 
 What a set is and how it is found: `mclip.balance.sets`.
 """

@@ -5,7 +5,7 @@ Two images whose embeddings are at most a threshold apart are linked; linked ima
 are one set (single linkage); of each set the image nearest to the set's centroid is kept, ties by
 the lowest key.
 
-    python -m mclip.balance EMBEDDINGS_DIR OUT_DIR --threshold 0.07 --metric sql2  # any clip-retrieval folder
+    mclip balance EMBEDDINGS OUT --threshold 0.07 --metric sql2    # any clip-retrieval folder
 
     result = balance(embeddings, keys, threshold=0.07, metric="sql2")
     result.keep.sum(), result.removed_fraction

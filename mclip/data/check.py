@@ -57,19 +57,13 @@ def check_shards(
 ) -> dict[str, Any]:
     """Read every shard once, decode every image, and write `folder`/manifest.json of what is good.
 
-    Skipped, each named with its reason: a corrupt image, an empty or missing caption, a missing
-    image, an extension nobody reads, a duplicate key (the first good one is kept), what a truncated
-    tar cuts off (what comes before is kept), a missing shard. Nothing is copied: the manifest
-    points at the sources.
+    Nothing is copied: the manifest points at the sources.
 
     Parameters
     ----------
     sources : as `expand` takes them
     folder : where the manifest goes; not a folder that holds the sources
-    state : folder for what was found so far, deleted at the end; a file that has changed meanwhile
-        is read again. None: a temporary one
-    workers : processes; None: one a core
-    backend : of several workers, see mclip.system.workers
+    state, workers, backend : see `read_shards`
 
     Returns
     -------
@@ -85,6 +79,46 @@ def check_shards(
         )
     if not sources:
         raise ShardError("data.shards: no shard named")
+    shards, skipped = read_shards(sources, folder, state=state, workers=workers, backend=backend)
+    if not any(shard["samples"] for shard in shards):
+        first = f"; {skipped[0]['file']}: {skipped[0]['reason']}" if skipped else ""
+        raise ShardError(f"data.shards: no good pair in {len(sources)} shards{first}")
+    manifest = manifest_of(shards, skipped)
+    with whole_folder(folder) as scratch:
+        write_json(scratch / MANIFEST, manifest)
+    if state is not None:
+        shutil.rmtree(state)
+    return manifest
+
+
+def read_shards(
+    sources: Iterable[str],
+    relative_to: str | Path = ".",
+    *,
+    state: str | Path | None = None,
+    workers: int | None = None,
+    backend: str = "processes",
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Read every shard once and decode every image; nothing is written beside `state`.
+
+    Skipped, each named with its reason: a corrupt image, an empty or missing caption, a missing
+    image, an extension nobody reads, a duplicate key (the first good one is kept), what a truncated
+    tar cuts off (what comes before is kept), a missing shard.
+
+    Parameters
+    ----------
+    sources : shards, as `expand` returns them
+    relative_to : the folder that relative paths in the result start from
+    state : folder for the results so far, which the caller deletes; a file that has changed
+        meanwhile is read again. None: a temporary one
+    workers : processes; None: one a core
+    backend : of several workers, see mclip.system.workers
+
+    Returns
+    -------
+    shards, skipped : as the manifest lists them, see mclip.data.shards
+    """
+    sources = list(sources)
     with tempfile.TemporaryDirectory() if state is None else nullcontext(state) as place:
         results = {
             source: Path(place) / f"{digest([source, _stamp(source)])}.json" for source in sources
@@ -96,16 +130,7 @@ def check_shards(
             workers = min(workers or os.cpu_count() or 1, max(1, len(todo)))
             for _ in run_tasks(_check_shard, todo, workers=workers, backend=backend):
                 progress.update()
-        shards, skipped = _gathered(results, folder)
-        if not any(shard["samples"] for shard in shards):
-            first = f"; {skipped[0]['file']}: {skipped[0]['reason']}" if skipped else ""
-            raise ShardError(f"data.shards: no good pair in {len(sources)} shards{first}")
-        manifest = manifest_of(shards, skipped)
-        with whole_folder(folder) as scratch:
-            write_json(scratch / MANIFEST, manifest)
-    if state is not None:
-        shutil.rmtree(state)
-    return manifest
+        return _gathered(results, Path(relative_to))
 
 
 class _Found(NamedTuple):

@@ -142,7 +142,7 @@ def at_hand(name: str, sets: Mapping[str, Any], task: str | None = None) -> str:
     if not fits:
         raise EvalError(
             f"{name} is not here ({sets[name].path}), nor is any other{f' {task}' if task else ''} set of "
-            "evaluate.sets: `python -m mclip.params.registry` tells where to get them"
+            "evaluate.sets: `mclip sets` tells where to get them"
         )
     other = next((n for n in fits if sets[n].task == sets[name].task), fits[0])
     print(f"{name} is not here ({sets[name].path}), {other} takes its place")

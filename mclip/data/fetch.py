@@ -5,8 +5,8 @@ download` fetch them with the user's own registry settings, each is checked agai
 and kept whole in ~/.cache/mclip (MCLIP_CACHE overrides). What is there is kept; an interrupted or
 failed run goes on from it.
 
-    python -m mclip.data.fetch                      # everything (0.45 GB)
-    python -m mclip.data.fetch openmoji             # some
+    mclip fetch                                     # everything (0.45 GB)
+    mclip fetch openmoji                            # some
 
     fetch(["openmoji"])["openmoji"]                 # path of the .tgz
 """
@@ -32,6 +32,8 @@ class FetchError(RuntimeError):
     """A package could not be had, or is not what was pinned; the message is one line and says what
     to do.
     """
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -322,11 +324,3 @@ def _reason(output: str) -> str:
     ):
         telling = [line for line in telling if word in line] or telling
     return telling[0][:200] if telling else "it failed without a message"
-
-
-if __name__ == "__main__":
-    try:
-        for _name, _path in fetch(sys.argv[1:] or PACKAGES).items():
-            print(_name, _path)
-    except FetchError as _err:
-        sys.exit(str(_err))

@@ -4,7 +4,7 @@
     model, _, preprocess, tokenizer = models.create("local-dir:models/teachers/large")
     evaluate.evaluate(model, preprocess, tokenizer, params.load().evaluate.sets)
 
-    python -m mclip.evaluate ViT-B-32/laion2b_s34b_b79k --sets imagenet1k robustness my/folder --out scores.json
+    mclip evaluate ViT-B-32/laion2b_s34b_b79k --sets imagenet1k robustness my/folder
 
 Metrics and how they are measured: `mclip.evaluate.suite`.
 """

@@ -6,7 +6,7 @@
     evaluate.evaluate(model, preprocess, tokenizer, params.load().evaluate.sets)
     # {"cifar10": {"top1": 0.83, "top5": ..., "mean_per_class": ..., "probe_top1": ...}, ...}
 
-    python -m mclip.evaluate ViT-B-32/laion2b_s34b_b79k --sets imagenet1k robustness my/folder --out scores.json
+    mclip evaluate ViT-B-32/laion2b_s34b_b79k --sets imagenet1k robustness my/folder
 
 Metrics are fractions, 0 to 1 (see mclip.evaluate.metrics):
 

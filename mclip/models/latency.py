@@ -36,8 +36,9 @@ import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mclip import export, models
+from mclip import models
 from mclip.models.factory import quiet
+from mclip.models.onnx import Tower, session, to_onnx
 from mclip.system.progress import bar
 from mclip.system.timing import interleaved
 
@@ -50,6 +51,8 @@ RUNTIMES = (
     "onnxruntime",
     "onnxruntime-int8",
 )
+MODELS = ["MobileCLIP-S0", "MobileCLIP-S1", "MobileCLIP-S2", "MobileCLIP-B", "ViT-B-16", "ViT-B-32"]
+REFERENCE = "ViT-B-16"
 COLUMNS = ["model", "tower", "runtime", "batch", "ms"]
 # ImageNet zero-shot top-1 and mean of 38 sets, %, and image + text latency, ms on an iPhone 12 Pro
 # Max, as published in arXiv 2311.17049, Table 1: not measured here
@@ -142,6 +145,35 @@ def best(frame: pd.DataFrame, *, exact: bool = True) -> pd.DataFrame:
     )
 
 
+def report(frame: pd.DataFrame) -> list[str]:
+    """Lines to print of what `measure` returned: times, ratios to REFERENCE, what was left out."""
+    table = totals(frame)
+    fastest, gmac = best(frame).set_index(["model", "batch"]), frame.attrs["gmac"]
+    lines = [
+        f"{'model':<16} {'batch':>5}  {'runtime':<18} {'image ms':>9} {'text ms':>8} {'both ms':>8}"
+        f"  {REFERENCE}/it"
+    ]
+    for row in table.itertuples():
+        same = table[
+            (table.model == REFERENCE) & (table.batch == row.batch) & (table.runtime == row.runtime)
+        ]["ms"]
+        ratio = f"{same.iloc[0] / row.ms:.2f}" if len(same) else "-"
+        lines.append(
+            f"{row.model:<16} {row.batch:>5}  {row.runtime:<18} {row.image:>9.1f} {row.text:>8.1f}"
+            f" {row.ms:>8.1f}  {ratio}"
+        )
+    for (name, batch), row in fastest.iterrows():
+        if (REFERENCE, batch) in fastest.index and name != REFERENCE:
+            other = fastest.loc[(REFERENCE, batch)]
+            lines.append(
+                f"{name}, batch {batch}: {other.ms / row.ms:.2f} x as fast as {REFERENCE} (image "
+                f"tower alone {other.image / row.image:.2f} x), each in its best fp32 runtime "
+                f"({row.runtime}, {other.runtime}); {gmac[REFERENCE] / gmac[name]:.2f} x fewer "
+                f"multiply-adds ({gmac[name]:.1f} G)"
+            )
+    return lines + [f"left out: {name}: {why}" for name, why in frame.attrs["left_out"].items()]
+
+
 def multiply_adds(module: torch.nn.Module, x: torch.Tensor) -> int:
     """Of matrix products and convolutions in one call."""
     counter, fused = FlopCounterMode(display=False), torch.backends.mha.get_fastpath_enabled()
@@ -156,21 +188,21 @@ def multiply_adds(module: torch.nn.Module, x: torch.Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def _towers(name: str, kind: str, device: str) -> tuple[export.Tower, export.Tower]:
+def _towers(name: str, kind: str, device: str) -> tuple[Tower, Tower]:
     """A model's tower as it is trained, and folded; without its other tower."""
     model, *_ = models.create(name, device=device)
     out = []
     for whole in (model, models.for_inference(model)):
         for child in [n for n, _ in whole.named_children() if (n == "visual") != (kind == "image")]:
             delattr(whole, child)
-        out.append(export.Tower(whole, kind).eval())
+        out.append(Tower(whole, kind).eval())
     return out[0], out[1]
 
 
 def _calls(
     name: str,
-    plain: export.Tower,
-    folded: export.Tower,
+    plain: Tower,
+    folded: Tower,
     runtimes: Sequence[str],
     batch: int,
     scratch: Path,
@@ -200,16 +232,14 @@ def _calls(
             yield runtime, None
 
 
-def _runtime(
-    runtime: str, plain: export.Tower, folded: export.Tower, file: Path, device: str
-) -> Callable:
+def _runtime(runtime: str, plain: Tower, folded: Tower, file: Path, device: str) -> Callable:
     kind, _, precision = runtime.partition("-")
     if kind == "onnxruntime":
         if device != "cpu":
             raise NotImplementedError("onnxruntime is measured on the CPU only")
         if not file.exists():
-            export.to_onnx(folded, file)
-        return export.session(_quantised(file) if precision == "int8" else file)
+            to_onnx(folded, file)
+        return session(_quantised(file) if precision == "int8" else file)
     call = plain if kind == "unfolded" else folded
     if precision == "bf16":
         call = copy.deepcopy(folded).to(torch.bfloat16)

@@ -1,8 +1,8 @@
 """The schema of params.yaml: every key, its type and its range; overlays; errors that name the key.
 
-    python -m mclip.params check                          # is params.yaml valid?
-    python -m mclip.params apply params/smoke.yaml        # lay a setting over params.yaml, comments kept
-    git checkout params.yaml                              # and back
+    mclip params check                          # is params.yaml valid?
+    mclip params apply params/smoke.yaml        # lay a setting over params.yaml, comments kept
+    git checkout params.yaml                    # and back
 
 In a notebook::
 

@@ -1,30 +1,8 @@
-"""`python -m mclip.params`: see mclip.params."""
+"""`python -m mclip.params` is `mclip params`."""
 
-import argparse
+import runpy
 import sys
 
-from mclip import params
-from mclip.params import ParamsError, apply_overlay, load
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m mclip.params", description=params.__doc__.split("\n")[0]
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("check", help="validate params.yaml")
-    commands.add_parser("apply", help="lay an overlay over params.yaml").add_argument("overlay")
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "apply":
-            apply_overlay(args.overlay)
-        else:
-            load()
-    except ParamsError as err:
-        print(err, file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.argv[1:1] = ["params"]
+    runpy.run_module("mclip", run_name="__main__", alter_sys=True)

@@ -1,9 +1,9 @@
 """The evaluation sets that the papers name, and the default's own: metric, classes, where each
 comes from.
 
-    registry.get("pets")            # Entry(title="Oxford-IIIT Pet", metric="mean_per_class", classes=37, ...)
-    registry.SUITES["clip-cid"]     # the names of its 14 sets; also robustness (5), datacomp (38), demo (5)
-    python -m mclip.params.registry   # all of them as a table, and which are here
+    registry.get("pets")         # Entry(title="Oxford-IIIT Pet", metric="mean_per_class", ...)
+    registry.SUITES["clip-cid"]  # the names of its 14 sets; also robustness, datacomp, demo
+    mclip sets                   # all of them as a table, and which are here
 
 Suites: `clip-cid`, the 14 sets of zero-shot and linear probe (arXiv 2408.09441, Tables 1, 2), and
 `robustness` (Table 3); `datacomp`, the 38 that MobileCLIP averages over; `demo`, what the `data`
@@ -33,8 +33,8 @@ has none, they are open_clip's; both have the same 1,000 names and 80 templates.
 """
 
 import difflib
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,8 +199,28 @@ SUITES = {
 }
 
 
+class UnknownSet(ValueError):
+    """A name that no set of the registry has; the message suggests the nearest."""
+
+
 def get(name: str) -> Entry | None:
     return SETS.get(name)
+
+
+def known(name: str) -> Entry:
+    """The entry of a name; UnknownSet where there is none."""
+    if name in SETS:
+        return SETS[name]
+    near = difflib.get_close_matches(name, SETS, 1)
+    hint = f"; did you mean {near[0]!r}" if near else ""
+    raise UnknownSet(
+        f"{name}: not in the registry (`mclip sets` lists it){hint}; any other set needs a path"
+    )
+
+
+def members(names: Iterable[str]) -> list[str]:
+    """Names with each suite replaced by its sets, each name once."""
+    return list(dict.fromkeys(chain.from_iterable(SUITES.get(name, [name]) for name in names)))
 
 
 def filled(
@@ -216,19 +236,13 @@ def filled(
 
     Raises
     ------
-    ValueError : neither a known name nor a path.
+    UnknownSet : neither a known name nor a path.
     """
     values = {"path": values} if isinstance(values, str) else dict(values or {})
-    entry = SETS.get(name)
-    if entry is None:
-        if "path" not in values:
-            near = difflib.get_close_matches(name, SETS, 1)
-            hint = f"; did you mean {near[0]!r}" if near else ""
-            raise ValueError(
-                f"{name}: not in the registry (mclip/params/registry.py){hint}; any other set needs a path"
-            )
+    if name not in SETS and "path" in values:
         return values
-    known = {
+    entry = known(name)
+    settings = {
         "path": entry.place(root),
         "task": entry.task,
         "metric": entry.metric,
@@ -237,18 +251,5 @@ def filled(
         "captions": entry.captions,
     }
     if entry.metric == "jaccard":  # no metric of ours: evaluate lists the set as not evaluated
-        del known["metric"]
-    return known | values
-
-
-def main(root: str = ROOT) -> None:
-    for name, e in SETS.items():
-        here = "here" if Path(e.place(root)).is_dir() else e.where
-        print(
-            f"{name:30} {e.metric or e.task:16} {e.classes or '-':>5} classes {e.size or '-':>7} pictures "
-            f"{','.join(e.suites):20} {here}"
-        )
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:2])
+        del settings["metric"]
+    return settings | values

@@ -46,6 +46,8 @@ _AS_VALUES = "what it decides are values, and those count as values"
 _SHOWS = "draws what a notebook gives it"
 EXEMPT = {  # module -> why an edit of it changes no stage's data (tests/test_closure.py)
     "mclip": "has a version number and nothing else",
+    "mclip.__main__": "is a command of its own",
+    "mclip.cli": "starts what others do",
     "mclip.pipeline.code": "says what depends on what",
     "mclip.pipeline.needs": "stops a notebook that lacks its input",
     "mclip.report.pages": "shows executed notebooks; the stage report lists it",

@@ -1,14 +1,12 @@
 """Source notebooks are stored without outputs, so that running one by hand never changes a stage.
 
-    python -m mclip.pipeline.strip             # strip every notebook in notebooks/, in place
-    python -m mclip.pipeline.strip --check     # list those that aren't stripped; exit code 1 if there are any
+    mclip strip             # strip every notebook in notebooks/, in place
+    mclip strip --check     # list those that aren't stripped; exit code 1 if there are any
 
 What stays of a notebook: its cells' source and tags, the kernel's name, and ordinal cell ids. The
 reports (executed notebooks in reports/) are left alone.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 import nbformat
@@ -16,6 +14,10 @@ import nbformat
 from mclip.system.files import write_whole
 
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+
+
+class NotANotebook(ValueError):
+    """A file that cannot be read as a notebook; the message names it."""
 
 
 def bare(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -45,40 +47,19 @@ def notebooks(folder: str | Path = "notebooks") -> list[Path]:
     return sorted(p for p in Path(folder).rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m mclip.pipeline.strip", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing; exit 1 if one isn't stripped"
-    )
-    parser.add_argument(
-        "files", nargs="*", type=Path, help="notebooks (default: all in notebooks/)"
-    )
-    args = parser.parse_args(argv)
-    dirty = 0
-    for path in args.files or notebooks():
-        try:
-            before = path.read_text()
-            after = stripped(before)
-        except (OSError, ValueError, AttributeError, nbformat.ValidationError) as err:
-            reason = str(err).splitlines()[0]
-            print(
-                f"{path}: not a readable notebook ({type(err).__name__}: {reason})", file=sys.stderr
-            )
-            dirty += 1
-            continue
-        if before == after:
-            continue
-        print(
-            f"{path}: {'not stripped: run `python -m mclip.pipeline.strip`' if args.check else 'stripped'}"
-        )
-        if args.check:
-            dirty += 1
-        else:
-            write_whole(path, after)
-    return 1 if dirty else 0
+def strip_file(path: Path, *, check: bool = False) -> bool:
+    """Strip a notebook in place; with `check`, leave it as it is. True if it was not stripped.
 
-
-if __name__ == "__main__":
-    sys.exit(main())
+    Raises NotANotebook if the file cannot be read as one.
+    """
+    try:
+        before = path.read_text()
+        after = stripped(before)
+    except (OSError, ValueError, AttributeError, nbformat.ValidationError) as err:
+        reason = str(err).splitlines()[0]
+        raise NotANotebook(
+            f"{path}: not a readable notebook ({type(err).__name__}: {reason})"
+        ) from None
+    if before != after and not check:
+        write_whole(path, after)
+    return before != after

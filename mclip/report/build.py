@@ -1,7 +1,7 @@
 """The report: every executed notebook as a self-contained page, and an index that says what came
 out.
 
-    python -m mclip.report.build                  # reports/**/*.ipynb -> reports/site/index.html and a page a notebook
+    mclip report       # reports/**/*.ipynb -> reports/site/index.html and a page a notebook
 
 In a notebook, `report.answer("...")` shows the result in one sentence; the index repeats it beside
 the notebook's key figure (the first picture of the cell tagged "key-figure") and its title (the
@@ -14,24 +14,26 @@ bytes.
 
 from __future__ import annotations
 
-from mclip.pipeline import warm
-
-if __name__ == "__main__":
-    warm.hand_over("mclip.report")
-
-import argparse
 import base64
 import html
 import json
 import re
-import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from mclip import params
 from mclip.report.compare import HELD_OUT, Row, chance_rows, main_rows, read_metrics, read_seeds
-from mclip.report.pages import ABLATIONS, GROUPS, OF_RECIPES, STAGES, TEMPLATES, body, read_pages
+from mclip.report.pages import (
+    ABLATIONS,
+    GROUPS,
+    OF_RECIPES,
+    STAGES,
+    TEMPLATES,
+    ReportError,
+    body,
+    read_pages,
+)
 from mclip.system.files import whole_folder
 
 ASKED = (
@@ -177,7 +179,7 @@ def build(
     recipes = {name: recipe.title for name, recipe in p.distill.recipes.items()}
     pages = read_pages(reports, recipes, asked(p.ablations))
     if not pages:
-        raise SystemExit(f"{reports}: no executed notebook to report on: run `dvc repro` first")
+        raise ReportError(f"{reports}: no executed notebook to report on: run `dvc repro` first")
     metrics = read_metrics(reports / "metrics")
     metrics["recipe"] = {name: tree for name, tree in metrics["recipe"].items() if name in recipes}
     rows = main_rows(metrics, p.evaluate.sets) + chance_rows(
@@ -238,24 +240,3 @@ def _code_style() -> str:
         + "\n".join(keep[1])
         + "\n}\n"
     )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m mclip.report.build", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument(
-        "--reports", default="reports", help="folder of executed notebooks, metrics, times"
-    )
-    parser.add_argument("--out", default="reports/site")
-    args = parser.parse_args(argv)
-    try:
-        print(f"report: {build(args.reports, args.out)}")
-    except params.ParamsError as err:
-        print(err, file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

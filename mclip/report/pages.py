@@ -42,6 +42,12 @@ GROUPS = {  # in the order of the index: how a group of pages is headed
 TEMPLATES = Path(__file__).parent / "site"
 
 
+class ReportError(RuntimeError):
+    """There is nothing to report on, or a notebook that cannot be read; the message names it."""
+
+    exit_code = 1
+
+
 class Page(NamedTuple):
     """One executed notebook, as far as the index needs it."""
 
@@ -98,7 +104,7 @@ def _page(path: Path, reports: Path, titles: dict[str, str], asked: Collection[s
     try:
         notebook = nbformat.read(path, as_version=4)
     except Exception as err:
-        raise SystemExit(f"{path}: not a readable notebook ({str(err).splitlines()[0]})") from None
+        raise ReportError(f"{path}: not a readable notebook ({str(err).splitlines()[0]})") from None
     parts = path.relative_to(reports).with_suffix("").parts
     named = [titles.get(part, part.replace("-", " ")) for part in parts]
     text = next((c.source for c in notebook.cells if c.cell_type == "markdown"), "")

@@ -1,5 +1,5 @@
-"""mclip.params.registry, the sets of params.yaml by name, missing sets, and the command `python -m
-mclip.evaluate`.
+"""mclip.params.registry, the sets of params.yaml by name, missing sets, and the command
+`mclip evaluate`.
 """
 
 import json
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from mclip import evaluate, models, params
+from mclip import cli, evaluate, models, params
 from mclip.data.evalsets import read_split
-from mclip.evaluate.__main__ import main, named_sets
+from mclip.evaluate.named import named_sets
 from mclip.params import EvalSet, ParamsError, registry
 
 from .sets import png, write_classification, write_split
@@ -119,6 +119,7 @@ def test_the_command_line(model, tmp_path, capsys):
     )
     out = tmp_path / "scores.json"
     argv = [
+        "evaluate",
         model,
         "--sets",
         "pets",
@@ -130,7 +131,7 @@ def test_the_command_line(model, tmp_path, capsys):
         "--out",
         str(out),
     ]
-    assert main(argv) == 0
+    assert cli.main(argv) == 0
     said = capsys.readouterr()
     assert (
         said.out.splitlines()[0].split()[:2] == ["pets", "mean_per_class"]
@@ -152,20 +153,20 @@ def test_the_command_line(model, tmp_path, capsys):
     for wrong, message in [
         (
             [model, "--sets", "pest"],
-            "error: pest: not in the registry (mclip/params/registry.py); did you mean 'pets'",
+            "error: --sets: pest: not in the registry (`mclip sets` lists it); did you mean 'pets'",
         ),
-        (["ViT-B-33", "--sets", "demo"], "error: ViT-B-33: "),
+        (["ViT-B-33", "--sets", "demo"], "error: MODEL: ViT-B-33: "),
         ([model, "--sets", str(tmp_path)], "nshards.txt is missing"),
         (
             [model, "--sets", str(multilabel)],
             "dataset_type.txt: 'multilabel' is none of classification, retrieval",
         ),
     ]:
-        assert main(wrong) == 2
+        assert cli.main(["evaluate", *wrong]) == 2
         said = capsys.readouterr()
         assert (
             message in said.err
-            and said.err.strip().splitlines()[-1].startswith("error: ")
+            and said.err.strip().splitlines()[-1].startswith("mclip evaluate: error: ")
             and not said.out
         )
 
