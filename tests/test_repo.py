@@ -80,9 +80,7 @@ def test_dependencies_in_the_repository_exist(name):
 
 @pytest.mark.parametrize("path", strip.notebooks(ROOT / "notebooks"), ids=lambda p: p.stem)
 def test_source_notebooks_are_stripped_and_take_parameters(path):
-    assert path.read_text() == strip.stripped(path.read_text()), (
-        "run `mclip strip`"
-    )
+    assert path.read_text() == strip.stripped(path.read_text()), "run `mclip strip`"
     nb = nbformat.read(path, as_version=4)
     nbformat.validate(nb)
     assert run._parameter_names(nb, path)
