@@ -2,6 +2,8 @@
 missing is said.
 """
 
+from typing import get_args
+
 import pandas as pd
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 
 from mclip import models
 from mclip.models import latency, onnx
+from mclip.studies import latency as study
 
 torch.set_num_threads(1)
 
@@ -33,6 +36,10 @@ def test_measure_and_totals():
     assert len(table) == 4 and (table["ms"] == table["image"] + table["text"]).all()
     with pytest.raises(ValueError, match="'tpu' is none of"):
         latency.measure(["demo-student"], ["tpu"])
+
+
+def test_the_study_takes_every_runtime():
+    assert get_args(study.Runtime) == latency.RUNTIMES
 
 
 def test_multiply_adds_are_counted_in_every_layer():
@@ -76,4 +83,19 @@ def test_a_runtime_that_is_not_there_is_left_out_with_a_reason(monkeypatch):
     frame = latency.measure(["demo-student"], ["eager", "compile"], rounds=1, towers=["text"])
     assert (
         set(frame["runtime"]) == {"eager"} and "C++ compiler" in frame.attrs["left_out"]["compile"]
+    )
+
+
+def test_the_answer_compares_with_the_last_model():
+    settings = study.Settings(
+        device="cpu", models=["a", "b"], runtimes=["eager"], batches=[1], rounds=1
+    )
+    first = pd.DataFrame(
+        [("a", "eager", 1, 1.0, 1.0, 2.0), ("b", "eager", 1, 4.0, 2.0, 6.0)],
+        columns=["model", "runtime", "batch", "image", "text", "ms"],
+    )
+    assert study.verdict(settings, first, {"a": 1.0, "b": 5.0}) == (
+        "Image + text at batch 1 on cpu: a 2.0 ms (eager), 3.0 times as fast as b (its image tower "
+        "alone 4.0 times) with 5.0 times fewer multiply-adds; b 6.0 ms (eager); "
+        "each in its fastest runtime."
     )

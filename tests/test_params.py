@@ -2,12 +2,16 @@
 
 import copy
 import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from mclip import params
-from mclip.params import ParamsError
+from mclip import params, studies
+from mclip.params import ParamsError, ablations
+from mclip.report.build import asked
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,17 +70,17 @@ def test_the_default_is_valid(tree):
         (
             "embed.teachers",
             ["huge"],
-            "embed.teachers: no such teacher 'huge'; teachers.models has ['base', ",
+            "embed.teachers: no such teacher 'huge' (allowed: base, large, small)",
         ),
         (
             "balance.teacher",
             "huge",
-            "balance.teacher: 'huge' is not embedded; embed.teachers has ['large', 'base', 'small']",
+            "balance.teacher: no such embedded teacher 'huge' (allowed: base, large, small)",
         ),
         (
             "ablations.studies.terms.recipe",
             "cid",
-            "ablations.studies.terms.recipe: no such recipe 'cid'; distill.recipes has ",
+            "ablations.studies.terms.recipe: no such recipe 'cid' (allowed: clip, clip-cid, ",
         ),
         (
             "ablations.studies.terms.variants.full",
@@ -91,7 +95,7 @@ def test_the_default_is_valid(tree):
         (
             "ablations.studies.teacher.variants.small",
             {"teacher": "huge"},
-            "variants.small.teacher: 'huge' is not embedded; ",
+            "variants.small.teacher: no such embedded teacher 'huge'",
         ),
         (
             "ablations.studies.threshold.variants.lower",
@@ -101,7 +105,7 @@ def test_the_default_is_valid(tree):
         (
             "ablations.studies.reinforcement.variants.one",
             {"keep": {"prune": "random"}},
-            "keep needs a recipe with pairs: kept",
+            "variants.one.keep: needs a recipe with pairs: kept",
         ),
         (
             "ablations.studies.clusters.variants.few",
@@ -111,12 +115,12 @@ def test_the_default_is_valid(tree):
         (
             "ablations.studies.reinforcement.variants.one",
             {"clusters": 3},
-            "clusters and teacher need a recipe with ",
+            "variants.one.clusters: needs a recipe with weight.cluster or ",
         ),
         (
             "ablations.studies.terms.variants.full",
             {"reinforced": {"n_aug": 1}},
-            "reinforced needs a recipe with pairs: reinf",
+            "variants.full.reinforced: needs a recipe with pairs: reinf",
         ),
         (
             "ablations.studies.reinforcement.variants.one",
@@ -126,69 +130,98 @@ def test_the_default_is_valid(tree):
         (
             "ablations.studies.reinforcement.variants.one",
             {"reinforced": {"ensemble": ["small"]}},
-            "'small' is not in reinforce",
+            "variants.one.reinforced.ensemble: no such stored teacher 'small'",
         ),
         (
             "ablations.studies.reinforcement.variants.one",
             {"reinforced": {"captions": "synthetic"}},
-            "and synthetic: false",
+            "variants.one.reinforced.captions: synthetic needs a recipe with synthetic: false",
         ),
         (
             "ablations.learning.efficiency.baseline",
             "clpi",
-            "ablations.learning.efficiency: no such recipe 'clpi'",
+            "ablations.learning.efficiency.baseline: no such recipe 'clpi'; did you mean 'clip'?",
         ),
-        ("embed.teachers", ["large", "small"], "variants.base.teacher: 'base' is not embedded"),
+        (
+            "embed.teachers",
+            ["large", "small"],
+            "variants.base.teacher: no such embedded teacher 'base'",
+        ),
         ("data.source", "webdataset", "data: source webdataset needs at least one path"),
         (
-            "ablations.students",
-            {"cilp": {"models": ["demo-vit"]}},
-            "ablations.students.cilp: no such entry 'cilp'; there are clip, clip-cid, ",
+            "ablations.students.recipe",
+            "cilp",
+            "ablations.students.recipe: no such recipe 'cilp'; did you mean 'clip'? (allowed: clip, ",
         ),
         (
-            "ablations.students.clip-cid.models",
+            "ablations.students.models",
             [],
-            "ablations.students.clip-cid.models: List should have at least 1 item",
+            "ablations.students.models: List should have at least 1 item",
         ),
         (
-            "ablations.pca.clip-cid.baseline",
+            "ablations.pca.baseline",
             "cid",
-            "ablations.pca.clip-cid.baseline: no such entry 'cid'; there are clip, clip-cid, ",
+            "ablations.pca.baseline: no such recipe 'cid' (allowed: clip, clip-cid, ",
         ),
         (
-            "ablations.search.clip-cid.set",
+            "ablations.search.set",
             "emoji",
-            "ablations.search.clip-cid.set: no such entry 'emoji'; there are cifar10, emoji-subgroup, ",
+            "ablations.search.set: no such evaluation set 'emoji' (allowed: cifar10, emoji-subgroup, ",
         ),
         (
-            "ablations.pca.clip-cid.shown",
+            "ablations.pca.shown",
             {"cifar": None},
-            "ablations.pca.clip-cid.shown.cifar: no such entry 'cifar'; there are cifar10, ",
+            "ablations.pca.shown: no such evaluation set 'cifar'; did you mean 'cifar10'?",
         ),
         (
-            "ablations.amount.mobileclip.stored",
+            "ablations.pca.teacher",
+            "huge",
+            "ablations.pca.teacher: no such teacher 'huge' (allowed: base, large, small)",
+        ),
+        (
+            "ablations.weights.baseline",
+            "clpi",
+            "ablations.weights.baseline: no such recipe 'clpi'; did you mean 'clip'?",
+        ),
+        (
+            "ablations.epoch.recipe",
+            "clpi",
+            "ablations.epoch.recipe: no such recipe 'clpi'; did you mean 'clip'?",
+        ),
+        (
+            "ablations.latency.runtimes",
+            ["egar"],
+            "ablations.latency.runtimes.0: Input should be 'unfolded', 'eager', ",
+        ),
+        (
+            "ablations.amuont",
+            {},
+            "ablations.amuont: unknown key; did you mean 'amount'? (allowed: amount, epoch, latency, ",
+        ),
+        (
+            "ablations.amount.stored",
             {"n_agu": 3},
-            "ablations.amount.mobileclip.stored.n_agu: unknown key; did you",
+            "ablations.amount.stored.n_agu: unknown key; did you",
         ),
         (
-            "ablations.amount.mobileclip.stored.n_aug",
+            "ablations.amount.stored.n_aug",
             0,
-            "ablations.amount.mobileclip.stored.n_aug: Input should be greater ",
+            "ablations.amount.stored.n_aug: Input should be greater ",
         ),
         (
-            "ablations.amount.mobileclip.stored.ensemble",
+            "ablations.amount.stored.ensemble",
             ["huge"],
-            "mobileclip.stored.ensemble: no such teacher 'huge'",
+            "ablations.amount.stored.ensemble: no such teacher 'huge'",
         ),
         (
-            "ablations.amount.mobileclip.n_aug",
+            "ablations.amount.n_aug",
             [1, 40],
-            "ablations.amount.mobileclip.n_aug: 40 is not below the ",
+            "ablations.amount.n_aug: 40 is not below the ",
         ),
         (
             "distill.recipes.mobileclip.synthetic",
             False,
-            "ablations.amount.mobileclip: the recipe needs synthetic: true",
+            "ablations.amount.recipe: needs one with synthetic: true",
         ),
         (
             "distill.train.processes",
@@ -218,6 +251,21 @@ def test_every_wrong_value_is_listed(tree):
     with pytest.raises(ParamsError) as caught:
         params.check(changed(changed(tree, "balance.threshold", 0), "cluster.clusters", 0))
     assert len(str(caught.value).splitlines()) == 2
+
+
+def test_every_contradiction_is_listed(tree):
+    for key, value in [
+        ("balance.teacher", "huge"),
+        ("ablations.studies.terms.recipe", "cid"),
+        ("ablations.learning.efficiency.recipes", ["clip", "x", "y"]),
+        ("ablations.pca.baseline", "cid"),
+        ("ablations.search.set", "emoji"),
+    ]:
+        tree = changed(tree, key, value)
+    with pytest.raises(ParamsError) as caught:
+        params.check(tree)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 6 and len(set(lines)) == 6
 
 
 def test_unreadable_files_are_named(tmp_path):
@@ -257,34 +305,52 @@ def test_pick_keeps_the_nesting():
         params.pick(tree, ["a.x"])
 
 
-def test_a_stage_sees_what_it_picked_and_nothing_else(tree):
+@pytest.fixture
+def picked(tree, monkeypatch):
+    """What `mclip.pipeline.run` puts into a notebook: a part of the validated values."""
+    monkeypatch.chdir(ROOT)
+    values = params.check(tree).model_dump(by_alias=True, mode="json")
+    return lambda *keys: params.pick(values, [*keys])
+
+
+def test_a_stage_sees_what_it_picked_and_nothing_else(picked):
     p = params.stage(
-        params.pick(
-            tree, ["balance", "distill.train", "distill.recipes.combined", "teachers.models"]
+        picked(
+            "balance",
+            "distill.train",
+            "distill.recipes.combined",
+            "teachers.models",
+            "ablations.studies.terms",
+            "ablations.amount",
         )
     )
-    assert isinstance(p.balance, params.Balance)
+    assert p.balance == params.load().balance
     assert p.distill.train.betas == (0.9, 0.98)
     assert p.distill.recipes["combined"].lambda_ == 0.7
     assert p.teachers.models["base"] == "local-dir:models/teachers/base"
+    assert p.ablations.studies["terms"].variants["full"].title == "+ instance"
+    assert p.ablations.amount.recipe == "mobileclip"
     for touch, key in [
         (lambda: p.cluster, "cluster"),
         (lambda: p.distill.student, "distill.student"),
         (lambda: p.distill.recipes["clip"], "distill.recipes.clip"),
+        (lambda: p.ablations.studies["teacher"], "ablations.studies.teacher"),
+        (lambda: p.ablations.pca, "ablations.pca"),
     ]:
         with pytest.raises(
             ParamsError, match=f"^{key} is not among this stage's params in dvc.yaml$"
         ):
             touch()
-    with pytest.raises(ParamsError, match="did you mean 'train'"):
+    with pytest.raises(ParamsError, match=r"^distill\.tran: unknown key; did you mean 'train'"):
         p.distill.tran  # noqa: B018
     assert not hasattr(p, "_repr_html_")
     assert f"threshold={p.balance.threshold}" in repr(p)
+    assert pickle.loads(pickle.dumps(p.distill)) == p.distill
 
 
-def test_a_stage_is_checked_too(tree):
+def test_a_stage_is_checked_too(picked):
     with pytest.raises(ParamsError, match=r"balance\.threshold: Input should be greater than 0"):
-        params.stage(changed(params.pick(tree, ["balance"]), "balance.threshold", 0))
+        params.stage(changed(picked("balance"), "balance.threshold", 0))
     with pytest.raises(ParamsError, match=r"balanec: unknown key; did you mean 'balance'"):
         params.stage({"balanec": {}})
 
@@ -295,3 +361,60 @@ def test_opened_by_hand_a_notebook_runs_in_the_root_with_all_parameters(monkeypa
     assert Path.cwd() == ROOT
     assert isinstance(p, params.Params)
     os.chdir(ROOT)
+
+
+# --- studies that are a file of their own -----------------------------------------------------------------------
+
+STUDY = """
+from mclip.params import Section, absent
+
+
+class Settings(Section):
+    recipe: str
+    steps: int = 3
+
+    def check(self, p):
+        yield from absent("recipe", [self.recipe], p.distill.recipes, "recipe")
+"""
+
+
+def test_a_study_is_one_file(tree, tmp_path, monkeypatch):
+    """Its schema, what it needs elsewhere and its notebook's name are found by the file's name."""
+    with pytest.raises(ParamsError, match=r"ablations\.colour: unknown key "):
+        params.check(changed(tree, "ablations.colour", {"recipe": "clip"}))
+    (tmp_path / "colour.py").write_text(STUDY)
+    (tmp_path / "helper.py").write_text("raise AssertionError('it has no Settings')\n")
+    monkeypatch.setattr(studies, "__path__", [*studies.__path__, str(tmp_path)])
+    p = params.check(changed(tree, "ablations.colour", {"recipe": "clip"}))
+    assert p.ablations.colour.steps == 3 and p.ablations.amount.recipe == "mobileclip"
+    assert "colour" in asked(p.ablations)
+    assert params.check(changed(tree, "ablations.colour", None)).ablations.colour is None
+    for key, value, said in [
+        ("colour", {"recipe": "clpi"}, "colour.recipe: no such recipe 'clpi'; did you mean 'clip'"),
+        ("colour", {"recipe": "clip", "step": 1}, "colour.step: unknown key; did you mean 'steps'"),
+        ("colour", {}, "colour.recipe: missing"),
+        ("coluor", {}, "coluor: unknown key; did you mean 'colour'"),
+        ("helper", {}, "helper: unknown key"),
+    ]:
+        with pytest.raises(ParamsError) as caught:
+            params.check(changed(tree, f"ablations.{key}", value))
+        assert str(caught.value).startswith(f"params.yaml: ablations.{said}")
+
+
+def test_a_study_has_a_notebook_and_a_key_of_its_name(tree):
+    names = ablations.studies().keys()
+    assert {"students", "latency", "amount", "epoch", "pca", "weights", "search"} <= names
+    for name in names:
+        assert (ROOT / f"notebooks/ablations/{name}.ipynb").is_file() and name in tree["ablations"]
+
+
+def test_parameters_are_checked_without_heavy_libraries():
+    heavy = ["torch", "open_clip", "pandas", "sklearn", "matplotlib"]
+    script = (
+        "import sys; from mclip import params; params.load(); "
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"

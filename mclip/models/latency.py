@@ -1,18 +1,20 @@
 """How long a model takes: both towers, several runtimes, interleaved so that a machine's drift
 cancels.
 
-    frame = latency.measure(["MobileCLIP-S0", "ViT-B-16"], ["eager", "onnxruntime"], batches=[1], rounds=9)
+    frame = latency.measure(["MobileCLIP-S0", "ViT-B-16"], ["eager", "onnxruntime"], rounds=9)
     latency.totals(frame)                       # image + text by model, runtime and batch, ms
 
 Runtimes: all of them on the folded model (`mclip.models.for_inference`) but "unfolded".
 
     unfolded            torch, the model as it is trained
-    eager, eager-bf16   torch; weights and activations bf16 (autocast would convert every weight at every call)
-    compile, compile-bf16    torch.compile with frozen weights: laid out anew for oneDNN, fused with what follows them
-                        (a C++ compiler on the CPU; a minute or more for each tower and batch size, the first time)
+    eager, eager-bf16   torch; weights and activations bf16 (autocast would convert every weight at
+                        every call)
+    compile, compile-bf16    torch.compile with frozen weights: laid out anew for oneDNN, fused with
+                        what follows them (a C++ compiler on the CPU; a minute or more for each
+                        tower and batch size, the first time)
     onnxruntime         fp32 (CPU only)
-    onnxruntime-int8    weights of matrix products int8, activations quantised as they come (CPU only); convolutions
-                        stay fp32: onnxruntime's integer ones are slower than fp32 here
+    onnxruntime-int8    weights of matrix products int8, activations quantised as they come (CPU
+                        only); convolutions stay fp32: onnxruntime's integer ones are slower here
 
 The weights are random: time does not depend on them. Every round calls every case twice, in turn,
 and times the second call: a model that serves has its weights in the caches and no other runtime's
@@ -54,14 +56,6 @@ RUNTIMES = (
 MODELS = ["MobileCLIP-S0", "MobileCLIP-S1", "MobileCLIP-S2", "MobileCLIP-B", "ViT-B-16", "ViT-B-32"]
 REFERENCE = "ViT-B-16"
 COLUMNS = ["model", "tower", "runtime", "batch", "ms"]
-# ImageNet zero-shot top-1 and mean of 38 sets, %, and image + text latency, ms on an iPhone 12 Pro
-# Max, as published in arXiv 2311.17049, Table 1: not measured here
-PUBLISHED = {
-    "MobileCLIP-S0": (67.8, 58.1, 3.1),
-    "MobileCLIP-S1": (72.6, 61.3, 5.8),
-    "MobileCLIP-S2": (74.4, 63.7, 6.9),
-    "MobileCLIP-B": (76.8, 65.2, 13.7),
-}
 
 
 def measure(

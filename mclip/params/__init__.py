@@ -7,11 +7,11 @@
 In a notebook::
 
     from mclip import params
-    p = params.stage(sections) # what the stage picked of params.yaml; all of it when opened by hand
+    p = params.stage(sections)    # what the stage picked; opened by hand: all of params.yaml
     p.balance.threshold
 """
 
-from mclip.params.ablations import Amount, KeptPairs, Learning, Selection, Study, Variant
+from mclip.params.ablations import KeptPairs, Learning, Selection, Study, Variant
 from mclip.params.schema import Params, apply_overlay, check, load
 from mclip.params.sections import (
     Align,
@@ -27,12 +27,11 @@ from mclip.params.sections import (
     Teachers,
     Train,
 )
-from mclip.params.tree import ParamsError, merge, pick, read_yaml, varied
+from mclip.params.tree import ParamsError, Section, absent, explain, merge, pick, read_yaml, varied
 from mclip.params.view import stage
 
 __all__ = [
     "Align",
-    "Amount",
     "Balance",
     "CaptionerTrain",
     "Cluster",
@@ -45,14 +44,17 @@ __all__ = [
     "ParamsError",
     "Recipe",
     "Reinforce",
+    "Section",
     "Selection",
     "Study",
     "TeacherParts",
     "Teachers",
     "Train",
     "Variant",
+    "absent",
     "apply_overlay",
     "check",
+    "explain",
     "load",
     "merge",
     "pick",

@@ -1,32 +1,33 @@
-"""The section `ablations`: the papers' studies, learning curves, what students cost and see."""
+"""The section `ablations`: studies of recipe variants and learning curves (mclip/studies/ablate.py)
+and, found by their names, the studies that are a file of their own in mclip/studies.
+"""
 
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from mclip.params.tree import Section
+from mclip.params.sections import Recipe
+from mclip.params.tree import Section, absent, explain, varied
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
 
 
-class StudentsAblation(Section):
-    models: list[str] = Field(min_length=1)
-
-
-class LatencyAblation(Section):
-    models: list[str] = Field(min_length=1)
-    runtimes: list[
-        Literal[
-            "unfolded",
-            "eager",
-            "eager-bf16",
-            "compile",
-            "compile-bf16",
-            "onnxruntime",
-            "onnxruntime-int8",
-        ]
-    ] = Field(min_length=1)
-    batches: list[PositiveInt] = Field(min_length=1)
-    rounds: PositiveInt
+def studies() -> dict[str, type[Section]]:
+    """The `Settings` of every study that is a file of its own, by its name: that of the file, of
+    its key in `ablations` and of its notebook.
+    """
+    found = {}
+    for place, name, _ in pkgutil.iter_modules(importlib.import_module("mclip.studies").__path__):
+        file = Path(place.path, f"{name}.py")
+        # asked of the text: what has none, such as ablate.py, imports torch
+        if file.is_file() and "\nclass Settings(" in file.read_text():
+            found[name] = importlib.import_module(f"mclip.studies.{name}").Settings
+    return found
 
 
 class KeptPairs(Section):
@@ -51,6 +52,17 @@ class Selection(Section):
     n_syn: PositiveInt | None = None
     ensemble: Annotated[list[str], Field(min_length=1)] | None = None
     captions: Literal["true", "synthetic"] = "true"
+
+    def check(self, p: Any) -> Iterator[str]:
+        for key in ("n_aug", "n_syn"):
+            if (getattr(self, key) or 0) > (stored := getattr(p.reinforce, key)):
+                yield f"{key}: {stored} are stored (reinforce.{key})"
+        ensemble = self.ensemble or p.reinforce.ensemble
+        yield from absent("ensemble", ensemble, p.reinforce.ensemble, "stored teacher")
+        if self.n_aug == 0 and (rest := sorted(set(ensemble) - set(p.embed.teachers))):
+            yield f"n_aug: 0 takes embed's embeddings: embed.teachers lacks {', '.join(rest)}"
+        if self.captions == "synthetic" and not p.reinforce.n_syn:
+            yield "captions: synthetic needs reinforce.n_syn"
 
 
 class Variant(Section):
@@ -79,6 +91,37 @@ class Study(Section):
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
     variants: dict[str, Variant] = Field(min_length=1)
 
+    def check(self, p: Any) -> Iterator[str]:
+        yield from absent("recipe", [self.recipe], p.distill.recipes, "recipe")
+        if recipe := p.distill.recipes.get(self.recipe):
+            for name, variant in self.variants.items():
+                yield from (
+                    f"variants.{name}.{line}" for line in _contradictions(variant, recipe, p)
+                )
+
+
+def _contradictions(variant: Variant, recipe: Recipe, p: Any) -> Iterator[str]:
+    """As `Section.check`, of a variant of a recipe."""
+    try:
+        recipe = varied(recipe, variant.recipe)
+    except pydantic.ValidationError as err:
+        yield from (f"recipe.{line}" for line in explain(err, Recipe))
+        return
+    if variant.keep and recipe.pairs != "kept":
+        yield "keep: needs a recipe with pairs: kept"
+    for key in ("clusters", "teacher"):
+        if getattr(variant, key) and not (recipe.weight.cluster or recipe.weight.instance):
+            yield f"{key}: needs a recipe with weight.cluster or weight.instance"
+    teacher = [variant.teacher] if variant.teacher else []
+    yield from absent("teacher", teacher, p.embed.teachers, "embedded teacher")
+    if not variant.reinforced:
+        return
+    if recipe.pairs != "reinforced":
+        yield "reinforced: needs a recipe with pairs: reinforced"
+    yield from (f"reinforced.{line}" for line in variant.reinforced.check(p))
+    if variant.reinforced.captions == "synthetic" and recipe.synthetic:
+        yield "reinforced.captions: synthetic needs a recipe with synthetic: false"
+
 
 class Learning(Section):
     fraction: Annotated[float, Field(gt=0, le=1)] = (
@@ -90,53 +133,22 @@ class Learning(Section):
     longer: list[PositiveInt]
     longer_seeds: list[NonNegativeInt]
 
-
-class Amount(Section):
-    fraction: Annotated[float, Field(gt=0, le=1)]  # of the pairs: few ones are seen many times
-    samples: PositiveInt
-    stored: dict[str, Any]  # laid over `reinforce`, for these pairs
-    n_aug: list[PositiveInt]
-    n_syn: list[NonNegativeInt]
-
-
-class PcaPictures(Section):
-    baseline: str
-    teacher: str
-    image_px: Annotated[int, Field(ge=32)]
-    shown: dict[str, str | None] = Field(min_length=1)
-    columns: Annotated[int, Field(ge=2)]
-    classes: PositiveInt
-    captions: str
-    mosaics: PositiveInt
-
-
-class EpochCost(Section):
-    baseline: str
-    rounds: PositiveInt
-
-
-class WeightsPictures(Section):
-    near_zero: PositiveFloat
-
-
-class SearchPictures(Section):
-    baseline: str
-    set: str
-    queries: list[str]
-    rows: PositiveInt
-    top: PositiveInt
+    def check(self, p: Any) -> Iterator[str]:
+        yield from absent("recipes", self.recipes, p.distill.recipes, "recipe")
+        yield from absent("baseline", [self.baseline], p.distill.recipes, "recipe")
 
 
 class Ablations(Section):
+    """Beside these keys every study of `studies` has its own; null: the study is left out."""
+
     samples: PositiveInt
     seeds: list[NonNegativeInt] = Field(min_length=1)
-    studies: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], Study]
-    learning: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], Learning]
-    # at most one entry: its stage writes one report; {}: no such stage
-    students: dict[str, StudentsAblation] = Field(max_length=1)
-    latency: dict[Literal["cpu", "cuda"], LatencyAblation] = Field(max_length=1)
-    amount: dict[str, Amount] = Field(max_length=1)
-    epoch: dict[str, EpochCost] = Field(max_length=1)
-    pca: dict[str, PcaPictures] = Field(max_length=1)
-    weights: dict[str, WeightsPictures] = Field(max_length=1)
-    search: dict[str, SearchPictures] = Field(max_length=1)
+    studies: dict[Name, Study]
+    learning: dict[Name, Learning]
+
+    def check(self, p: Any) -> Iterator[str]:
+        studies = {f"studies.{name}": study for name, study in self.studies.items()}
+        studies |= {f"learning.{name}": curve for name, curve in self.learning.items()}
+        studies |= {name: value for name, value in self if isinstance(value, Section)}
+        for key, study in studies.items():
+            yield from (f"{key}.{line}" for line in study.check(p))

@@ -1,4 +1,4 @@
-"""The sections of params.yaml that the pipeline's stages read: every key, its type and its range."""
+"""The sections of params.yaml that the stages read: every key, its type and its range."""
 
 from typing import Annotated, Any, Literal
 
@@ -251,15 +251,6 @@ class EvalSet(Section):
         return self
 
 
-def from_registry(sets: Any) -> Any:
-    """`evaluate.sets` with each entry, a map, a path or nothing, filled up by its name."""
-    if not isinstance(sets, dict):
-        return sets
-    return {
-        k: filled(k, v) if v is None or isinstance(v, dict | str) else v for k, v in sets.items()
-    }
-
-
 class Evaluate(Section):
     batch_size: PositiveInt
     sets: dict[str, EvalSet] = Field(min_length=1)
@@ -271,4 +262,10 @@ class Evaluate(Section):
     @pydantic.field_validator("sets", mode="before")
     @classmethod
     def _from_registry(cls, sets: Any) -> Any:
-        return from_registry(sets)
+        """Each entry, a map, a path or nothing, filled up by its name."""
+        if not isinstance(sets, dict):
+            return sets
+        return {
+            k: filled(k, v) if v is None or isinstance(v, dict | str) else v
+            for k, v in sets.items()
+        }

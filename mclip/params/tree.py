@@ -3,16 +3,20 @@ wrong.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from ruamel.yaml import YAML, YAMLError
 
 
 class ParamsError(ValueError):
     """A parameter is unknown, of a wrong type or out of range; the message names the key."""
+
+
+class NotThere(ParamsError, AttributeError):
+    """A key of a section is touched that does not exist, or that the stage did not pick."""
 
 
 class Section(BaseModel):
@@ -21,6 +25,32 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
     )
+    _path: str = PrivateAttr("")  # where a section lies of which a stage picked some keys only
+
+    def check(self, p: Any) -> Iterator[str]:
+        """What contradicts the rest of params.yaml.
+
+        Parameters
+        ----------
+        p : Params
+            All of params.yaml.
+
+        Yields
+        ------
+        str
+            "KEY: what is wrong with it", the key as it is written below this section.
+        """
+        yield from ()
+
+    def __getattr__(self, name: str) -> Any:
+        """Only called for what is not there."""
+        if name.startswith("_"):  # pydantic's own, or what IPython and pickle ask any object for
+            return super().__getattr__(name)
+        spelled = keys(type(self))
+        key = self._path + spelled.get(name, name)
+        if name in spelled:
+            raise NotThere(f"{key} is not among this stage's params in dvc.yaml")
+        raise NotThere(f"{key}: unknown key{nearest(name, spelled.values())}")
 
 
 S = TypeVar("S", bound=Section)
@@ -68,7 +98,7 @@ def varied(section: S, changes: dict[str, Any]) -> S:
 
 
 def pick(tree: dict[str, Any], keys: list[str]) -> dict[str, Any]:
-    """The part of a tree that dotted keys name: ["distill.train"] -> {"distill": {"train": ...}}."""
+    """The part of a tree that dotted keys name: ["a.b"] -> {"a": {"b": ...}}."""
     out: dict[str, Any] = {}
     for key in keys:
         source, target = tree, out
@@ -83,50 +113,52 @@ def pick(tree: dict[str, Any], keys: list[str]) -> dict[str, Any]:
     return out
 
 
-def is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
+def keys(kind: type[Section]) -> dict[str, str]:
+    """The attributes of a section and how each is spelled in params.yaml."""
+    return {name: field.alias or name for name, field in kind.model_fields.items()}
 
 
-def keys(kind: Any) -> dict[str, Any]:
-    """The keys of a section as they are spelled in params.yaml, with pydantic's field of each."""
-    return {f.alias or n: f for n, f in kind.model_fields.items()} if is_section(kind) else {}
-
-
-def child(kind: Any, key: str) -> Any:
-    """The type of a key of a section or of a map of sections; None where there is no such key."""
-    if get_origin(kind) is dict:
-        return get_args(kind)[1]
-    field = keys(kind).get(key)
-    alternatives = [field.annotation, *get_args(field.annotation)] if field else []
-    if field and get_origin(field.annotation) is dict:
-        return field.annotation
-    return next((a for a in alternatives if is_section(a)), field.annotation if field else None)
-
-
-def unknown(key: str, allowed: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, allowed, 1)
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to say after a name that is wrong: the one that was meant, and all there are."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown key{hint} (allowed: {', '.join(sorted(allowed))})"
+    return f"{hint} (allowed: {', '.join(known)})"
 
 
-def explain(error: Any, whole: type[Section], path: str = "") -> str:
-    """One of pydantic's errors in a line that starts with the key; whole: the schema of the tree
-    that path is in.
+def absent(key: str, names: Iterable[str], known: Iterable[str], what: str) -> Iterator[str]:
+    """A line for each name that is none of the known ones, for `Section.check`.
+
+    >>> list(absent("baseline", ["clpi"], {"clip": 1, "combined": 2}, "recipe"))
+    ["baseline: no such recipe 'clpi'; did you mean 'clip'? (allowed: clip, combined)"]
     """
-    loc = (
-        [*path.split("."), *map(str, error["loc"])]
-        if path
-        else [str(part) for part in error["loc"]]
-    )
-    key = ".".join(loc)
-    if error["type"] == "extra_forbidden":
-        kind: Any = whole
-        for part in loc[:-1]:
-            kind = child(kind, part)
-        return f"{key}: {unknown(loc[-1], keys(kind))}"
-    if error["type"] == "missing":
-        return f"{key}: missing"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}: {message} (found {error['input']!r})"
+    for name in names:
+        if name not in known:
+            yield f"{key}: no such {what} {name!r}{nearest(name, known)}"
+
+
+def explain(error: ValidationError, kind: type[Section]) -> list[str]:
+    """pydantic's errors of a section, each a line that starts with the key."""
+    lines = []
+    for e in error.errors():
+        key, message = ".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")
+        if e["type"] == "extra_forbidden":
+            message = f"unknown key{nearest(str(e['loc'][-1]), _allowed(kind, e['loc'][:-1]))}"
+        elif e["type"] == "missing":
+            message = "missing"
+        elif e["type"] != "value_error":
+            message += f" (found {e['input']!r})"
+        lines.append(f"{key}: {message}" if key else message)
+    return lines
+
+
+def _allowed(kind: type[Section], path: Sequence[int | str]) -> list[str]:
+    """The keys of the section at a path, by pydantic's JSON schema."""
+    whole = node = kind.model_json_schema()
+    for part in path:
+        entries = [*node.get("patternProperties", {}).values(), node.get("additionalProperties")]
+        node = node.get("properties", {}).get(part) or entries[0]  # of a section, of a map
+        for either in [node, *node.get("anyOf", [])]:  # a section or null
+            if "$ref" in either:
+                node = whole["$defs"][either["$ref"].rpartition("/")[2]]
+    return list(node["properties"])

@@ -157,12 +157,8 @@ def clock(seconds: float) -> str:
 
 def asked(ablations: Any) -> set[str]:
     """The notebooks of notebooks/ablations that the section `ablations` asks for."""
-    single = ("students", "latency", "amount", "epoch", "pca", "weights", "search")
-    return {
-        *ablations.studies,
-        *ablations.learning,
-        *(name for name in single if getattr(ablations, name)),
-    }
+    alone = {name for name, value in ablations if isinstance(value, params.Section)}
+    return {*ablations.studies, *ablations.learning, *alone}
 
 
 def build(

@@ -6,7 +6,8 @@ the first few of them:
 
     all        every stored augmentation and caption
     aug N      the first N augmentations, every caption
-    syn N      every augmentation, the true caption and the first N synthetic ones; syn 0: the true one alone
+    syn N      every augmentation, the true caption and the first N synthetic ones; syn 0: the true
+               one alone
 
 What was tried on the default data (two seeds each, all captions, CIFAR-10 in percent with one
 stored augmentation and with ten): on 5 % of the pairs light crops (area 0.9 and more) 32.4 and 32.9
@@ -16,34 +17,67 @@ and 26.6, strong 21.5 and 26.1; strong at 6,400 samples 20.7 and 25.0. So light 
 worth as much with one as with ten, strong ones need more the more often a picture is seen.
 """
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import pandas as pd
+import pydantic
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from mclip import models, reinforce
-from mclip.distill.runs import Run
-from mclip.params import Amount, Recipe, Reinforce, Selection
+from mclip.params import Params, Recipe, Reinforce, Section, Selection, absent, explain
 from mclip.params.tree import varied
-from mclip.pipeline import code
-from mclip.report import claims
-from mclip.studies import ablate, derive
 from mclip.system.files import digest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mclip.distill.runs import Run
+    from mclip.studies import ablate
 
 ALL, AUG, SYN = "all", "aug", "syn"
 KINDS = {AUG: "augmentations", SYN: "captions"}  # as published.ENOUGH calls them
 
 
-def stored(study: Amount, settings: Reinforce) -> Reinforce:
+class Settings(Section):
+    """`ablations.amount`."""
+
+    recipe: str  # a reinforced one
+    fraction: Annotated[float, Field(gt=0, le=1)]  # of the pairs: few ones are seen many times
+    samples: PositiveInt
+    stored: dict[str, Any]  # laid over `reinforce`, for these pairs
+    n_aug: list[PositiveInt]
+    n_syn: list[NonNegativeInt]
+
+    def check(self, p: Params) -> Iterator[str]:
+        yield from absent("recipe", [self.recipe], p.distill.recipes, "recipe")
+        if self.recipe in p.distill.recipes and not p.distill.recipes[self.recipe].synthetic:
+            yield "recipe: needs one with synthetic: true"
+        try:
+            full = stored(self, p.reinforce)
+        except pydantic.ValidationError as err:
+            yield from (f"stored.{line}" for line in explain(err, Reinforce))
+            return
+        yield from absent("stored.ensemble", full.ensemble, p.teachers.models, "teacher")
+        for key in ("n_aug", "n_syn"):
+            most = getattr(full, key)
+            for n in getattr(self, key):
+                if n >= most:
+                    yield f"{key}: {n} is not below the {most} that are stored (stored.{key})"
+
+
+def stored(study: Settings, settings: Reinforce) -> Reinforce:
     """The reinforce section with what the study stores laid over it."""
     return varied(settings, study.stored)
 
 
-def variants(study: Amount) -> dict[str, Selection]:
+def variants(study: Settings) -> dict[str, Selection]:
     """Variant -> what of the stored set it takes; "syn 0" takes what ALL does, for a recipe without
     captions.
     """
+    from mclip.studies import derive
+
     found = {ALL: derive.WHOLE}
     found |= {f"{AUG} {n}": derive.WHOLE.model_copy(update={"n_aug": n}) for n in study.n_aug}
     return found | {
@@ -52,19 +86,24 @@ def variants(study: Amount) -> dict[str, Selection]:
 
 
 def reinforced_part(
-    study: Amount,
+    study: Settings,
     settings: Reinforce,
     teachers: dict[str, str],
     captioner: str,
     *,
     data: dict[str, str] | None = None,
-    cache: str | Path = ablate.CACHE,
+    cache: str | Path | None = None,
 ) -> Path:
     """The study's reinforced set, made where it isn't there; a killed run goes on. The stage's own
     where that is it.
 
-    Raises what `reinforce.run` does.
+    cache : the studies' own by default. Raises what `reinforce.run` does.
     """
+    from mclip import models, reinforce
+    from mclip.pipeline import code
+    from mclip.studies import ablate, derive
+
+    cache = Path(cache or ablate.CACHE)
     own, wanted = derive.FOLDERS | (data or {}), stored(study, settings)
     if study.fraction == 1 and wanted == settings:
         return Path(own["reinforced"])
@@ -79,7 +118,7 @@ def reinforced_part(
         derive.fingerprint(own["balance"]),
         code.code("mclip.reinforce"),
     ]
-    folder = Path(cache) / "data" / f"reinforced-{digest(made_of)}"
+    folder = cache / "data" / f"reinforced-{digest(made_of)}"
     if not folder.exists():
         draft = folder.with_name(
             f"{folder.name}.part"
@@ -99,8 +138,7 @@ def reinforced_part(
 
 
 def plan(
-    study: Amount,
-    recipe_name: str,
+    study: Settings,
     recipe: Recipe,
     shared: ablate.Shared,
     source: str | Path,
@@ -110,18 +148,20 @@ def plan(
     """Each variant's runs, a run a seed, for `ablate.train` and `ablate.score`; source: of
     `reinforced_part`.
     """
+    from mclip.studies import ablate, derive
+
     runs = {}
     for name, chosen in variants(study).items():
         own = derive.selected(chosen, {"reinforced": str(source)}, Path(shared.cache))
         changed = varied(recipe, {"synthetic": False}) if name == f"{SYN} 0" else recipe
         data: dict[str, Any] = shared.data | {"reinforced": str(own), "fraction": study.fraction}
         runs[name] = ablate.runs_of(
-            recipe_name, changed, shared, study.samples, seeds, shared.cluster.teacher, data
+            study.recipe, changed, shared, study.samples, seeds, shared.cluster.teacher, data
         )
     return runs
 
 
-def titles(study: Amount, most: Mapping[str, int]) -> dict[str, str]:
+def titles(study: Settings, most: Mapping[str, int]) -> dict[str, str]:
     """Variant -> what to call it; most: of `most`."""
     found = {ALL: " and ".join(f"{n} {kind}" for kind, n in most.items())}
     for name in variants(study):
@@ -131,7 +171,7 @@ def titles(study: Amount, most: Mapping[str, int]) -> dict[str, str]:
     return found
 
 
-def most(study: Amount, settings: Reinforce) -> dict[str, int]:
+def most(study: Settings, settings: Reinforce) -> dict[str, int]:
     """How many augmentations and captions are stored for the study."""
     full = stored(study, settings)
     return {KINDS[AUG]: full.n_aug, KINDS[SYN]: full.n_syn}
@@ -144,6 +184,10 @@ def curve(main: pd.DataFrame, most: Mapping[str, int], sets: Sequence[str]) -> p
     main : of compare.main_metric, its column recipe holding the variant. ALL itself ends both
         curves, at 0.
     """
+    import pandas as pd
+
+    from mclip.report import claims
+
     rows = []
     for name in sets:
         found, _ = claims.against(main, name, ALL)
@@ -181,8 +225,8 @@ def _enough(what: str, points: pd.DataFrame) -> str:
     )
     verb = "is" if worst["number"] == 1 else "are"
     gap = (
-        f"{_counted(worst['number'], what)} {verb} {-worst['mean']:.1f} ± {worst['mean'] - worst['low']:.1f} points "
-        f"below {most}"
+        f"{_counted(worst['number'], what)} {verb} {-worst['mean']:.1f} ± "
+        f"{worst['mean'] - worst['low']:.1f} points below {most}"
     )
     return gap + (f" and {after} can't be told from them" if after < most else "")
 

@@ -1,22 +1,41 @@
 """Text to image search over an evaluation set: which pictures a model finds for a text, and whether
 they are right.
 
-split = evalsets.read_split("data/eval/emoji-unseen", "retrieval")
-questions = search.questions(split)                             # its captions; or search.free(["a red car"])
-found = search.search("local-dir:models/students/clip/seed0", split, questions)
-found[:, :5]                                                    # for each text its five best pictures' rows
-search.precision(found, questions, 5)
+    split = evalsets.read_split("data/eval/emoji-unseen", "retrieval")
+    questions = search.questions(split)             # its captions; or search.free(["a red car"])
+    found = search.search("local-dir:models/students/clip/seed0", split, questions)
+    found[:, :5]                                    # for each text its five best pictures' rows
+    search.precision(found, questions, 5)
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
+from pydantic import PositiveInt
 
-from mclip import models
-from mclip.data.evalsets import Split, read_image
+from mclip.params import Params, Section, absent
+
+if TYPE_CHECKING:
+    from mclip.data.evalsets import Split
+
+
+class Settings(Section):
+    """`ablations.search`."""
+
+    recipe: str  # of the distilled student, side by side with
+    baseline: str
+    set: str  # of evaluate.sets; a classification set is asked for its classes
+    queries: list[str]  # []: the set's own, evenly spread
+    rows: PositiveInt  # queries shown
+    top: PositiveInt  # pictures a query
+
+    def check(self, p: Params) -> Iterator[str]:
+        yield from absent("recipe", [self.recipe], p.distill.recipes, "recipe")
+        yield from absent("baseline", [self.baseline], p.distill.recipes, "recipe")
+        yield from absent("set", [self.set], p.evaluate.sets, "evaluation set")
 
 
 class Questions(NamedTuple):
@@ -54,6 +73,12 @@ def search(name: str, split: Split, asked: Questions, *, batch_size: int = 128) 
     name : of a model, see `models.create`. A text with several prompts is their mean, as in
         zero-shot classification.
     """
+    import torch
+    from torch.nn.functional import normalize
+
+    from mclip import models
+    from mclip.data.evalsets import read_image
+
     model, _, preprocess, tokenizer = models.create(name)
     model = models.for_inference(model)
     parts = (split.places[i : i + batch_size] for i in range(0, len(split.places), batch_size))
@@ -66,7 +91,7 @@ def search(name: str, split: Split, asked: Questions, *, batch_size: int = 128) 
         model, tokenizer, [t for own in asked.prompts for t in own], precision="fp32"
     )
     texts = torch.stack([part.mean(0) for part in flat.split([len(own) for own in asked.prompts])])
-    similarity = F.normalize(texts, dim=-1) @ pictures.T
+    similarity = normalize(texts, dim=-1) @ pictures.T
     return similarity.argsort(dim=1, descending=True, stable=True).numpy()
 
 

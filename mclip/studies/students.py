@@ -14,21 +14,35 @@ and 4.9 %; patches of 4 with two layers 685 ms, 29.9 % and 4.6 %. Four layers on
 All students share the default one's text tower (two layers of width 128): only images differ.
 """
 
+from __future__ import annotations
+
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
-import torch
+from pydantic import Field
 
-from mclip import models
-from mclip.distill import trainer
-from mclip.distill.runs import Run
-from mclip.params import Recipe, Train
-from mclip.studies import ablate
+from mclip.params import Params, Recipe, Section, Train, absent
 from mclip.system.timing import interleaved
 
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+    from mclip.distill.runs import Run
+
 WARM_STEPS = 2  # of each student before the clock starts
+
+
+class Settings(Section):
+    """`ablations.students`."""
+
+    recipe: str
+    models: list[str] = Field(min_length=1)  # beside distill.student
+
+    def check(self, p: Params) -> Iterator[str]:
+        yield from absent("recipe", [self.recipe], p.distill.recipes, "recipe")
 
 
 def plan(
@@ -40,7 +54,7 @@ def plan(
     *,
     teacher: str | None,
     data: dict | None = None,
-    cache: Path = ablate.CACHE,
+    cache: Path | None = None,
 ) -> dict[str, list[Run]]:
     """Each student's runs, a run a seed, for `ablate.train` and `ablate.score`.
 
@@ -49,7 +63,11 @@ def plan(
     names : open_clip model strings, or of mclip/models/configs.
     settings : distill.train with the studies' number of samples, the same for all.
     data : overrides of TrainingSet's folders.
+    cache : the studies' own by default.
     """
+    from mclip.studies import ablate
+
+    cache = cache or ablate.CACHE
     return {
         name: ablate.planned(
             recipe_name, recipe, name, settings, seeds, teacher=teacher, data=data, cache=cache
@@ -58,7 +76,7 @@ def plan(
     }
 
 
-# --- cost -------------------------------------------------------------------------------------------------------
+# --- cost -----------------------------------------------------------------------------------------
 
 
 def costs(runs: Mapping[str, Run], *, steps: int = 8, rounds: int = 60) -> pd.DataFrame:
@@ -75,6 +93,11 @@ def costs(runs: Mapping[str, Run], *, steps: int = 8, rounds: int = 60) -> pd.Da
     indexed by student: image_params, text_params, image_ms, text_ms, latency_ms (both),
     step_ms, train_s (step_ms times the steps of a run).
     """
+    import pandas as pd
+    import torch
+
+    from mclip import models
+
     threads = torch.get_num_threads()
     towers, table = {}, {}
     try:
@@ -105,6 +128,10 @@ def costs(runs: Mapping[str, Run], *, steps: int = 8, rounds: int = 60) -> pd.Da
 
 def _towers(model: torch.nn.Module, tokenizer) -> dict[str, Callable]:
     """A call of each tower of a model on one picture, one caption."""
+    import torch
+
+    from mclip import models
+
     fast = models.for_inference(model)
     side = models.image_size(model)
     picture = torch.zeros(1, 3, side, side).contiguous(memory_format=torch.channels_last)
@@ -113,7 +140,9 @@ def _towers(model: torch.nn.Module, tokenizer) -> dict[str, Callable]:
 
 
 def _step_seconds(runs: Mapping[str, Run], steps: int) -> dict[str, float]:
-    """Median seconds of a training step of each run, taking turns; nothing is trained to the end."""
+    """Median seconds of a training step of each run, by turns; nothing is trained to the end."""
+    from mclip.distill import trainer
+
     most = (
         min(run.train.samples // run.train.batch_size for run in runs.values()) - 1
     )  # the last one would export
@@ -126,7 +155,7 @@ def _step_seconds(runs: Mapping[str, Run], steps: int) -> dict[str, float]:
     return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
-# --- what to say ------------------------------------------------------------------------------------------------
+# --- what to say ----------------------------------------------------------------------------------
 
 
 def summary(main: pd.DataFrame, cost: pd.DataFrame, sets: Iterable[str]) -> pd.DataFrame:
@@ -172,7 +201,8 @@ def verdict(table: pd.DataFrame, sets: Mapping[str, str]) -> str:
             for key, title in sets.items()
         ]
         said.append(
-            f"{name} has {' and '.join(parts)} at {latency:.1f} x the latency, {training:.1f} x the training"
+            f"{name} has {' and '.join(parts)} at {latency:.1f} x the latency, "
+            f"{training:.1f} x the training"
         )
         loses = any(counts[key] and gap < 0 for key, gap in gaps.items())
         gains = any(counts[key] and gap > 0 for key, gap in gaps.items())

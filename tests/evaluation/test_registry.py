@@ -52,7 +52,7 @@ def test_every_entry_is_a_valid_set(name):
 
 def test_params_take_a_name_a_path_or_both():
     tree = params.read_yaml(ROOT / "params.yaml")
-    tree["ablations"] |= {"pca": {}, "search": {}}  # which name the default's sets
+    tree["ablations"] |= {"pca": None, "search": None}  # which name the default's sets
     tree["evaluate"]["sets"] = {
         "pets": None,
         "flowers": {"probe": True},
@@ -73,7 +73,8 @@ def test_params_take_a_name_a_path_or_both():
         0,
         "far",
     )
-    picked = params.stage(params.pick(tree, ["evaluate.sets"]))  # what the report's stage sees
+    values = params.check(tree).model_dump(by_alias=True, mode="json")
+    picked = params.stage(params.pick(values, ["evaluate.sets"]))  # what the report's stage sees
     assert picked.evaluate.sets == sets
     for wrong, message in [
         ({"pet": None}, r"evaluate\.sets: pet: not in the registry .*did you mean 'pets'"),

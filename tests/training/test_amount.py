@@ -11,7 +11,7 @@ import torch
 from mclip import balance
 from mclip.data.stores import reinforced
 from mclip.distill.runs import in_part
-from mclip.params import Amount, Balance, Cluster, Reinforce
+from mclip.params import Balance, Cluster, Reinforce
 from mclip.report import published
 from mclip.report.compare import HELD_OUT
 from mclip.studies import ablate, amount
@@ -31,8 +31,13 @@ SETTINGS = Reinforce(
     precision="fp32",
     seed=0,
 )
-STUDY = Amount(
-    fraction=0.6, samples=16, stored={"n_aug": 3, "scale_min": 0.4}, n_aug=[1, 2], n_syn=[]
+STUDY = amount.Settings(
+    recipe="mobileclip",
+    fraction=0.6,
+    samples=16,
+    stored={"n_aug": 3, "scale_min": 0.4},
+    n_aug=[1, 2],
+    n_syn=[],
 )
 
 
@@ -107,10 +112,12 @@ def test_variants_take_the_first_few_of_the_same_set(data, world, student, tmp_p
         data,
         tmp_path / "cache",
     )
-    study = Amount(fraction=0.6, samples=16, stored={}, n_aug=[1, 2], n_syn=[0, 1])
+    study = amount.Settings(
+        recipe="mobileclip", fraction=0.6, samples=16, stored={}, n_aug=[1, 2], n_syn=[0, 1]
+    )
     source = tmp_path / "source"
     shutil.copytree(world / "reinforced", source)
-    runs = amount.plan(study, "mobileclip", RECIPES["mobileclip"], shared, source, seeds=[0, 1])
+    runs = amount.plan(study, RECIPES["mobileclip"], shared, source, seeds=[0, 1])
     assert list(runs) == ["all", "aug 1", "aug 2", "syn 0", "syn 1"]
     assert len({run.out for own in runs.values() for run in own}) == 10
     whole = reinforced.read_shard(source, 0)

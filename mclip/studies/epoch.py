@@ -3,29 +3,44 @@ papers.md 2.5).
 
     plain               the baseline's training step
     reinforced          MobileCLIP's, from the stored augmentations, captions and embeddings
-    teachers online     that, and one augmentation of each picture drawn, replayed and embedded by the ensemble, the
-                        true and one synthetic caption embedded
+    teachers online     that, and one augmentation of each picture drawn, replayed and embedded by
+                        the ensemble, the true and one synthetic caption embedded
     everything online   that, and the synthetic caption written by the captioner
 
 Measured on one thread (or one GPU), the parts by turns in one process; medians. What is online is
 added up, as it would run before the step on the same core or GPU.
 """
 
+from __future__ import annotations
+
 import itertools
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-import pandas as pd
-import torch
+from pydantic import PositiveInt
 
-from mclip import models, reinforce
-from mclip.data import shards
-from mclip.distill import trainer
-from mclip.distill.runs import Run
-from mclip.params import Reinforce
+from mclip.params import Params, Reinforce, Section, absent
 from mclip.system.timing import interleaved
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mclip.distill.runs import Run
+
 KINDS = ("plain", "reinforced", "teachers online", "everything online")
+
+
+class Settings(Section):
+    """`ablations.epoch`."""
+
+    recipe: str  # the reinforced one
+    baseline: str
+    rounds: PositiveInt  # training steps of each that are timed, by turns
+
+    def check(self, p: Params) -> Iterator[str]:
+        yield from absent("recipe", [self.recipe], p.distill.recipes, "recipe")
+        yield from absent("baseline", [self.baseline], p.distill.recipes, "recipe")
 
 
 def per_sample(
@@ -50,12 +65,19 @@ def per_sample(
     ------
     ValueError : runs that are too short.
     """
+    import pandas as pd
+    import torch
+
+    from mclip import models, reinforce
+    from mclip.data import shards
+    from mclip.distill import trainer
+
     batch = reinforced.train.batch_size
     length = min(run.train.samples // run.train.batch_size for run in (plain, reinforced))
     if length <= warm + rounds:
         raise ValueError(
-            f"distill.train: samples / batch_size are {length} steps, timing {rounds} rounds takes more "
-            f"than {warm + rounds}: raise samples or lower ablations.epoch's rounds"
+            f"distill.train: samples / batch_size are {length} steps, timing {rounds} rounds takes "
+            f"more than {warm + rounds}: raise samples or lower ablations.epoch.rounds"
         )
     # where the training steps and reinforce.run put their models, too
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -113,6 +135,8 @@ def table(ms: pd.Series, pairs: int, paper: Mapping[str, float]) -> pd.DataFrame
     """`per_sample` to read: milliseconds, minutes an epoch of so many pairs on one core, how many
     times plain's, and the same of the paper's hours.
     """
+    import pandas as pd
+
     return (
         pd.DataFrame(
             {
@@ -136,7 +160,8 @@ def verdict(ms: pd.Series, paper: Mapping[str, float]) -> str:
         kind: f"{times[kind]:.2f} times ({paper[kind] / paper['plain']:.2f})" for kind in KINDS[1:]
     }
     return (
-        f"Of a plain sample's cost (the paper's in brackets) one of the reinforced set takes {said['reinforced']}, "
-        f"with the teachers online {said['teachers online']}, with everything online {said['everything online']}: "
+        "Of a plain sample's cost (the paper's in brackets) one of the reinforced set takes "
+        f"{said['reinforced']}, with the teachers online {said['teachers online']}, "
+        f"with everything online {said['everything online']}: "
         f"the paper's order {'holds' if order else 'does not hold'}."
     )

@@ -1,4 +1,4 @@
-"""mclip.studies.epochs: parts add up, runs that are too short are told, the verdict follows the
+"""mclip.studies.epoch: parts add up, runs that are too short are told, the verdict follows the
 numbers.
 
 Real teachers and a captioner go through it in tests/notebooks.
@@ -7,10 +7,11 @@ Real teachers and a captioner go through it in tests/notebooks.
 import pandas as pd
 import pytest
 
+from mclip import reinforce
 from mclip.distill import plan
 from mclip.params import Reinforce
 from mclip.report import published
-from mclip.studies import epochs
+from mclip.studies import epoch
 
 from .conftest import RECIPES, TRAIN
 
@@ -63,7 +64,7 @@ def test_what_is_online_is_added_to_the_reinforced_step(runs, student, monkeypat
             (len(samples), settings.n_aug, settings.n_syn, len(ensemble), writer is not None)
         )
 
-    monkeypatch.setattr(epochs.reinforce, "reinforce_samples", reinforce_samples)
+    monkeypatch.setattr(reinforce, "reinforce_samples", reinforce_samples)
     seconds = {"plain": 8, "reinforced": 16, "teachers": 80, "texts": 40, "everything": 400}
 
     def interleaved(calls, rounds, warm, wait):
@@ -71,8 +72,8 @@ def test_what_is_online_is_added_to_the_reinforced_step(runs, student, monkeypat
             call()
         return {name: [seconds[name]] for name in calls}
 
-    monkeypatch.setattr(epochs, "interleaved", interleaved)
-    ms = epochs.per_sample(*runs(64), SETTINGS, {"base": student}, student, rounds=1)
+    monkeypatch.setattr(epoch, "interleaved", interleaved)
+    ms = epoch.per_sample(*runs(64), SETTINGS, {"base": student}, student, rounds=1)
     assert ms.to_dict() == {
         "plain": 1e3,
         "reinforced": 2e3,
@@ -87,20 +88,20 @@ def test_runs_that_are_too_short_are_told(runs, student):
     with pytest.raises(
         ValueError, match="are 3 steps, timing 3 rounds takes more than 5: raise samples"
     ):
-        epochs.per_sample(*runs(24), SETTINGS, {"base": student}, student, rounds=3)
+        epoch.per_sample(*runs(24), SETTINGS, {"base": student}, student, rounds=3)
 
 
 def test_a_table_and_what_it_says():
-    ms = pd.Series(dict(zip(epochs.KINDS, (2.0, 3.0, 8.0, 40.0), strict=True)))
-    table = epochs.table(ms, 60_000, published.EPOCH_HOURS)
+    ms = pd.Series(dict(zip(epoch.KINDS, (2.0, 3.0, 8.0, 40.0), strict=True)))
+    table = epoch.table(ms, 60_000, published.EPOCH_HOURS)
     assert table["minutes an epoch of 60,000 pairs"].tolist() == [2, 3, 8, 40]
     assert table["times plain"].tolist() == [1, 1.5, 4, 20] and table[
         "the paper: hours"
     ].tolist() == [1.3, 1.3, 4.1, 21.1]
-    said = epochs.verdict(ms, published.EPOCH_HOURS)
+    said = epoch.verdict(ms, published.EPOCH_HOURS)
     assert (
         "reinforced set takes 1.50 times (1.00)" in said
         and "4.00 times (3.15)" in said
         and said.endswith("holds.")
     )
-    assert epochs.verdict(ms.replace(40.0, 5.0), published.EPOCH_HOURS).endswith("does not hold.")
+    assert epoch.verdict(ms.replace(40.0, 5.0), published.EPOCH_HOURS).endswith("does not hold.")

@@ -1,5 +1,5 @@
-"""mclip.studies.pictures: the map is what the tower pools, components repeat, and the masks are
-those of the pictures.
+"""mclip.models.maps and mclip.studies.pca: the map is what the tower pools, components repeat, and
+the masks are those of the pictures.
 """
 
 import numpy as np
@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw
 from sklearn.decomposition import PCA
 
 from mclip import models
-from mclip.studies import pictures
+from mclip.models import maps
+from mclip.studies import pca
 
 
 def drawing(colour: str = "red", at: int = 8) -> Image.Image:
@@ -22,7 +23,7 @@ def drawing(colour: str = "red", at: int = 8) -> Image.Image:
 @pytest.fixture(scope="module")
 def eyes():
     torch.manual_seed(0)
-    return {name: pictures.load(name) for name in ("demo-student", "demo-mci", "demo-vit")}
+    return {name: maps.load(name) for name in ("demo-student", "demo-mci", "demo-vit")}
 
 
 # ---------------------------------------------------------------- features
@@ -32,7 +33,7 @@ def eyes():
 def test_the_cells_mean_is_the_pictures_embedding_where_the_head_is_linear(eyes, name):
     eye = eyes[name]
     batch = torch.randn(3, 3, eye.side, eye.side, generator=torch.Generator().manual_seed(1))
-    cells = pictures.embed_cells(eye.model, pictures.feature_map(eye.model, batch))
+    cells = maps.embed_cells(eye.model, maps.feature_map(eye.model, batch))
     with torch.no_grad():
         whole = eye.model.encode_image(batch)
     torch.testing.assert_close(cells.mean((1, 2)), whole, rtol=1e-4, atol=1e-5)
@@ -44,7 +45,7 @@ def test_a_captions_shares_add_up_to_its_cosine(eyes, name):
         [drawing("red"), drawing("blue", 16), drawing("green", 2)],
         [["a", "b"], ["c", "a"], ["b", "d"]],
     )
-    scores, cosine = pictures.caption_maps(eyes[name], images, captions)
+    scores, cosine = maps.caption_maps(eyes[name], images, captions)
     eye = eyes[name]
     with torch.no_grad():
         whole = F.normalize(
@@ -62,16 +63,16 @@ def test_a_captions_shares_add_up_to_its_cosine(eyes, name):
 )
 def test_larger_pictures_have_larger_maps(name, cells):
     torch.manual_seed(0)
-    eye = pictures.load(name, 96)
-    maps = pictures.feature_maps(eye, [drawing(), drawing("blue"), drawing("lime", 20)] * 4)
-    assert maps.shape[:3] == (12, cells, cells) and maps.dtype == np.float32
+    eye = maps.load(name, 96)
+    found = maps.feature_maps(eye, [drawing(), drawing("blue"), drawing("lime", 20)] * 4)
+    assert found.shape[:3] == (12, cells, cells) and found.dtype == np.float32
     assert (eye.side, eye.own_side) == (96, 32)
-    small = pictures.load(name)
-    large = pictures.resized(small, 64)
-    assert (small.side, large.side) == (32, 64) and pictures.resized(small, 32) is small
+    small = maps.load(name)
+    large = maps.resized(small, 64)
+    assert (small.side, large.side) == (32, 64) and maps.resized(small, 32) is small
     assert (
-        pictures.feature_maps(small, [drawing()]).shape[1] * 2
-        == pictures.feature_maps(large, [drawing()]).shape[1]
+        maps.feature_maps(small, [drawing()]).shape[1] * 2
+        == maps.feature_maps(large, [drawing()]).shape[1]
     )
 
 
@@ -104,7 +105,7 @@ def test_clips_own_towers_take_larger_pictures(arch, options):
     model = torch.nn.Module()
     model.visual = visual
     side = 2 * options["image_size"]
-    pictures._resize(visual, side)
+    maps._resize(visual, side)
     assert (
         holder.positional_embedding.shape[0]
         == 1 + {"VisionTransformer": 64, "ModifiedResNet": 16}[arch]
@@ -113,10 +114,10 @@ def test_clips_own_towers_take_larger_pictures(arch, options):
         holder.positional_embedding, torch.ones_like(holder.positional_embedding)
     )
     batch = torch.randn(2, 3, side, side)
-    maps = pictures.feature_map(model, batch)
+    found = maps.feature_map(model, batch)
     assert (
-        maps.shape[0] == 2
-        and pictures.embed_cells(model, maps).shape[-1] == visual(batch).shape[-1] == 16
+        found.shape[0] == 2
+        and maps.embed_cells(model, found).shape[-1] == visual(batch).shape[-1] == 16
     )
 
 
@@ -125,18 +126,18 @@ def test_clips_own_towers_take_larger_pictures(arch, options):
 
 def test_components_are_those_of_sklearn_with_fixed_signs():
     rows = np.random.default_rng(0).normal(size=(50, 7)) * np.arange(1, 8)
-    mean, axes = pictures.principal(rows, 3)
+    mean, axes = pca.principal(rows, 3)
     want = PCA(3).fit(rows)
     np.testing.assert_allclose(mean, want.mean_)
     np.testing.assert_allclose(np.abs(axes @ want.components_.T), np.eye(3), atol=1e-9)
     assert (axes[np.arange(3), np.abs(axes).argmax(1)] > 0).all()
-    np.testing.assert_allclose(pictures.principal(rows[::-1], 3)[1], axes, atol=1e-9)
+    np.testing.assert_allclose(pca.principal(rows[::-1], 3)[1], axes, atol=1e-9)
 
 
 def test_components_of_too_few_rows_are_zero():
     for rows in (np.empty((0, 4)), np.ones((1, 4)), np.ones((5, 4))):
-        assert not pictures.principal(rows, 3)[1].any()
-    assert np.linalg.matrix_rank(pictures.principal(np.eye(4)[:2], 3)[1]) == 1
+        assert not pca.principal(rows, 3)[1].any()
+    assert np.linalg.matrix_rank(pca.principal(np.eye(4)[:2], 3)[1]) == 1
 
 
 def test_otsu_against_every_threshold_tried_in_turn():
@@ -148,31 +149,31 @@ def test_otsu_against_every_threshold_tried_in_turn():
         return len(low) * len(high) * (low.mean() - high.mean()) ** 2
 
     best = max((between(t), t) for t in np.sort(values)[:-1])[1]
-    cut = pictures.otsu(values)
+    cut = pca.otsu(values)
     assert best <= cut < min(values[values > best])
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_foreground_is_what_does_not_lie_at_the_border(sign):
-    maps = np.random.default_rng(0).normal(size=(2, 6, 6, 5)) * 0.01
-    maps[:, 2:4, 1:5] += sign * np.array([3.0, 0, 1, 0, 0])
-    first, mask = pictures.foreground(maps)
+    features = np.random.default_rng(0).normal(size=(2, 6, 6, 5)) * 0.01
+    features[:, 2:4, 1:5] += sign * np.array([3.0, 0, 1, 0, 0])
+    first, mask = pca.foreground(features)
     want = np.zeros((2, 6, 6), bool)
     want[:, 2:4, 1:5] = True
     assert (mask == want).all() and first[want].min() > first[~want].max()
 
 
 def test_colours_are_alike_where_features_are_and_the_background_is_paper():
-    maps = np.zeros((2, 4, 4, 6))
-    maps[:, :2, :, 0], maps[:, 2:, :, 1] = 5, 5
-    maps[0, 0, 0, 2] = 1
+    features = np.zeros((2, 4, 4, 6))
+    features[:, :2, :, 0], features[:, 2:, :, 1] = 5, 5
+    features[0, 0, 0, 2] = 1
     mask = np.ones((2, 4, 4), bool)
     mask[:, :, 0] = False
-    rgb = pictures.colours(maps, mask, paper=0.5)
+    rgb = pca.colours(features, mask, paper=0.5)
     assert rgb.min() >= 0 and rgb.max() <= 1 and (rgb[~mask] == 0.5).all()
     np.testing.assert_allclose(rgb[0, 0, 1], rgb[1, 1, 3])
     assert np.abs(rgb[0, 0, 1] - rgb[0, 3, 1]).max() > 0.5
-    assert (pictures.colours(maps, np.zeros_like(mask)) == 1).all()
+    assert (pca.colours(features, np.zeros_like(mask)) == 1).all()
 
 
 # ---------------------------------------------------------------- pictures
@@ -181,22 +182,18 @@ def test_colours_are_alike_where_features_are_and_the_background_is_paper():
 def test_a_silhouette_has_the_white_inside_but_not_the_white_around():
     image = drawing("red")
     ImageDraw.Draw(image).ellipse((20, 20, 30, 30), fill="white")
-    drawn = pictures.silhouette(image)
+    drawn = pca.silhouette(image)
     assert drawn[25, 25] and drawn[10, 28] and not drawn[1, 1]
-    assert (
-        pictures.silhouette(Image.new("RGB", (8, 8), "navy")) is None
-    )  # no white around: a photograph
-    assert pictures.silhouette(Image.new("RGB", (8, 8), "white")) is None  # nothing is drawn
+    assert pca.silhouette(Image.new("RGB", (8, 8), "navy")) is None  # no white around: a photograph
+    assert pca.silhouette(Image.new("RGB", (8, 8), "white")) is None  # nothing is drawn
 
 
 def test_overlap_is_intersection_over_union_at_the_pictures_resolution():
     drawn = np.zeros((8, 8), bool)
     drawn[:, :4] = True
-    assert pictures.overlap(np.array([[True, False]] * 2), drawn) == 1
-    assert pictures.overlap(np.array([[True, True], [False, False]]), drawn) == pytest.approx(
-        16 / 48
-    )
-    assert pictures.overlap(np.zeros((2, 2), bool), drawn) == 0
+    assert pca.overlap(np.array([[True, False]] * 2), drawn) == 1
+    assert pca.overlap(np.array([[True, True], [False, False]]), drawn) == pytest.approx(16 / 48)
+    assert pca.overlap(np.zeros((2, 2), bool), drawn) == 0
 
 
 def test_the_most_frequent_class_unless_one_is_named(tmp_path):
@@ -209,23 +206,23 @@ def test_the_most_frequent_class_unless_one_is_named(tmp_path):
     assert [
         (name, len(found))
         for name, found in (
-            pictures.of_class(split, None, 9),
-            pictures.of_class(split, "y", 1),
-            pictures.of_class(split, "z", 9),
+            pca.of_class(split, None, 9),
+            pca.of_class(split, "y", 1),
+            pca.of_class(split, "z", 9),
         )
     ] == [("y", 2), ("y", 1), ("z", 1)]
     with pytest.raises(ValueError, match="no such class 'w'; there are x, y, z"):
-        pictures.of_class(split, "w", 1)
-    images, texts = pictures.one_each(split._replace(templates=["a {c}."]), 5)
+        pca.of_class(split, "w", 1)
+    images, texts = pca.one_each(split._replace(templates=["a {c}."]), 5)
     assert sorted(texts) == ["a x.", "a y.", "a z."] and len(images) == 3
     captions = [["one", "uno"], ["two"], ["one"], ["three"]]
-    assert len(set(pictures.one_each(split._replace(labels=[], captions=captions), 2)[1])) == 2
+    assert len(set(pca.one_each(split._replace(labels=[], captions=captions), 2)[1])) == 2
 
 
 def test_quarters_of_a_mosaic_are_its_pictures():
     four = [Image.new("L", (10, 10), level) for level in (10, 60, 110, 160)]
-    sheets = pictures.mosaics([*four, *four[::-1], four[0]], side=4)
+    sheets = pca.mosaics([*four, *four[::-1], four[0]], side=4)
     assert len(sheets) == 2 and sheets[0].size == (8, 8)
-    maps = np.stack([np.asarray(s)[..., 0] for s in sheets]).astype(float)
-    np.testing.assert_allclose(pictures.quarters(maps), [[10, 60, 110, 160], [160, 110, 60, 10]])
-    assert pictures.quarters(maps[:, None]).shape == (2, 1, 4)
+    features = np.stack([np.asarray(s)[..., 0] for s in sheets]).astype(float)
+    np.testing.assert_allclose(pca.quarters(features), [[10, 60, 110, 160], [160, 110, 60, 10]])
+    assert pca.quarters(features[:, None]).shape == (2, 1, 4)

@@ -1,19 +1,34 @@
 """How wide the weights of a trained tower's last fully connected layer are: CLIP-CID (arXiv
 2408.09441), Figure 4.
 
-weights = histograms.last_weights({("clip", 0): "local-dir:models/students/clip/seed0", ...})
-histograms.densities({key: towers["text"][1] for key, towers in weights.items()})
-histograms.numbers(weights, baseline="clip", near_zero=0.1)
+    layers = weights.last_weights({("clip", 0): "local-dir:models/students/clip/seed0", ...})
+    weights.densities({key: towers["text"][1] for key, towers in layers.items()})
+    weights.numbers(layers, baseline="clip", near_zero=0.1)
 """
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
-import torch
-from torch import Tensor, nn
+from pydantic import PositiveFloat
 
-from mclip import models
+from mclip.params import Params, Section, absent
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor, nn
+
+
+class Settings(Section):
+    """`ablations.weights`."""
+
+    baseline: str  # the recipe that the others are held against
+    near_zero: PositiveFloat  # within so many standard deviations of its weights
+
+    def check(self, p: Params) -> Iterator[str]:
+        yield from absent("baseline", [self.baseline], p.distill.recipes, "recipe")
 
 
 def last_layer(tower: nn.Module) -> tuple[str, Tensor]:
@@ -25,6 +40,8 @@ def last_layer(tower: nn.Module) -> tuple[str, Tensor]:
     each position's neighbourhood). Depthwise convolutions, shortcuts, attention and heads do not
     count.
     """
+    from torch import nn
+
     body = getattr(tower, "trunk", None) or getattr(tower, "transformer", None) or tower
     aside = {
         "attention",
@@ -56,6 +73,10 @@ def last_weights(
     """(recipe, seed) -> model string: each one's `last_layer` of its image and text tower; seed: of
     a random model.
     """
+    import torch
+
+    from mclip import models
+
     found = {}
     for (recipe, seed), name in names.items():
         torch.manual_seed(seed)
@@ -69,6 +90,8 @@ def densities(weights: Mapping[tuple[str, int], Tensor], bins: int = 81) -> pd.D
     """Histograms as columns recipe, seed, weight (a bin's middle), density; common bins to the
     99.9th percentile.
     """
+    import pandas as pd
+
     top = max(float(np.quantile(np.abs(w.numpy()), 0.999)) for w in weights.values())
     edges = np.linspace(-top, top, bins + 1)
     rows = []
@@ -96,6 +119,8 @@ def numbers(
     """How wide the weights are: tower, recipe, seed, std, near_zero (share within near_zero x the
     baseline's std).
     """
+    import pandas as pd
+
     rows = []
     for tower in next(iter(weights.values())):
         own = {key: towers[tower][1].numpy().ravel() for key, towers in weights.items()}

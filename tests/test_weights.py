@@ -1,4 +1,4 @@
-"""mclip.studies.histograms: the right layer, densities that add up, and widths against what they
+"""mclip.studies.weights: the right layer, densities that add up, and widths against what they
 are made of.
 """
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mclip import models
-from mclip.studies import histograms
+from mclip.studies import weights
 
 
 @pytest.mark.parametrize(
@@ -20,20 +20,20 @@ from mclip.studies import histograms
 )
 def test_the_last_fully_connected_layer_of_a_tower(name, image, text):
     model = models.create(name)[0]
-    assert histograms.last_layer(model.visual)[0] == image
-    found, weight = histograms.last_layer(model)
+    assert weights.last_layer(model.visual)[0] == image
+    found, weight = weights.last_layer(model)
     assert found == text and torch.equal(
         weight, model.get_parameter(f"transformer.{text}.weight").detach()
     )
     with pytest.raises(ValueError, match="ReLU has no fully connected layer"):
-        histograms.last_layer(torch.nn.ReLU())
+        weights.last_layer(torch.nn.ReLU())
 
 
 def test_densities_add_up_and_share_their_bins():
     generator = torch.Generator().manual_seed(0)
-    weights = {("clip", s): torch.randn(40, 50, generator=generator) for s in (0, 1)}
-    weights |= {("wide", s): 2 * torch.randn(2000, generator=generator) for s in (0, 1)}
-    frame = histograms.densities(weights, bins=61)
+    layers = {("clip", s): torch.randn(40, 50, generator=generator) for s in (0, 1)}
+    layers |= {("wide", s): 2 * torch.randn(2000, generator=generator) for s in (0, 1)}
+    frame = weights.densities(layers, bins=61)
     groups = frame.groupby(["recipe", "seed"])
     assert groups.size().eq(61).all() and groups["weight"].first().nunique() == 1
     area = groups["density"].sum() * frame["weight"].diff().iloc[1]
@@ -48,9 +48,7 @@ def test_numbers_of_a_uniform_layer():
         "text": ("b", torch.linspace(-3, 3, 100_001)),
     }
     half = {tower: (name, w / 2) for tower, (name, w) in flat.items()}
-    frame = histograms.numbers(
-        {("clip", 0): flat, ("other", 0): half}, baseline="clip", near_zero=0.1
-    )
+    frame = weights.numbers({("clip", 0): flat, ("other", 0): half}, baseline="clip", near_zero=0.1)
     frame = frame.set_index(["tower", "recipe"])
     std = 1 / 3**0.5
     np.testing.assert_allclose(
@@ -64,11 +62,9 @@ def test_numbers_of_a_uniform_layer():
 
 
 def test_towers_of_models_by_name_and_seed():
-    found = histograms.last_weights(
+    found = weights.last_weights(
         {("untrained", 0): "demo-student", ("untrained", 1): "demo-student"}
     )
     first, second = (found["untrained", s]["text"][1] for s in (0, 1))
     assert first.shape == (128, 512) and not torch.equal(first, second)
-    assert torch.equal(
-        first, histograms.last_weights({("x", 0): "demo-student"})["x", 0]["text"][1]
-    )
+    assert torch.equal(first, weights.last_weights({("x", 0): "demo-student"})["x", 0]["text"][1])
