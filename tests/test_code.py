@@ -558,6 +558,7 @@ SCALE = ("scale: PositiveFloat = 20.0", "scale: PositiveFloat = 40.0")
                 "distill/mobileclip",
                 "ablations/amount",
                 "ablations/reinforcement",
+                "ablations/students",
                 "ablations/epoch",
                 "ablations/efficiency",
                 "ablations/few-pairs",
