@@ -88,10 +88,7 @@ def read_pictures(folder: Path, limit: int = 64) -> list[Image.Image]:
     CLIP_benchmark's layout.
     """
     if (folder / "test" / "nshards.txt").is_file():
-        split = evalsets.read_split(
-            folder, "classification" if (folder / "classnames.txt").exists() else "retrieval"
-        )
-        found, read = split.places, evalsets.read_image
+        found, read = evalsets.read_split(folder, answer=None).places, evalsets.read_image
     else:
         found = sorted(
             f for f in folder.rglob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")

@@ -547,7 +547,7 @@ SCALE = ("scale: PositiveFloat = 20.0", "scale: PositiveFloat = 40.0")
         ),
         # what a set without a metric of its own is judged by; report reads evaluate.sets
         (
-            {"params/sections.py": ('else "top1"}', 'else "mean_per_class"}')},
+            {"params/sections.py": ('"top1",', '"mean_per_class",')},
             EVALUATING - OVERLAID | {"report"},
         ),
         # recipes that give no scale; stages that read all recipes
@@ -580,10 +580,9 @@ SCALE = ("scale: PositiveFloat = 20.0", "scale: PositiveFloat = 40.0")
             {"losses/cluster.py": ("scale: float = 20.0", "scale: float = 40.0")},
             DISTILL | STUDIES | {"ablations/epoch"},
         ),
-        (
-            {"evaluate/metrics.py": ("def ", "LIMIT = 1\n\n\ndef ")},
-            EVALUATING - {"ablations/pca", "ablations/search"},
-        ),
+        ({"evaluate/metrics.py": ("def ", "LIMIT = 1\n\n\ndef ")}, EVALUATING),
+        # found by its name
+        ({"evaluate/tasks/retrieval.py": ("(1, 5, 10)", "(1, 5)")}, EVALUATING),
         ({"balance/links.py": ("import", "import json\nimport")}, {"balance"} | STUDIES),
         (
             {"params/tree.py": ('not value.get("_replace")', '"_replace" not in value')},

@@ -198,11 +198,12 @@ def test_overlap_is_intersection_over_union_at_the_pictures_resolution():
 
 def test_the_most_frequent_class_unless_one_is_named(tmp_path):
     from mclip.data.evalsets import Split
+    from mclip.evaluate import tasks
 
     for i in range(4):
         drawing().save(tmp_path / f"{i}.png")
     places = [(str(f), 0, f.stat().st_size) for f in sorted(tmp_path.iterdir())]
-    split = Split(list("abcd"), places, [1, 0, 1, 2], [], ["x", "y", "z"], [], [])
+    split = Split(list("abcd"), places, [1, 0, 1, 2], ["x", "y", "z"], [], [], [])
     assert [
         (name, len(found))
         for name, found in (
@@ -213,10 +214,13 @@ def test_the_most_frequent_class_unless_one_is_named(tmp_path):
     ] == [("y", 2), ("y", 1), ("z", 1)]
     with pytest.raises(ValueError, match="no such class 'w'; there are x, y, z"):
         pca.of_class(split, "w", 1)
-    images, texts = pca.one_each(split._replace(templates=["a {c}."]), 5)
+    images, texts = pca.one_each(
+        split._replace(templates=["a {c}."]), tasks.get("classification"), 5
+    )
     assert sorted(texts) == ["a x.", "a y.", "a z."] and len(images) == 3
     captions = [["one", "uno"], ["two"], ["one"], ["three"]]
-    assert len(set(pca.one_each(split._replace(labels=[], captions=captions), 2)[1])) == 2
+    captioned = split._replace(answers=captions)
+    assert len(set(pca.one_each(captioned, tasks.get("retrieval"), 2)[1])) == 2
 
 
 def test_quarters_of_a_mosaic_are_its_pictures():

@@ -7,6 +7,7 @@ from PIL import Image
 
 from mclip import models
 from mclip.data.evalsets import Split, read_image
+from mclip.evaluate.tasks import classification, retrieval
 from mclip.studies import search
 
 
@@ -17,21 +18,20 @@ def split(tmp_path_factory):
         Image.fromarray(rng.integers(0, 255, (20, 20, 3), np.uint8)).save(folder / f"{i}.png")
     places = [(str(f), 0, f.stat().st_size) for f in sorted(folder.iterdir())]
     captions = [["cat"], ["dog", "hound"], ["cat"], ["cow"], ["hound"], ["owl"], ["cat"]]
-    return Split([str(i) for i in range(7)], places, [], captions, [], [], [])
+    return Split([str(i) for i in range(7)], places, captions, [], [], [], [])
 
 
 @pytest.fixture(scope="module")
 def classes(split):
     return split._replace(
-        captions=[],
-        labels=[0, 1, 0, 3, 1, 0, 3],
+        answers=[0, 1, 0, 3, 1, 0, 3],
         classes=["cat", "dog", "fox", "cow"],
         templates=["a {c}", "the {c}."],
     )
 
 
 def test_questions_know_their_right_pictures(split, classes):
-    asked = search.questions(split)
+    asked = search.questions(split, retrieval)
     assert asked.texts == ["cat", "dog", "hound", "cow", "owl"]
     assert [np.flatnonzero(row).tolist() for row in asked.right] == [
         [0, 2, 6],
@@ -40,7 +40,7 @@ def test_questions_know_their_right_pictures(split, classes):
         [3],
         [5],
     ]
-    asked = search.questions(classes)
+    asked = search.questions(classes, classification)
     assert asked.texts == ["cat", "dog", "cow"] and asked.prompts[1] == ["a dog", "the dog."]
     assert [np.flatnonzero(row).tolist() for row in asked.right] == [[0, 2, 5], [1, 4], [3, 6]]
     assert search.free(["x", "y"]).right is None
@@ -48,11 +48,11 @@ def test_questions_know_their_right_pictures(split, classes):
 
 @pytest.mark.parametrize("kind", ["captions", "classes"])
 def test_pictures_come_by_cosine(split, classes, kind, tmp_path):
-    of = split if kind == "captions" else classes
+    of, task = (split, retrieval) if kind == "captions" else (classes, classification)
     torch.manual_seed(0)
     made, _, preprocess, tokenizer = models.create("demo-student")
     models.export(made, tmp_path / "model")
-    asked = search.questions(of)
+    asked = search.questions(of, task)
     found = search.search(f"local-dir:{tmp_path / 'model'}", of, asked, batch_size=3)
     with torch.no_grad():
         pictures = [
@@ -69,7 +69,7 @@ def test_pictures_come_by_cosine(split, classes, kind, tmp_path):
 
 
 def test_precision_and_chance(split):
-    asked = search.questions(split)
+    asked = search.questions(split, retrieval)
     found = np.array(
         [
             [0, 2, 6, 1, 3, 4, 5],

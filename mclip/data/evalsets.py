@@ -1,16 +1,18 @@
 """Evaluation sets in CLIP_benchmark's webdataset layout, read as they lie: nothing is unpacked.
 
-SET/{test,train}/{0,1,...}.tar + nshards.txt     KEY.{png,webp,jpg} + KEY.cls or .txt (a caption a line)
-                                                 KEY.npy: numbers about the picture, such as its region
-SET/classnames.txt                               one class a line; KEY.cls is its line number, from 0
+SET/{test,train}/{0,1,...}.tar + nshards.txt     KEY.{png,webp,jpg} + what is right for it: KEY.cls
+                                                 or .txt, as its task says (mclip.evaluate.tasks)
+                                                 KEY.npy: numbers about the picture: its region
+SET/classnames.txt                               one class a line; KEY.cls is its number, from 0
 SET/zeroshot_classification_templates.txt        one prompt a line, {c} is the class name
 """
 
 import io
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +22,17 @@ from PIL import Image
 from torch import Tensor
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
-ANSWER = {"classification": "cls", "retrieval": "txt"}
 
 
 class EvalError(ValueError):
     """A set that is there but can't be read; the message names the file."""
+
+
+class Answer(NamedTuple):
+    """The file of a sample that says what is right for its picture."""
+
+    extension: str
+    parse: Callable[[str], Any]  # its text, stripped; ValueError: what it is not
 
 
 class Split(NamedTuple):
@@ -32,88 +40,124 @@ class Split(NamedTuple):
 
     keys: list[str]
     places: list[tuple[str, int, int]]  # tar, byte offset, bytes
-    labels: list[int]  # classification, else empty
-    captions: list[list[str]]  # retrieval, else empty
+    answers: list[Any]  # what is right for each, as its task reads it: a class number, captions
     classes: list[str]
     templates: list[str]
     problems: list[str]
-    groups: list[int] = []  # noqa: RUF012 - a number a picture, where one was asked for; never changed in place
+    groups: list[int]  # a number a picture, where one was asked for
 
 
 def read_split(
-    folder: str | Path, task: str, split: str = "test", groups: int | None = None
+    folder: str | Path,
+    answer: Answer | None,
+    split: str = "test",
+    groups: int | None = None,
 ) -> Split:
-    """Index one split: labels or captions now, pictures by their place in the tar (see
-    `read_image`).
+    """Index one split: answers now, pictures by their place in the tar (see `read_image`).
 
-    task: "classification" reads KEY.cls, "retrieval" KEY.txt. A set may hold both.
-    groups: the column of KEY.npy to keep as the picture's group.
+    Parameters
+    ----------
+    folder : str or Path
+        The set's. It may hold the answers of several tasks.
+    answer : Answer or None
+        The file that says what is right for a picture, of `mclip.evaluate.tasks`:
+        `tasks.get("retrieval").ANSWER`. None: pictures only.
+    split : str
+        "test" or "train".
+    groups : int, optional
+        The column of KEY.npy to keep as the picture's group.
+
+    Returns
+    -------
+    Split
+        Samples that can't be used are left out and named in its `problems`.
+
+    Raises
+    ------
+    EvalError
+        `folder` is not in this layout.
     """
-    folder, answer = Path(folder), ANSWER[task]
+    folder = Path(folder)
     count = folder / split / "nshards.txt"
     if not count.exists():
         raise EvalError(
             f"{count} is missing: {folder} is not in CLIP_benchmark's webdataset layout"
         )
-    classes, templates = (
-        _lines(folder / "classnames.txt"),
-        _lines(folder / "zeroshot_classification_templates.txt"),
-    )
-    keys, places, labels, captions, problems, group = [], [], [], [], [], []
-    for number in range(_count(count)):
+    classes = _lines(folder / "classnames.txt")
+    templates = _lines(folder / "zeroshot_classification_templates.txt")
+    out = Split([], [], [], classes, templates, [], [])
+    shards = _count(count)
+    for number in range(shards):
         path = folder / split / f"{number}.tar"
         if not path.exists():
-            problems.append(f"{path}: missing, nshards.txt counts {count.read_text().strip()}")
+            out.problems.append(f"{path}: missing, nshards.txt counts {shards}")
             continue
-        samples: dict[str, dict[str, Any]] = {}
+        samples: dict[str, _Sample] = {}
         try:
-            with tarfile.open(path) as tar:
-                for member in tar:
-                    if member.isfile():
-                        key, _, ext = member.name.rpartition("/")[2].partition(".")
-                        sample = samples.setdefault(key, {})
-                        if ext.lower() in IMAGES:
-                            sample["place"] = (str(path), member.offset_data, member.size)
-                        elif ext == answer:
-                            sample["answer"] = _text(tar.extractfile(member).read())
-                        elif ext == "npy" and groups is not None:
-                            sample["group"] = _number(tar.extractfile(member).read(), groups)
-                tar.fileobj.seek(tar.offset)
-                if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                    raise tarfile.ReadError(
-                        "truncated, no end-of-archive mark"
-                    )  # tarfile passes over it
+            for key, extension, member, data in _members(path):
+                sample = samples.setdefault(key, _Sample())
+                if extension.lower() in IMAGES:
+                    sample.place = (str(path), member.offset_data, member.size)
+                elif answer and extension == answer.extension:
+                    text = _text(data())
+                    sample.answer = None if text is None else text.strip()
+                elif extension == "npy" and groups is not None:
+                    sample.group = _number(data(), groups)
         except (tarfile.TarError, OSError) as err:
-            problems.append(
+            out.problems.append(
                 f"{path}: {err or type(err).__name__}, read {len(samples)} samples of it"
             )
         for key, sample in samples.items():
-            if "place" not in sample:
-                problems.append(f"{path}: {key}: no picture ({', '.join(IMAGES)})")
-            elif not (sample.get("answer") or "").strip():
-                lacks = (
-                    "is not UTF-8" if sample.get("answer", "") is None else "is missing or empty"
-                )
-                problems.append(f"{path}: {key}: its .{answer} {lacks}")
-            elif task == "classification" and not sample["answer"].strip().isdecimal():
-                problems.append(
-                    f"{path}: {key}: .cls holds {sample['answer'].strip()[:20]!r}, not a class number"
-                )
-            elif groups is not None and sample.get("group") is None:
-                problems.append(
-                    f"{path}: {key}: no .npy with a column {groups}, which the set's metric groups by"
-                )
-            else:
-                keys.append(key)
-                places.append(sample["place"])
-                group.extend([sample["group"]] if groups is not None else [])
-                if task == "classification":
-                    labels.append(int(sample["answer"]))
-                else:
-                    captions.append(
-                        [line.strip() for line in sample["answer"].splitlines() if line.strip()]
-                    )
-    return Split(keys, places, labels, captions, classes, templates, problems, group)
+            try:
+                right = _answer(sample, answer, groups)
+            except ValueError as err:
+                out.problems.append(f"{path}: {key}: {err}")
+                continue
+            out.keys.append(key)
+            out.places.append(sample.place)
+            out.answers.extend([right] if answer else [])
+            out.groups.extend([] if groups is None else [sample.group])
+    return out
+
+
+@dataclass
+class _Sample:
+    place: tuple[str, int, int] | None = None
+    answer: str | None = ""  # None: not UTF-8
+    group: int | None = None
+
+
+def _members(
+    path: Path,
+) -> Iterator[tuple[str, str, tarfile.TarInfo, Callable[[], bytes]]]:
+    """(key, extension, member, what reads it) of a tar's files."""
+    with tarfile.open(path) as tar:
+        for member in tar:
+            if member.isfile():
+                key, _, extension = member.name.rpartition("/")[2].partition(".")
+                yield key, extension, member, lambda m=member: tar.extractfile(m).read()
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            # tarfile passes over it
+            raise tarfile.ReadError("truncated, no end-of-archive mark")
+
+
+def _answer(sample: _Sample, answer: Answer | None, groups: int | None) -> Any:
+    """What is right for a sample's picture; ValueError says why it can't be used."""
+    if sample.place is None:
+        raise ValueError(f"no picture ({', '.join(IMAGES)})")
+    right = None
+    if answer:
+        if not sample.answer:
+            lacks = "is not UTF-8" if sample.answer is None else "is missing or empty"
+            raise ValueError(f"its .{answer.extension} {lacks}")
+        try:
+            right = answer.parse(sample.answer)
+        except ValueError as err:
+            raise ValueError(f".{answer.extension} holds {sample.answer[:20]!r}, {err}") from None
+    if groups is not None and sample.group is None:
+        raise ValueError(f"no .npy with a column {groups}, which the set's metric groups by")
+    return right
 
 
 def at_hand(name: str, sets: Mapping[str, Any], task: str | None = None) -> str:
@@ -125,12 +169,20 @@ def at_hand(name: str, sets: Mapping[str, Any], task: str | None = None) -> str:
 
     Parameters
     ----------
-    sets : name -> params.EvalSet.
-    task : what takes its place must be of this task; None: any.
+    name : str
+        A key of `sets`.
+    sets : mapping of str to EvalSet
+    task : str, optional
+        What takes its place must be of this task; by default of any.
+
+    Returns
+    -------
+    str
 
     Raises
     ------
-    EvalError : no such set is here.
+    EvalError
+        No such set is here.
     """
     fits = [
         n
@@ -141,8 +193,9 @@ def at_hand(name: str, sets: Mapping[str, Any], task: str | None = None) -> str:
         return name
     if not fits:
         raise EvalError(
-            f"{name} is not here ({sets[name].path}), nor is any other{f' {task}' if task else ''} set of "
-            "evaluate.sets: `mclip sets` tells where to get them"
+            f"{name} is not here ({sets[name].path}), nor is any other"
+            f"{f' {task}' if task else ''} set of evaluate.sets: "
+            "`mclip sets` tells where to get them"
         )
     other = next((n for n in fits if sets[n].task == sets[name].task), fits[0])
     print(f"{name} is not here ({sets[name].path}), {other} takes its place")
@@ -221,8 +274,7 @@ def without(split: Split, kept: list[int], broken: dict[int, str]) -> Split:
     return split._replace(
         keys=pick(split.keys),
         places=pick(split.places),
-        labels=pick(split.labels),
-        captions=pick(split.captions),
+        answers=pick(split.answers),
         groups=pick(split.groups),
         problems=split.problems + lines,
     )

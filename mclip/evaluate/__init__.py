@@ -6,12 +6,14 @@
 
     mclip evaluate ViT-B-32/laion2b_s34b_b79k --sets imagenet1k robustness my/folder
 
-Metrics and how they are measured: `mclip.evaluate.suite`.
+How a set is evaluated: `mclip.evaluate.suite`. What is measured, one file a task:
+`mclip.evaluate.tasks`.
 """
 
 from mclip.evaluate.features import class_features, image_features, prompts
-from mclip.evaluate.scores import Result, confusion, headline, predictions, summary, write
+from mclip.evaluate.scores import Result, headline, predictions, summary, write
 from mclip.evaluate.suite import evaluate, evaluate_many, load_students
+from mclip.evaluate.tasks.classification import confusion
 
 __all__ = [
     "Result",

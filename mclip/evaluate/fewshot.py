@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mclip.evaluate.probe import validation
 from mclip.evaluate.scores import Result
 from mclip.system.progress import bar
 
@@ -62,7 +63,30 @@ class Cache(NamedTuple):
 
 
 def tip(keys: Tensor, labels: Tensor) -> Cache:
-    """Tip-Adapter's cache: (m, d) unit-norm embeddings of the labelled pictures."""
+    """Tip-Adapter's cache.
+
+    Parameters
+    ----------
+    keys : Tensor, (m, d)
+        Unit-norm embeddings of the labelled pictures.
+    labels : Tensor of int64, (m,)
+
+    Returns
+    -------
+    Cache
+
+    References
+    ----------
+    Zhang et al., 2022: Tip-Adapter (arXiv 2111.03930).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mclip.evaluate import fewshot
+    >>> cache = fewshot.tip(torch.eye(3), torch.tensor([0, 1, 1]))
+    >>> fewshot.logits(cache, torch.eye(3), torch.eye(3)[:2], beta=1.0, alpha=100.0).argmax(1)
+    tensor([0, 1, 1])
+    """
     return Cache(keys, labels, torch.zeros(len(keys)))
 
 
@@ -74,7 +98,35 @@ def ape(
     keep: float = KEEP,
     weight: Sequence[float] = WEIGHT,
 ) -> Cache:
-    """APE's cache; text: (c, d) unit-norm class embeddings."""
+    """APE's cache.
+
+    Parameters
+    ----------
+    keys : Tensor, (m, d)
+        Unit-norm embeddings of the labelled pictures.
+    labels : Tensor of int64, (m,)
+    text : Tensor, (c, d)
+        Unit-norm class embeddings.
+    keep : float
+        Share of the coordinates to keep.
+    weight : (float, float)
+        Of similarity and variance, see `refined`.
+
+    Returns
+    -------
+    Cache
+
+    References
+    ----------
+    Zhu et al., 2023: Not All Features Matter (arXiv 2304.01195).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mclip.evaluate import fewshot
+    >>> fewshot.ape(torch.eye(4), torch.tensor([0, 1, 1, 0]), torch.eye(4)[:2]).keys.shape
+    torch.Size([4, 2])
+    """
     rows = refined(keys, labels, text, keep, weight)
     small, classes = (F.normalize(x[:, rows], dim=-1) for x in (keys, text))
     p = (small @ classes.T).softmax(1)[torch.arange(len(labels)), labels]
@@ -88,6 +140,10 @@ def refined(
 
     S: the mean product, in a coordinate, of embeddings of different classes (their text and their
     pictures), which sums to their mean similarity; Var: the variance of the class embeddings.
+
+    Returns
+    -------
+    Tensor of int64, (max(1, round(keep * d)),)
     """
     classes = len(text)
     total = text.index_add(0, labels, keys)  # (c, d): a class's sum
@@ -108,7 +164,25 @@ def logits(
     *,
     scale: float = SCALE,
 ) -> Tensor:
-    """(n, c) logits of (n, d) unit-norm pictures."""
+    """Logits of a cache and the zero-shot classifier.
+
+    Parameters
+    ----------
+    cache : Cache
+        Of `tip` or `ape`.
+    features : Tensor, (n, d)
+        Unit-norm embeddings of the pictures.
+    text : Tensor, (c, d)
+        Unit-norm class embeddings.
+    beta, alpha, gamma : float
+        See the module's formulas.
+    scale : float
+        The model's logit scale.
+
+    Returns
+    -------
+    Tensor, (n, c)
+    """
     near = (
         torch.exp(-beta * (1 - cache.reduce(features) @ cache.keys.T)) * (gamma * cache.doubt).exp()
     )
@@ -125,9 +199,28 @@ def search(
     *,
     scale: float = SCALE,
 ) -> tuple[float, ...]:
-    """(beta, alpha, gamma) of the highest accuracy on a validation split; of equals the smallest.
+    """The numbers of the highest accuracy on a validation split; of equals the smallest.
 
     gamma is only searched where the cache has doubts, so for APE.
+
+    Parameters
+    ----------
+    cache : Cache
+        Of `tip` or `ape`.
+    features : Tensor, (n, d)
+        Unit-norm embeddings of the validation split.
+    labels : Tensor of int64, (n,)
+    text : Tensor, (c, d)
+        Unit-norm class embeddings.
+    grid : Grid, optional
+        The values to try.
+    scale : float
+        The model's logit scale.
+
+    Returns
+    -------
+    (float, float, float)
+        beta, alpha, gamma.
     """
     betas, alphas, gammas = (grid or Grid()).values()
     gammas = gammas if cache.doubt.any() else gammas[:1]
@@ -150,15 +243,35 @@ def search(
 def draw(
     labels: Sequence[int], shots: Sequence[int] = SHOTS, seed: int = 0
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """Rows for validation (20 % of the train split, as the linear probe's) and of the shots: k ->
-    (about k a class).
+    """Draw the validation split (20 % of the train split, as the linear probe's) and the shots.
 
     The shots of a smaller k are among those of a larger one; a class that has fewer than k gives
     what it has.
+
+    Parameters
+    ----------
+    labels : sequence of int, (n,)
+        Of the train split.
+    shots : sequence of int
+        Numbers of pictures a class.
+    seed : int
+
+    Returns
+    -------
+    held : ndarray of int64
+        Rows for validation.
+    rows : dict of int to ndarray of int64
+        k -> the rows of about k pictures a class.
+
+    Examples
+    --------
+    >>> from mclip.evaluate import fewshot
+    >>> held, rows = fewshot.draw([0, 1] * 50, shots=(1, 4))
+    >>> len(held), len(rows[1]), len(rows[4])
+    (20, 2, 8)
     """
     labels = np.asarray(labels)
-    order = np.random.default_rng(seed).permutation(len(labels))
-    held, rest = np.split(order, [max(1, len(labels) // 5)])
+    held, rest = validation(len(labels), seed)
     own = [rest[labels[rest] == c] for c in np.unique(labels)]
     return held, {k: np.concatenate([rows[:k] for rows in own]) for k in shots}
 
@@ -179,13 +292,41 @@ def curve(
 
     Parameters
     ----------
-    train, test : (n, d) unit-norm embeddings of the pictures.
-    text : (c, d) unit-norm class embeddings.
-    scale : the model's logit scale.
+    train : Tensor, (n, d)
+        Unit-norm embeddings of the train split.
+    train_labels : sequence of int, (n,)
+    test : Tensor, (m, d)
+        Unit-norm embeddings of the test split.
+    test_labels : sequence of int, (m,)
+    text : Tensor, (c, d)
+        Unit-norm class embeddings.
+    shots : sequence of int
+        Numbers of labelled pictures a class.
+    seed : int
+        Of `draw`.
+    grid : Grid, optional
+        The values that are searched.
+    scale : float
+        The model's logit scale.
 
     Returns
     -------
-    columns method, shots, value, beta, alpha, gamma: what the search chose.
+    DataFrame
+        Columns method, shots, value (top-1, 0 to 1), and beta, alpha, gamma: what the search chose.
+
+    References
+    ----------
+    Tip-Adapter (arXiv 2111.03930), APE (arXiv 2304.01195).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mclip.evaluate import fewshot
+    >>> labels = [0, 1] * 20
+    >>> features = torch.eye(4)[labels]
+    >>> table = fewshot.curve(features, labels, features, labels, torch.eye(4)[:2], shots=[1])
+    >>> table["value"].tolist()
+    [1.0, 1.0, 1.0]
     """
     y, y_test = torch.as_tensor(train_labels), torch.as_tensor(test_labels)
     held, rows = draw(train_labels, shots, seed)
@@ -204,17 +345,26 @@ def curve(
 def curves(
     result: Result, *, shots: Sequence[int] = SHOTS, seed: int = 0, grid: Grid | None = None
 ) -> pd.DataFrame:
-    """`curve` of every set with a train split and every model that was evaluated; columns set,
-    model before it.
+    """`curve` of every set with a train split and every model that was evaluated.
 
-    result: of evaluate.evaluate_many; model is a number, in its order.
+    Parameters
+    ----------
+    result : Result
+        Of `mclip.evaluate.evaluate_many`, of sets with `probe: true`.
+    shots, seed, grid
+        See `curve`.
+
+    Returns
+    -------
+    DataFrame
+        Columns set, model (a number, in the result's order), then those of `curve`.
     """
     parts = [
         curve(
             train,
             labels,
             test,
-            result.splits[name].labels,
+            result.splits[name].answers,
             text,
             shots=shots,
             seed=seed,

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from mclip.data.evalsets import ANSWER, EvalError
+from mclip.data.evalsets import EvalError
+from mclip.evaluate import tasks
 from mclip.params import EvalSet, registry
 
 
@@ -18,7 +19,7 @@ def named_sets(
     ----------
     names : sets or suites of the registry, or folders
     root : folder of the registry's sets, each under the copy's or the set's name
-    probe : with linear probes, for classification
+    probe : with linear probes, for tasks that can have one
 
     Returns
     -------
@@ -34,18 +35,21 @@ def named_sets(
         key, values = _folder(Path(name)) if Path(name).is_dir() else (name, _place(name, root))
         values = registry.filled(key, values, root)
         try:
-            sets[key] = EvalSet(**values | {"probe": probe and values.get("task") != "retrieval"})
+            spec = EvalSet(**values)
         except ValidationError as err:
             raise EvalError(f"{name}: {err.errors()[0]['msg']}") from None
+        probed = {"probe": probe and tasks.get(spec.task).PROBE}
+        sets[key] = spec.model_copy(update=probed)
     return sets
 
 
 def _folder(path: Path) -> tuple[str, dict[str, str]]:
     """The name and the settings of a set in a folder; the registry's name if it is a copy of it."""
     file = path / "dataset_type.txt"
-    task = file.read_text().strip().lower() if file.exists() else "classification"
-    if task not in ANSWER:
-        raise EvalError(f"{file}: {task!r} is none of {', '.join(ANSWER)}")
+    default = EvalSet.model_fields["task"].default
+    task = file.read_text().strip().lower() if file.exists() else default
+    if task not in tasks.names():
+        raise EvalError(f"{file}: {task!r} is none of {', '.join(tasks.names())}")
     names = [key for key, entry in registry.SETS.items() if path.name in (key, entry.folder)]
     return (names or [path.name])[0], {"path": str(path), "task": task}
 

@@ -33,8 +33,7 @@ def probes(
     seed: int = 0,
     max_iter: int = 1000,
 ) -> list[tuple[float, float]]:
-    """Linear probe of several models' (n, d) features: top-1 and the C that was chosen, a pair a
-    model.
+    """Linear probe of several models' features.
 
     Multinomial logistic regression on frozen features as in CLIP (Radford et al., 2021, section 3.2
     and appendix A.3): L-BFGS, at most 1,000 iterations, the strength of the L2 penalty found by
@@ -43,21 +42,55 @@ def probes(
     mean square is 1 and one grid of C suits every width; they are not standardised one by one, and
     nor are CLIP's.
 
+    Parameters
+    ----------
+    train : sequence of Tensor, each (n, d)
+        A model's unit-norm embeddings of the train split.
+    train_labels : sequence of int, (n,)
+    test : sequence of Tensor, each (m, d)
+        The same models' embeddings of the test split.
+    test_labels : sequence of int, (m,)
+    c : sequence of float
+        The grid of C, see `search`.
+    halvings : int
+        See `search`.
+    seed : int
+        Draws the validation split.
+    max_iter : int
+        Of L-BFGS.
+
+    Returns
+    -------
+    list of (float, float)
+        Top-1 on the test split, 0 to 1, and the C that was chosen, a pair a model.
+
     Raises
     ------
-    ValueError : the train split holds one class only.
+    ValueError
+        The train split holds one class only.
+
+    References
+    ----------
+    Radford et al., 2021: Learning Transferable Visual Models From Natural Language Supervision
+    (arXiv 2103.00020).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mclip.evaluate import probe
+    >>> labels = [0, 1] * 20
+    >>> features = torch.eye(4)[labels]
+    >>> probe.probes([features], labels, [features], labels, c=(0.01, 1.0), halvings=0)
+    [(1.0, 0.01)]
     """
     y, y_test = np.asarray(train_labels), np.asarray(test_labels)
-    order = np.random.default_rng(seed).permutation(len(y))
-    held, rest = np.split(order, [max(1, len(y) // 5)])
+    held, rest = validation(len(y), seed)
     if len(np.unique(y[rest])) < 2:
         raise ValueError("linear probe: the train split holds one class only")
 
     def one(x: np.ndarray, x_test: np.ndarray) -> tuple[float, float]:
-        x, x_test = (
-            x * x.shape[1] ** 0.5,
-            x_test * x.shape[1] ** 0.5,
-        )  # float32 still: half the time
+        # float32 still: half the time
+        x, x_test = x * x.shape[1] ** 0.5, x_test * x.shape[1] ** 0.5
         # each fit of the search starts from the solution of the one before and stops ten times
         # earlier than the last: a quarter of the iterations, the same peak
         regression = LogisticRegression(
@@ -81,12 +114,18 @@ def probes(
         threadpool_limits(1),
         bar(desc="linear probe", unit="fit", total=most) as going,
     ):
-        warnings.simplefilter(
-            "ignore", ConvergenceWarning
-        )  # bounded on purpose; accuracy is flat by then
+        # bounded on purpose; accuracy is flat by then
+        warnings.simplefilter("ignore", ConvergenceWarning)
         return joblib.Parallel(n_jobs=-1, prefer="threads")(
             joblib.delayed(one)(a.numpy(), b.numpy()) for a, b in zip(train, test, strict=True)
         )
+
+
+def validation(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of a train split that validate (20 %), and the others, both shuffled by seed."""
+    order = np.random.default_rng(seed).permutation(rows)
+    held, rest = np.split(order, [max(1, rows // 5)])
+    return held, rest
 
 
 def search(
@@ -97,6 +136,25 @@ def search(
 
     The grid is walked upwards and left once two values in a row score below the best: the weaker
     the penalty, the slower the fit. Of equals the smallest C, so the strongest penalty.
+
+    Parameters
+    ----------
+    score : callable
+        C -> accuracy on a validation split.
+    c : sequence of float
+        The grid, in any order.
+    halvings : int
+        How often the step around the peak is halved.
+
+    Returns
+    -------
+    float
+
+    Examples
+    --------
+    >>> from mclip.evaluate import probe
+    >>> probe.search(lambda c: -abs(c - 1.0))
+    1.0
     """
     grid = sorted(c)
     scores: dict[float, float] = {}

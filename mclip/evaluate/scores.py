@@ -12,7 +12,6 @@ import pandas as pd
 from torch import Tensor
 
 from mclip.data.evalsets import Split
-from mclip.evaluate.metrics import nearest
 from mclip.params import EvalSet
 from mclip.report.compare import COLUMNS, IN_DOMAIN
 from mclip.system.files import write_whole
@@ -134,19 +133,3 @@ def predictions(result: Result, name: str, model: int = 0) -> np.ndarray:
     """(n, m) gallery rows (classes or captions) of each test picture, the nearest first."""
     similarity = result.images[name][model] @ result.texts[name][model].T
     return similarity.argsort(dim=1, descending=True, stable=True).numpy()
-
-
-def confusion(result: Result, name: str) -> pd.DataFrame:
-    """Share of each true class (row) that is taken for each class (column), the mean over the
-    models.
-    """
-    split = result.splits[name]
-    labels, n = np.asarray(split.labels), len(split.classes)
-    counts = sum(
-        np.bincount(
-            labels * n + nearest(result.images[name][i], result.texts[name][i]), minlength=n * n
-        )
-        for i in range(len(result.metrics))
-    ).reshape(n, n)
-    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    return pd.DataFrame(share, index=split.classes, columns=split.classes)

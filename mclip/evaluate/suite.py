@@ -1,38 +1,19 @@
-"""Zero-shot classification, linear probe and retrieval on sets in the layout of
-`mclip.data.evalsets`.
+"""The loop of an evaluation: models that share their preprocessing, sets, and each set's task.
 
-    from mclip import evaluate, models, params
-    model, _, preprocess, tokenizer = models.create("local-dir:models/teachers/large")
-    evaluate.evaluate(model, preprocess, tokenizer, params.load().evaluate.sets)
-    # {"cifar10": {"top1": 0.83, "top5": ..., "mean_per_class": ..., "probe_top1": ...}, ...}
+Every picture is decoded once for all models of a call (`evaluate_many`) and encoded once for all
+tasks, also where two sets hold the same pictures; every text is encoded once for all sets. Nothing
+is written to disk. A missing set or a picture that can't be decoded is named in `Result.problems`.
 
-    mclip evaluate ViT-B-32/laion2b_s34b_b79k --sets imagenet1k robustness my/folder
-
-Metrics are fractions, 0 to 1 (see mclip.evaluate.metrics):
-
-- `top1`, `top5`, `mean_per_class`: zero-shot; a class's embedding is the mean of the unit-norm
-  embeddings of its prompts, normalised again (CLIP's prompt ensemble).
-- `probe_top1`: logistic regression on frozen features (mclip.evaluate.probe).
-- `i2t_r1`, `t2i_r1` (and 5, 10), `mean_r1` of both: retrieval. Image to text asks whether a right
-  caption is among the k nearest, text to image whether a right picture is. `captions: each`
-  (CLIP_benchmark's way) makes every caption an entry of its own; `distinct` makes one of equal
-  ones, right for all their pictures.
+What is measured is said by `mclip.evaluate.tasks`; here a linear probe (`mclip.evaluate.probe`) is
+added where a set asks for one, as `probe_top1`. Metrics are fractions, 0 to 1.
 
 Zero-shot and retrieval give CLIP_benchmark's numbers on the same model and set
 (tests/evaluation/test_parity.py).
-
-`worst_group_top1` and others where a set has them: mclip.evaluate.metrics. Few-shot:
-mclip.evaluate.fewshot, on `Result.train`.
-
-Every picture is decoded once for all models of a call (`evaluate_many`) and encoded once for all
-tasks, also where two sets hold the same pictures; nothing is written to disk. A missing set or a
-picture that can't be decoded is named in `Result.problems`.
 """
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +21,8 @@ import open_clip
 import torch
 
 from mclip.data.evalsets import EvalError, Split, read_split
-from mclip.evaluate import probe
-from mclip.evaluate.features import class_features, image_features, once, prompts
-from mclip.evaluate.metrics import (
-    caption_pairs,
-    classification,
-    classification_chance,
-    retrieval,
-    retrieval_chance,
-)
+from mclip.evaluate import probe, tasks
+from mclip.evaluate.features import image_features, once
 from mclip.evaluate.scores import Result
 from mclip.models import create, decoders, encode_texts, for_inference, logit_scale
 from mclip.params import EvalSet, registry
@@ -71,9 +45,63 @@ def evaluate_many(
 ) -> Result:
     """Evaluate models that share preprocessing and tokenizer (seeds of one recipe) on every set.
 
-    sets: name -> params.EvalSet(path, task, probe, kind). device: None is cuda where there is one.
-    probe_c, probe_halvings: the linear probe's search, see probe.search.
-    precision: of the encoders, see models.resolve_precision.
+    Parameters
+    ----------
+    models : sequence of torch.nn.Module
+        Of `mclip.models.create`, or whatever has `encode_image` and `encode_text`.
+    preprocess : callable
+        PIL image -> (3, h, w) Tensor.
+    tokenizer : callable
+        List of str -> (n, context) Tensor of int.
+    sets : mapping of str to EvalSet
+        By name, such as `params.load().evaluate.sets`.
+    batch_size : int
+        Pictures, or texts, at a time.
+    probe_c : sequence of float
+        The grid of C for linear probes, see `mclip.evaluate.probe.search`.
+    probe_halvings : int
+        How often that grid's steps around the peak are halved.
+    seed : int
+        Draws the linear probe's validation split.
+    workers : int, optional
+        Processes that decode; by default what the machine has to spare.
+    device : str, optional
+        "cpu" or "cuda"; by default cuda where there is one.
+    precision : str
+        Of the encoders: "fp32", "bf16" or "auto", see `mclip.models.resolve_precision`.
+
+    Returns
+    -------
+    Result
+        Metrics of each model, chance, problems, and the features. A missing set has no metrics.
+
+    Raises
+    ------
+    EvalError
+        A set is there but can't be read, or its task or metric can't be had. The message begins
+        with its key in params.yaml.
+
+    See Also
+    --------
+    evaluate : the metrics of one model.
+    mclip.evaluate.tasks : what is measured.
+    mclip.evaluate.fewshot.curves : few-shot classification on the Result.
+
+    References
+    ----------
+    LAION-AI/CLIP_benchmark, https://github.com/LAION-AI/CLIP_benchmark: the layout and the numbers.
+
+    Examples
+    --------
+    >>> from mclip import evaluate, models
+    >>> from mclip.params import EvalSet
+    >>> model, _, preprocess, tokenizer = models.create("demo-student")
+    >>> sets = {"mine": EvalSet(path="no/such/folder")}
+    >>> result = evaluate.evaluate_many([model, model], preprocess, tokenizer, sets)
+    >>> result.metrics
+    [{'mine': {}}, {'mine': {}}]
+    >>> result.problems
+    ['mine: no/such/folder is missing, not evaluated']
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     models = [model.to(device).eval() for model in models]
@@ -90,72 +118,64 @@ def evaluate_many(
         if missing := _missing(name, spec):
             result.problems.append(f"{name}: {missing}")
             continue
+        task = tasks.get(spec.task)
         with _named(name):
-            tests[name] = _named_classes(name, read_split(spec.path, spec.task, groups=spec.groups))
-        shared.update(
-            prompts(tests[name]) if spec.task == "classification" else chain(*tests[name].captions)
-        )
+            test = read_split(spec.path, task.ANSWER, groups=spec.groups)
+            tests[name] = _named_classes(name, test)
+            _check(task, tests[name], spec)
+        for text in task.gallery(tests[name]):
+            shared.update(task.prompts(tests[name], text))
     # sets have prompts in common: each text is encoded once a model
     row = {text: i for i, text in enumerate(sorted(shared))}
     tokens = once(tokenizer)
-    known = [
+    encoded = [
         encode_texts(m, tokens, list(row), batch_size=batch_size, precision=precision)
         for m in models
     ]
+
+    def encode(texts: Sequence[str]) -> list[torch.Tensor]:
+        rows = [row[text] for text in texts]
+        return [own[rows] for own in encoded]
+
     for name, spec in bar(list(sets.items()), desc="evaluate", unit="set"):
         for metrics in result.metrics:
             metrics[name] = {}
         if name not in tests:
             continue
+        task = tasks.get(spec.task)
         with _named(name):
             split, images = image_features(models, tests[name], preprocess, **loading)
-            _check(split, spec)
-            train = _train(spec, result.problems, name)
+            if not split.keys:
+                why = (split.problems or ["it is empty"])[0]
+                raise EvalError(f"{spec.path}: no readable sample in test ({why})")
+            train = _train(task, spec, result.problems, name)
             if train:
                 train, train_images = image_features(models, train, preprocess, **loading)
-                result.train[name] = train.labels, train_images
+                result.train[name] = train.answers, train_images
         result.problems.extend(
             f"{name}: {line}" for line in split.problems + (train.problems if train else [])
         )
         result.splits[name], result.images[name] = split, images
-        if spec.task == "classification":
-            rows, result.gallery[name] = [row[text] for text in prompts(split)], split.classes
-            result.texts[name] = [class_features(own[rows], len(split.classes)) for own in known]
-            options = {"groups": split.groups, "f1": spec.metric == "f1_macro"}
-            found = [
-                classification(x, texts, split.labels, **options)
-                for x, texts in zip(images, result.texts[name], strict=True)
-            ]
-            guess = classification_chance(len(split.classes))
-        else:
-            result.gallery[name], pairs = caption_pairs(
-                split.captions, distinct=spec.captions == "distinct"
-            )
-            rows = [row[text] for text in result.gallery[name]]
-            result.texts[name] = [own[rows] for own in known]
-            found = [
-                retrieval(x, texts, pairs)
-                for x, texts in zip(images, result.texts[name], strict=True)
-            ]
-            guess = retrieval_chance(pairs)
+        scores = task.score(split, spec, images, encode)
+        result.gallery[name], result.texts[name] = scores.gallery, scores.texts
+        metrics = scores.metrics
         if train:
             fits = probe.probes(
                 train_images,
-                train.labels,
+                train.answers,
                 images,
-                split.labels,
+                split.answers,
                 c=probe_c,
                 halvings=probe_halvings,
                 seed=seed,
             )
             result.probe_c[name] = [best for _, best in fits]
-            found = [
-                metrics | {"probe_top1": score}
-                for metrics, (score, _) in zip(found, fits, strict=True)
+            metrics = [
+                own | {"probe_top1": score} for own, (score, _) in zip(metrics, fits, strict=True)
             ]
-        for metrics, own in zip(result.metrics, found, strict=True):
-            metrics[name] = own
-        result.chance[name] = {metric: guess[metric] for metric in found[0]}
+        for sets_of_model, own in zip(result.metrics, metrics, strict=True):
+            sets_of_model[name] = own
+        result.chance[name] = {metric: scores.chance[metric] for metric in metrics[0]}
     return result
 
 
@@ -183,14 +203,14 @@ def _named_classes(name: str, split: Split) -> Split:
     return split
 
 
-def _train(spec: EvalSet, problems: list[str], name: str) -> Split | None:
+def _train(task: tasks.Task, spec: EvalSet, problems: list[str], name: str) -> Split | None:
     """The split that the linear probe and few-shot take, if they are wanted and it is there."""
-    if spec.task != "classification" or not spec.probe:
+    if not task.PROBE or not spec.probe:
         return None
     if not (Path(spec.path) / "train").is_dir():
         problems.append(f"{name}: {spec.path}/train is missing: no linear probe")
         return None
-    return read_split(spec.path, spec.task, "train")
+    return read_split(spec.path, task.ANSWER, "train")
 
 
 @contextmanager
@@ -205,7 +225,57 @@ def _named(name: str) -> Iterator[None]:
 def evaluate(
     model, preprocess, tokenizer, sets: Mapping[str, EvalSet], **options
 ) -> dict[str, dict[str, float]]:
-    """{set: {metric: 0..1}} of one model; a missing set has no metrics and is named in a warning."""
+    """Evaluate one model on every set.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Of `mclip.models.create`, or whatever has `encode_image` and `encode_text`.
+    preprocess : callable
+        PIL image -> (3, h, w) Tensor.
+    tokenizer : callable
+        List of str -> (n, context) Tensor of int.
+    sets : mapping of str to EvalSet
+        By name, such as `params.load().evaluate.sets`.
+    **options
+        Of `evaluate_many`.
+
+    Returns
+    -------
+    dict of str to dict of str to float
+        Set -> metric -> 0 to 1. A missing set has no metrics and is named in a warning.
+
+    Raises
+    ------
+    EvalError
+        See `evaluate_many`.
+
+    Examples
+    --------
+    A set of two pictures in CLIP_benchmark's layout:
+
+    >>> import io, tempfile
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> from mclip import evaluate, models
+    >>> from mclip.data import tars
+    >>> from mclip.params import EvalSet
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> def sample(colour, caption):
+    ...     Image.new("RGB", (32, 32), colour).save(file := io.BytesIO(), "PNG")
+    ...     return {"__key__": colour, "png": file.getvalue(), "txt": caption.encode()}
+    >>> (folder / "test").mkdir()
+    >>> (folder / "test" / "nshards.txt").write_text("1")
+    1
+    >>> written = tars.write_tar(
+    ...     folder / "test" / "0.tar", [sample("red", "a red square"), sample("blue", "a blue one")]
+    ... )
+    >>> model, _, preprocess, tokenizer = models.create("demo-student")
+    >>> sets = {"squares": EvalSet(path=str(folder), task="retrieval")}
+    >>> scores = evaluate.evaluate(model, preprocess, tokenizer, sets)
+    >>> scores["squares"]["t2i_r5"]
+    1.0
+    """
     result = evaluate_many([model], preprocess, tokenizer, sets, **options)
     for line in result.problems:
         warnings.warn(line, stacklevel=2)
@@ -228,13 +298,10 @@ def load_students(
     return students, preprocess, tokenizer
 
 
-def _check(split: Split, spec: EvalSet) -> None:
-    if not split.keys:
+def _check(task: tasks.Task, split: Split, spec: EvalSet) -> None:
+    """What would fail after the encoding fails before it."""
+    if spec.metric not in task.METRICS:
         raise EvalError(
-            f"{spec.path}: no readable sample in test ({(split.problems or ['it is empty'])[0]})"
+            f"metric: {spec.metric} is none of {spec.task}, which has {', '.join(task.METRICS)}"
         )
-    top = max(split.labels, default=-1)
-    if spec.task == "classification" and top >= len(split.classes):
-        raise EvalError(
-            f"{spec.path}/classnames.txt: {len(split.classes)} classes, but labels go up to {top}"
-        )
+    task.check(split, spec.path)

@@ -1,11 +1,15 @@
 """The sections of params.yaml that the stages read: every key, its type and its range."""
 
+import pkgutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from mclip.params.registry import filled
+from mclip.params import registry
 from mclip.params.tree import Section
 
 Metric = Literal["l2", "sql2", "cosine"]
@@ -214,9 +218,25 @@ class Distill(Section):
     recipes: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], Recipe] = Field(min_length=1)
 
 
-EvalMetric = Literal[
-    "top1", "mean_per_class", "mean_r1", "f1_macro", "worst_group_top1", "worst_group_top5"
-]
+# a task's metrics that may stand for a set, the default first; sets of other tasks name theirs
+EVAL_METRICS = {
+    "classification": [
+        "top1",
+        "mean_per_class",
+        "f1_macro",
+        "worst_group_top1",
+        "worst_group_top5",
+    ],
+    "retrieval": ["mean_r1"],
+}
+
+
+def eval_tasks() -> list[str]:
+    """The names of all tasks: the files of mclip/evaluate/tasks, which are not imported."""
+    package = sys.modules.get("mclip.evaluate.tasks")
+    folders = find_spec("mclip.evaluate").submodule_search_locations
+    paths = package.__path__ if package else [str(Path(folder) / "tasks") for folder in folders]
+    return sorted(module.name for module in pkgutil.iter_modules(paths))
 
 
 class EvalSet(Section):
@@ -225,11 +245,11 @@ class EvalSet(Section):
     """
 
     path: str
-    task: Literal["classification", "retrieval"] = "classification"
-    # the one that stands for the set; of retrieval mean_r1 if none is given
-    metric: EvalMetric = "top1"
+    task: str = "classification"  # a file of mclip/evaluate/tasks
+    # the one that stands for the set; the first of EVAL_METRICS[task] if none is given
+    metric: str = "top1"
     captions: Literal["each", "distinct"] = (
-        "each"  # retrieval: what is an entry, see mclip.evaluate.metrics.caption_pairs
+        "each"  # retrieval: what is an entry, see mclip.evaluate.tasks.retrieval
     )
     groups: NonNegativeInt | None = None  # the column of KEY.npy that worst_group metrics group by
     probe: bool = False
@@ -240,11 +260,16 @@ class EvalSet(Section):
     def _metric_of_the_task(cls, values: Any) -> Any:
         if not isinstance(values, dict) or values.get("metric") is not None:
             return values
-        return values | {"metric": "mean_r1" if values.get("task") == "retrieval" else "top1"}
+        task = values.get("task", cls.model_fields["task"].default)
+        return values | {"metric": EVAL_METRICS.get(task, [""])[0]}
 
     @pydantic.model_validator(mode="after")
     def _metric_fits(self):
-        if (self.metric == "mean_r1") != (self.task == "retrieval"):
+        if self.task not in eval_tasks():
+            raise ValueError(f"task: {self.task} is none of {', '.join(eval_tasks())}")
+        if not self.metric:
+            raise ValueError(f"metric: a set of the task {self.task} needs one")
+        if self.metric not in EVAL_METRICS.get(self.task, [self.metric]):
             raise ValueError(f"metric: {self.metric} is none of {self.task}")
         if self.metric.startswith("worst_group") and self.groups is None:
             raise ValueError(f"metric: {self.metric} needs groups, a column of KEY.npy")
@@ -266,6 +291,6 @@ class Evaluate(Section):
         if not isinstance(sets, dict):
             return sets
         return {
-            k: filled(k, v) if v is None or isinstance(v, dict | str) else v
+            k: registry.filled(k, v) if v is None or isinstance(v, dict | str) else v
             for k, v in sets.items()
         }

@@ -92,8 +92,8 @@ def main_metric(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def representative(sets: Mapping[str, EvalSet]) -> dict[str, str]:
-    """The two sets that stand for all, and what to call them: the first in domain, the first of
-    unseen retrieval.
+    """The two sets that stand for all, and what to call them: the first in domain, the first
+    held-out one of another task.
 
     Where there is none of a kind, the first set of any. Of sets that are here; of all where none
     is.
@@ -101,7 +101,8 @@ def representative(sets: Mapping[str, EvalSet]) -> dict[str, str]:
     names = [name for name in sets if Path(sets[name].path).is_dir()] or list(sets)
     seen = next((n for n in names if sets[n].kind == IN_DOMAIN), names[0])
     held_out = [n for n in names if sets[n].kind != IN_DOMAIN and n != seen]
-    unseen = next((n for n in held_out if sets[n].task == "retrieval"), (held_out or [seen])[0])
+    other = (n for n in held_out if sets[n].task != sets[seen].task)
+    unseen = next(other, (held_out or [seen])[0])
     return {
         name: f"{name} ({sets[name].kind})" if sets[name].kind else name for name in (seen, unseen)
     }

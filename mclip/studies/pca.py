@@ -20,6 +20,7 @@ from mclip.params import Params, Section, absent
 
 if TYPE_CHECKING:
     from mclip.data.evalsets import Split
+    from mclip.evaluate.tasks import Task
 
 
 class Settings(Section):
@@ -149,23 +150,22 @@ def of_class(split: Split, name: str | None, count: int) -> tuple[str, list[Imag
     from mclip.data.evalsets import read_image
 
     if name is None:
-        name = split.classes[int(np.bincount(split.labels).argmax())]
+        name = split.classes[int(np.bincount(split.answers).argmax())]
     if name not in split.classes:
         raise ValueError(f"no such class {name!r}; there are {', '.join(split.classes[:8])}, ...")
-    rows = [i for i, label in enumerate(split.labels) if split.classes[label] == name]
+    rows = [i for i, label in enumerate(split.answers) if split.classes[label] == name]
     return name, [read_image(split.places[i]) for i in rows[:count]]
 
 
-def one_each(split: Split, count: int, seed: int = 0) -> tuple[list[Image.Image], list[str]]:
+def one_each(
+    split: Split, task: Task, count: int, seed: int = 0
+) -> tuple[list[Image.Image], list[str]]:
     """Pictures of `count` different texts (captions, or classes in the first template), one each,
     shuffled by seed.
     """
     from mclip.data.evalsets import read_image
 
-    template = (split.templates or ["{c}"])[0]
-    texts = [own[0] for own in split.captions] or [
-        template.replace("{c}", split.classes[i]) for i in split.labels
-    ]
+    texts = [task.prompts(split, own[0])[0] for own in task.right(split)]
     rows: dict[str, list[int]] = {}
     for i, text in enumerate(texts):
         rows.setdefault(text, []).append(i)

@@ -1,10 +1,11 @@
 """Text to image search over an evaluation set: which pictures a model finds for a text, and whether
 they are right.
 
-    split = evalsets.read_split("data/eval/emoji-unseen", "retrieval")
-    questions = search.questions(split)             # its captions; or search.free(["a red car"])
+    task = tasks.get("retrieval")
+    split = evalsets.read_split("data/eval/emoji-unseen", task.ANSWER)
+    questions = search.questions(split, task)                 # its captions; or search.free(["a car"])
     found = search.search("local-dir:models/students/clip/seed0", split, questions)
-    found[:, :5]                                    # for each text its five best pictures' rows
+    found[:, :5]                                                    # for each text its five best pictures' rows
     search.precision(found, questions, 5)
 """
 
@@ -20,6 +21,7 @@ from mclip.params import Params, Section, absent
 
 if TYPE_CHECKING:
     from mclip.data.evalsets import Split
+    from mclip.evaluate.tasks import Task
 
 
 class Settings(Section):
@@ -46,19 +48,16 @@ class Questions(NamedTuple):
     right: np.ndarray | None  # (texts, pictures) bool; None: nobody knows
 
 
-def questions(split: Split) -> Questions:
+def questions(split: Split, task: Task) -> Questions:
     """A set's own texts, each once: its captions in order of appearance, or its classes that have
     pictures.
     """
-    if split.captions:
-        texts = list(dict.fromkeys(text for own in split.captions for text in own))
-        prompts = [[text] for text in texts]
-        own = [set(captions) for captions in split.captions]
-    else:
-        texts = [split.classes[i] for i in sorted(set(split.labels))]
-        prompts = [[t.replace("{c}", text) for t in split.templates or ["{c}"]] for text in texts]
-        own = [{split.classes[label]} for label in split.labels]
-    return Questions(texts, prompts, np.array([[text in there for there in own] for text in texts]))
+    right = [set(own) for own in task.right(split)]
+    asked = set().union(*right)
+    texts = [text for text in dict.fromkeys(task.gallery(split)) if text in asked]
+    prompts = [task.prompts(split, text) for text in texts]
+    matrix = np.array([[text in own for own in right] for text in texts])
+    return Questions(texts, prompts, matrix)
 
 
 def free(texts: Sequence[str]) -> Questions:

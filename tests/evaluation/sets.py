@@ -1,10 +1,17 @@
-"""Small evaluation sets in CLIP_benchmark's webdataset layout, written by the tests."""
+"""Small evaluation sets in CLIP_benchmark's webdataset layout, and embeddings, for the tests."""
 
 import io
 import tarfile
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
+
+
+def unit(rng: np.random.Generator, n: int, d: int = 8) -> torch.Tensor:
+    """(n, d) random unit-norm embeddings."""
+    return F.normalize(torch.tensor(rng.normal(size=(n, d)), dtype=torch.float32), dim=-1)
 
 
 def png(colour, noise: int = 0, size: int = 8, image: bool = False):

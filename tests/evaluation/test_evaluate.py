@@ -17,23 +17,12 @@ from torchvision import transforms
 from mclip import evaluate
 from mclip.data import evalsets
 from mclip.evaluate import fewshot, metrics
+from mclip.evaluate.tasks import classification, retrieval
 from mclip.params import EvalSet
 
-from .sets import png, write_tar
+from .sets import png, unit, write_tar
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def unit(rng: np.random.Generator, n: int, d: int = 8) -> torch.Tensor:
-    return F.normalize(torch.tensor(rng.normal(size=(n, d)), dtype=torch.float32), dim=-1)
 
 
 def write_set(folder, *, shards: int = 2, per_class: int = 4):
@@ -118,7 +107,7 @@ def test_classification_against_loops():
     )  # class 8 has no picture
     order = np.argsort(-(images @ classes.T).numpy(), axis=1)
     top1 = [order[i, 0] == labels[i] for i in range(50)]
-    got = metrics.classification(images, classes, labels.tolist())
+    got = classification.accuracy(images, classes, labels.tolist())
     assert got["top1"] == pytest.approx(np.mean(top1))
     assert got["top5"] == pytest.approx(np.mean([labels[i] in order[i, :5] for i in range(50)]))
     per_class = [
@@ -130,10 +119,10 @@ def test_classification_against_loops():
 def test_retrieval_shared_captions_against_loops():
     rng = np.random.default_rng(2)
     captions = [[f"text {rng.integers(0, 6)}", f"text {rng.integers(0, 6)}"] for _ in range(30)]
-    texts, pairs = metrics.caption_pairs(captions)
+    texts, pairs = retrieval.caption_pairs(captions)
     assert len(set(texts)) == len(texts)
     images, embedded = unit(rng, 30), unit(rng, len(texts))
-    got = metrics.retrieval(images, embedded, pairs, ks=(1, 3))
+    got = retrieval.recall(images, embedded, pairs, ks=(1, 3))
     similarity = (images @ embedded.T).numpy()
     for k in (1, 3):
         to_text = [
@@ -161,25 +150,22 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_similarities_are_never_held_all_at_once(monkeypatch):
+def test_similarities_are_never_held_all_at_once():
     rng = np.random.default_rng(6)
-    captions = [[f"text {rng.integers(0, 90)}" for _ in range(3)] for _ in range(70)]
-    images = unit(rng, 70)
-    for distinct in (True, False):
-        texts, pairs = metrics.caption_pairs(captions, distinct)
-        embedded = unit(rng, len(texts))
-        monkeypatch.setattr(metrics, "AT_ONCE", 1 << 24)
-        whole = metrics.retrieval(images, embedded, pairs)
-        monkeypatch.setattr(metrics, "AT_ONCE", 2000)  # of up to 14,700
-        with Largest() as largest:
-            assert metrics.retrieval(images, embedded, pairs) == whole
-        assert largest.seen <= 2000
+    n = 4200  # n x n is more than AT_ONCE
+    queries, gallery = unit(rng, n, 2), unit(rng, n, 2)
+    pairs = np.stack([np.arange(n)] * 2, 1)
+    with Largest() as largest:
+        rank, row = metrics.ranks(queries, gallery, pairs), metrics.nearest(queries, gallery)
+    assert 0 < largest.seen <= metrics.AT_ONCE < n * n
+    last = queries[-1:] @ gallery.T  # of the uneven last chunk
+    assert rank[-1] == (last > last[0, -1]).sum() and row[-1] == last.argmax()
 
 
 def test_collapsed_model_scores_chance():
     same = F.normalize(torch.ones(6, 4), dim=-1)
-    assert metrics.classification(same, same, list(range(6)))["top1"] == 1 / 6
-    assert metrics.retrieval(same, same, np.stack([np.arange(6)] * 2, 1), ks=(1, 5))[
+    assert classification.accuracy(same, same, list(range(6)))["top1"] == 1 / 6
+    assert retrieval.recall(same, same, np.stack([np.arange(6)] * 2, 1), ks=(1, 5))[
         "i2t_r5"
     ] == pytest.approx(5 / 6)
 
@@ -187,18 +173,16 @@ def test_collapsed_model_scores_chance():
 def test_chance_is_what_random_features_score():
     rng = np.random.default_rng(3)
     captions = [[f"t{i % 40}"] for i in range(120)]
-    _, pairs = metrics.caption_pairs(captions)
-    chance = metrics.retrieval_chance(pairs)
+    _, pairs = retrieval.caption_pairs(captions)
+    chance = retrieval.chance(pairs)
     assert chance["i2t_r1"] == pytest.approx(1 / 40)
     assert chance["t2i_r1"] == pytest.approx(3 / 120)
-    runs = [metrics.retrieval(unit(rng, 120, 64), unit(rng, 40, 64), pairs) for _ in range(60)]
+    runs = [retrieval.recall(unit(rng, 120, 64), unit(rng, 40, 64), pairs) for _ in range(60)]
     for name, value in chance.items():
         assert np.mean([r[name] for r in runs]) == pytest.approx(value, abs=0.035)
-    assert metrics.classification_chance(10)["top5"] == 0.5
-    assert "top5" not in metrics.classification_chance(5)
-    assert (
-        metrics.retrieval_chance(np.array([[0, 0], [1, 1]]))["i2t_r10"] == 1
-    )  # more draws than captions
+    assert classification.chance(10)["top5"] == 0.5
+    assert "top5" not in classification.chance(5)
+    assert retrieval.chance(np.array([[0, 0], [1, 1]]))["i2t_r10"] == 1  # more draws than captions
 
 
 # ---------------------------------------------------------------- sets
@@ -254,8 +238,8 @@ def test_pictures_that_two_sets_share_are_encoded_once_and_score_as_alone(tmp_pa
         folder = write_set(tmp_path / name)
         path = folder / "test" / "1.tar"
         data, size = path.read_bytes(), len(png(COLOURS["blue"], noise=102))
-        at = evalsets.read_split(folder, "classification").places[-2][1]
-        assert size == evalsets.read_split(folder, "classification").places[-2][2]
+        at = evalsets.read_split(folder, classification.ANSWER).places[-2][1]
+        assert size == evalsets.read_split(folder, classification.ANSWER).places[-2][2]
         path.write_bytes(data[:at] + b"-" * size + data[at + size :])
         if name == "three":
             path.write_bytes(data)
@@ -297,7 +281,7 @@ def test_pictures_that_two_sets_share_are_encoded_once_and_score_as_alone(tmp_pa
 
 def test_prompt_ensemble_is_the_mean_of_unit_norm_prompts():
     model = ColourModel()
-    split = evalsets.Split([], [], [], [], ["red", "blue"], ["{c}", "a {c} square"], [])
+    split = evalsets.Split([], [], [], ["red", "blue"], ["{c}", "a {c} square"], [], [])
     texts = evaluate.prompts(split)
     assert texts == ["red", "a red square", "blue", "a blue square"]
     got = evaluate.class_features(F.normalize(model.encode_text(tokenize(texts)), dim=-1), 2)
@@ -362,7 +346,7 @@ def test_unusable_sets_say_what_to_mend(tmp_path):
     with pytest.raises(evalsets.EvalError, match=r"evaluate.sets.x: .*classnames.txt: not UTF-8"):
         evaluate.evaluate(ColourModel(), PREPROCESS, tokenize, {"x": spec})
     (folder / "classnames.txt").write_text("\nred\nblue\n\n")
-    assert evalsets.read_split(folder, "classification").classes == [
+    assert evalsets.read_split(folder, classification.ANSWER).classes == [
         "",
         "red",
         "blue",
@@ -410,8 +394,8 @@ def test_transparent_pictures_lie_on_white_in_the_order_of_the_tar(tmp_path):
         {"k.png": buffer.getvalue(), "k.txt": b"x", "l.png": png((0, 0, 0)), "l.txt": b"y"},
     )
     (tmp_path / "test" / "nshards.txt").write_text("1")
-    split = evalsets.read_split(tmp_path, "retrieval")
-    assert split.keys == ["k", "l"] and split.captions == [["x"], ["y"]]
+    split = evalsets.read_split(tmp_path, retrieval.ANSWER)
+    assert split.keys == ["k", "l"] and split.answers == [["x"], ["y"]]
     ((indices, pictures, broken),) = evalsets.batches(split, PREPROCESS)
     assert indices == [0, 1] and not broken
     assert pictures[0].min() == 1.0 and pictures[1].max() < 0.2

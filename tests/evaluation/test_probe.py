@@ -7,9 +7,7 @@ from torch.nn import functional as F
 
 from mclip.evaluate import probe
 
-
-def unit(rng, n, d=8):
-    return F.normalize(torch.tensor(rng.normal(size=(n, d)), dtype=torch.float32), dim=-1)
+from .sets import unit
 
 
 def test_probe_separable_and_repeatable():

@@ -11,7 +11,9 @@ import torch
 
 from mclip import cli, evaluate, models, params
 from mclip.data.evalsets import read_split
+from mclip.evaluate import suite, tasks
 from mclip.evaluate.named import named_sets
+from mclip.evaluate.tasks import classification
 from mclip.params import EvalSet, ParamsError, registry
 
 from .sets import png, write_classification, write_split
@@ -42,9 +44,7 @@ def test_every_entry_is_a_valid_set(name):
     spec = EvalSet(**registry.filled(name, None))
     entry = registry.SETS[name]
     assert spec.task == entry.task and (
-        entry.lacks
-        or spec.metric
-        == (entry.metric or {"classification": "top1", "retrieval": "mean_r1"}[entry.task])
+        entry.lacks or spec.metric == (entry.metric or tasks.get(entry.task).MAIN)
     )
     assert spec.captions == ("distinct" if name == "emoji-unseen" else "each")
     assert entry.where and (entry.source.count("/") == 1 or entry.lacks or "demo" in entry.suites)
@@ -80,6 +80,7 @@ def test_params_take_a_name_a_path_or_both():
         ({"pet": None}, r"evaluate\.sets: pet: not in the registry .*did you mean 'pets'"),
         ({"x": {"path": "p", "metric": "mean_r1"}}, "metric: mean_r1 is none of classification"),
         ({"x": {"path": "p", "metric": "worst_group_top1"}}, "needs groups"),
+        ({"x": {"path": "p", "task": "vqa"}}, "task: vqa is none of classification, retrieval"),
     ]:
         tree["evaluate"]["sets"] = wrong
         with pytest.raises(ParamsError, match=message):
@@ -91,7 +92,7 @@ def test_params_take_a_name_a_path_or_both():
 )
 def test_the_default_sets_lie_in_the_registrys_layout():
     for name, spec in params.load(ROOT / "params.yaml").evaluate.sets.items():
-        split = read_split(ROOT / spec.path, spec.task)
+        split = read_split(ROOT / spec.path, tasks.get(spec.task).ANSWER)
         assert split.keys and not split.problems and name in registry.SUITES["demo"]
 
 
@@ -192,15 +193,13 @@ def test_imagenets_names_where_a_copy_has_none(tmp_path):
         [{"png": sample(1, i)[0], "cls": str(i).encode()} for i in (0, 999)],
         1,
     )
-    split = evaluate._named_classes(
-        "imagenet1k", read_split(tmp_path / "wds_imagenet1k", "classification")
-    )
+    copy = tmp_path / "wds_imagenet1k"
+    split = suite._named_classes("imagenet1k", read_split(copy, classification.ANSWER))
     assert (len(split.classes), split.classes[0], len(split.templates)) == (1000, "tench", 80)
     assert all(t.count("{c}") == 1 for t in split.templates)
-    (tmp_path / "wds_imagenet1k" / "classnames.txt").write_text("own\n")
-    assert evaluate._named_classes(
-        "imagenet1k", read_split(tmp_path / "wds_imagenet1k", "classification")
-    ).classes == ["own"]
+    (copy / "classnames.txt").write_text("own\n")
+    split = suite._named_classes("imagenet1k", read_split(copy, classification.ANSWER))
+    assert split.classes == ["own"]
 
 
 class Bright(torch.nn.Module):

@@ -130,13 +130,12 @@ def write_eval(
     zeroshot_classification_templates.txt, one a line, `{c}` for the class; dataset_type.txt says
     which task.
     """
-    task = "retrieval" if classes is None else "classification"
+    task, ext = ("retrieval", "txt") if classes is None else ("classification", "cls")
     manifest = {"task": task, "splits": {}, **info}
     for split, items in splits.items():
         if not items:
             continue
         (folder / split).mkdir(parents=True)
-        ext = "txt" if task == "retrieval" else "cls"
         count, digest = tars.write_tar(
             folder / split / "0.tar",
             ({"__key__": i.key, "png": i.image, ext: str(i.target).encode()} for i in items),
