@@ -381,7 +381,7 @@ def test_what_is_shown_of_sets_that_are_not_here(tmp_path, capsys):
     assert evalsets.at_hand("a", sets) == "b"  # of another task, where no other set is here
     with pytest.raises(
         evalsets.EvalError,
-        match=r"a is not here .*, nor is any other retrieval set.*mclip.params.registry",
+        match=r"a is not here .*, nor is any other retrieval set.*mclip sets",
     ):
         evalsets.at_hand("a", sets, "retrieval")
 
