@@ -89,7 +89,7 @@ class Peak:
 def case(root: Path, what: str) -> dict:
     from mclip.data import shards
     from mclip.distill import targets
-    from mclip.distill.runs import TrainingSet
+    from mclip.distill.pairs import TrainingSet, open_pairs
 
     folders = {name: str(root / name) for name in ("balance", "clusters", "embeddings", "cache")}
     spec = TrainingSet("kept", teacher="t", **folders)
@@ -107,7 +107,8 @@ def case(root: Path, what: str) -> dict:
             del held, embeddings
         else:
             start = time.perf_counter()
-            sides = targets.ShardSides(spec)
+            pairs = open_pairs(spec)
+            pairs.open_tables()
             if what == "tables":
                 times.append(time.perf_counter() - start)
             else:
@@ -115,7 +116,7 @@ def case(root: Path, what: str) -> dict:
                     of = keys(i * SHARD, (i + 1) * SHARD).tolist()
                     samples = [shards.Sample(key, b"", "jpg", "c", {}) for key in of]
                     start = time.perf_counter()
-                    side, _ = sides(i, samples)
+                    side, _ = targets.shard_side(pairs, i, samples)
                     times.append(time.perf_counter() - start)
                     assert (
                         set(side.arrays) == {"label", "teacher_image", "teacher_text"}

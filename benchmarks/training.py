@@ -87,7 +87,8 @@ def mclip_rate(args, cached: bool) -> dict[str, float]:
     from mclip import params
     from mclip.distill import pixels
     from mclip.distill import trainer as train
-    from mclip.distill.runs import Run, TrainingSet
+    from mclip.distill.pairs import TrainingSet
+    from mclip.distill.runs import Run
 
     settings = params.load().distill.train.model_copy(
         update={

@@ -189,7 +189,7 @@ def _training(recipe: str, folder: Path) -> dict[str, Any]:
             out["Recipe"] = {
                 "name": f"{recipe} ({one.title})",
                 "losses": weights,
-                "pairs": one.pairs,
+                "pairs": one.pairs_title,
                 "student": p.distill.student,
                 "samples seen": train.samples,
                 "batch": train.batch_size,

@@ -24,7 +24,6 @@ from mclip.data import augment, shards
 from mclip.data.stores import balance as balance_store
 from mclip.data.stores import reinforced
 from mclip.data.stores.reinforced import Shard
-from mclip.distill.runs import in_part
 from mclip.params import Reinforce
 from mclip.system.files import write_json
 from mclip.system.progress import bar
@@ -102,7 +101,7 @@ class _Job(NamedTuple):
         samples = [
             s
             for s, found in zip(samples, there, strict=True)
-            if found and in_part(s.key, self.fraction)
+            if found and shards.in_part(s.key, self.fraction)
         ]
         shard = reinforce_samples(
             samples,
@@ -147,7 +146,7 @@ def run(
     teachers : name -> open_clip model string; settings.ensemble picks and orders them.
     captioner : model string of an open_clip CoCa; not loaded when n_syn is 0.
     balance : folder of `mclip.balance`: which pairs are kept.
-    fraction : of the kept pairs, by a hash of the key (`runs.in_part`).
+    fraction : of the kept pairs, by a hash of the key (`shards.in_part`).
     cache : folder for the table in which shards find their keys.
     decoders : processes that augment; None: see models.decoders.
 
@@ -223,7 +222,7 @@ def _kept(balance: str | Path, fraction: float) -> _Kept:
     """
     found, count = hashlib.sha256(), 0
     for piece in balance_store.kept(balance):
-        keys = [key for key in map(str, piece.tolist()) if in_part(key, fraction)]
+        keys = [key for key in map(str, piece.tolist()) if shards.in_part(key, fraction)]
         found.update("".join(f"{key}\n" for key in keys).encode())
         count += len(keys)
     return _Kept(found.hexdigest(), count)

@@ -105,7 +105,7 @@ def test_the_default_is_valid(tree):
         (
             "ablations.studies.reinforcement.variants.one",
             {"keep": {"prune": "random"}},
-            "variants.one.keep: needs a recipe with pairs: kept",
+            "variants.one.keep: needs a recipe with pairs: kept, reinforced: false",
         ),
         (
             "ablations.studies.clusters.variants.few",
@@ -120,7 +120,7 @@ def test_the_default_is_valid(tree):
         (
             "ablations.studies.terms.variants.full",
             {"reinforced": {"n_aug": 1}},
-            "variants.full.reinforced: needs a recipe with pairs: reinf",
+            "variants.full.reinforced: needs a recipe with reinforced: true",
         ),
         (
             "ablations.studies.reinforcement.variants.one",
@@ -236,7 +236,17 @@ def test_the_default_is_valid(tree):
         (
             "distill.recipes.clip.weight",
             {"affinity": 1},
-            "weight.affinity and synthetic need pairs: reinforced",
+            "weight.affinity and synthetic need reinforced: true",
+        ),
+        (
+            "distill.recipes.mobileclip.pairs",
+            "reinforced",
+            "distill.recipes.mobileclip.pairs: write pairs: kept and reinforced: true",
+        ),
+        (
+            "distill.recipes.mobileclip.pairs",
+            "all",
+            "reinforced: true needs pairs: kept, the reinforced set holds no others",
         ),
     ],
 )

@@ -12,6 +12,7 @@ last::
 `iter_samples` then skips exactly that.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -167,6 +168,16 @@ def _entries(folder: Path, state: Any) -> tuple[list[dict], dict[str, set[int]]]
         if "index" in entry:
             skip.setdefault(entry["file"], set()).add(entry["index"])
     return manifest["shards"], skip
+
+
+def in_part(key: str, fraction: float) -> bool:
+    """Is a pair in that fraction of all? By a hash of its key: a shard need not know the others.
+
+    A smaller part lies in a larger one.
+    """
+    if fraction >= 1:
+        return True
+    return int.from_bytes(hashlib.sha1(key.encode()).digest()[:8], "big") < fraction * 2**64
 
 
 def as_sample(key: str, files: dict[str, bytes]) -> Sample | str:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -28,16 +29,16 @@ def caption_id(caption: str) -> int:
     return int.from_bytes(hashlib.sha1(caption.encode()).digest()[:8], "big") >> 1
 
 
-def read_captions(pairs: str, cache: str | Path) -> tuple[list[str], list[str]]:
-    """Keys and captions of all pairs, in manifest order."""
+def read_captions(
+    pairs: str, cache: str | Path, manifest: dict[str, Any]
+) -> tuple[list[str], list[str]]:
+    """Keys and captions of all pairs, in the manifest's order."""
 
     def build(draft: Path) -> None:
         rows = [(s.key, s.caption) for s in shards.iter_samples(pairs)]
         pd.DataFrame(rows, columns=["key", "caption"], dtype=str).to_parquet(draft, index=False)
 
-    table = pd.read_parquet(
-        made_once(cache, "captions", ".parquet", shards.read_manifest(pairs), build)
-    )
+    table = pd.read_parquet(made_once(cache, "captions", ".parquet", manifest, build))
     return table["key"].tolist(), table["caption"].tolist()
 
 

@@ -17,6 +17,7 @@ FILE = "checkpoint.pt"
 
 def save(
     scratch: Path,
+    identity: str,
     step: int,
     together: nn.Module,
     optimizer: Optimizer,
@@ -31,6 +32,7 @@ def save(
     with whole(scratch / FILE) as draft:
         torch.save(
             {
+                "identity": identity,
                 "step": step,
                 "model": states[0],
                 "optimizer": states[1],
@@ -42,15 +44,22 @@ def save(
 
 
 def resume(
-    scratch: Path, together: nn.Module, optimizer: Optimizer, averaged: AveragedModel | None
+    scratch: Path,
+    identity: str,
+    together: nn.Module,
+    optimizer: Optimizer,
+    averaged: AveragedModel | None,
 ) -> tuple[int, list[dict]]:
-    """Read it into module, optimizer and average: the steps done and the history; 0 and none where
-    there is none.
+    """Read it into module, optimizer and average: the steps done and the history.
+
+    0 and none where there is none of this very run: identity, see `mclip.distill.identity`.
     """
     file = scratch / FILE
     if not file.exists():
         return 0, []
     state = torch.load(file, map_location="cpu", weights_only=True)
+    if state.get("identity") != identity:
+        return 0, []
     sharding.own(together, optimizer, state["model"], state["optimizer"])
     if averaged is not None:
         averaged.load_state_dict(state["averaged"])

@@ -22,11 +22,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from mclip.data import shards
-from mclip.data.stores import reinforced
 from mclip.distill.captions import Tokenizer
-from mclip.distill.pixels import light_rows, views_of
-from mclip.distill.runs import TrainingSet
-from mclip.distill.targets import ShardSides, Side, add_tokens, pair_count, select
+from mclip.distill.pairs import AllPairs, Crops, Side
+from mclip.distill.pixels import views_of
+from mclip.distill.targets import add_tokens, select, shard_side
 
 SHUFFLE_BUFFER = 2000
 
@@ -82,25 +81,16 @@ def _check_size(batch_size: int, pairs: int) -> None:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A shard in a stream: everything but its pixels, and which augmentations each of its samples
-    has.
-    """
+    """A shard in a stream: everything but its pixels, and the crops of its pictures."""
 
     side: Side
-    rows: (
-        dict[str, np.ndarray] | None
-    )  # stored augmentations by key; None: light ones, drawn from the key
-    view_px: int
+    crops: Crops
 
-    def picture(self, sample: shards.Sample, view: int, spec: TrainingSet) -> np.ndarray:
+    def picture(self, sample: shards.Sample, view: int, pairs: AllPairs) -> np.ndarray:
         """One view of a sample at the student's size: (3, image_px, image_px) uint8."""
         image = shards.decode(sample)
-        rows = (
-            light_rows(sample.key, image.size, spec, view + 1)
-            if self.rows is None
-            else self.rows[sample.key]
-        )
-        return views_of(image, rows[view : view + 1], self.view_px, spec.image_px)[0]
+        rows = self.crops.rows(sample.key, image.size, view + 1)
+        return views_of(image, rows[view:], pairs.view_px, pairs.spec.image_px)[0]
 
 
 class _Stream(IterableDataset):
@@ -110,7 +100,7 @@ class _Stream(IterableDataset):
 
     def __init__(
         self,
-        spec: TrainingSet,
+        pairs: AllPairs,
         tokenizer: Tokenizer,
         batch_size: int,
         seed: int,
@@ -118,14 +108,9 @@ class _Stream(IterableDataset):
         world: int,
         teacher_slice: list[int] | None,
     ):
-        self.spec, self.tokenizer, self.batch_size, self.seed = spec, tokenizer, batch_size, seed
+        self.pairs, self.tokenizer, self.batch_size, self.seed = pairs, tokenizer, batch_size, seed
         self.rank, self.world, self.teacher_slice = rank, world, teacher_slice
-        self.sides = ShardSides(spec)
-        self.count = len(shards.read_manifest(spec.pairs)["shards"])
-        reinforced_pairs = spec.pairs_kind == "reinforced"
-        settings = reinforced.read_meta(spec.reinforced)["settings"] if reinforced_pairs else {}
-        self.view_px = settings.get("image_px", spec.image_px)
-        self.n_views = settings.get("n_aug", spec.light_views)
+        pairs.open_tables()  # here, once for all workers
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         info = torch.utils.data.get_worker_info()
@@ -140,7 +125,7 @@ class _Stream(IterableDataset):
         self, mine: int, parts: int, rng: np.random.Generator
     ) -> Iterator[tuple[_Opened, int, shards.Sample]]:
         """Shuffled samples, each with its shard and its place there."""
-        count = self.count
+        count = self.pairs.shard_count
         buffer: list[tuple[_Opened, int, shards.Sample]] = []
         for epoch in itertools.count():
             order = np.random.default_rng([self.seed, 1, epoch]).permutation(count)
@@ -159,13 +144,13 @@ class _Stream(IterableDataset):
                 buffer = []
 
     def _open(self, index: int) -> Iterator[tuple[_Opened, int, shards.Sample]]:
-        samples = list(shards.iter_samples(self.spec.pairs, shards=[index]))
-        side, stored = self.sides(index, samples)
+        spec = self.pairs.spec
+        samples = list(shards.iter_samples(spec.pairs, shards=[index]))
+        side, crops = shard_side(self.pairs, index, samples)
         if not len(side):
             return
-        add_tokens(side, self.tokenizer, synthetic=self.spec.synthetic)
-        rows = None if stored is None else dict(zip(stored.keys, stored.augment, strict=True))
-        opened = _Opened(side, rows, self.view_px)
+        add_tokens(side, self.tokenizer, synthetic=spec.synthetic)
+        opened = _Opened(side, crops)
         at = {key: i for i, key in enumerate(side.keys)}
         for sample in samples:
             if sample.key in at:
@@ -174,7 +159,7 @@ class _Stream(IterableDataset):
     def _batch(
         self, items: list[tuple[_Opened, int, shards.Sample]], rng: np.random.Generator
     ) -> dict[str, torch.Tensor]:
-        view = rng.integers(self.n_views, size=len(items))
+        view = rng.integers(self.pairs.n_views, size=len(items))
         parts, places = [], []
         for opened in {id(o): o for o, _, _ in items}.values():  # one selection a shard
             place = np.asarray([i for i, (o, _, _) in enumerate(items) if o is opened])
@@ -185,7 +170,7 @@ class _Stream(IterableDataset):
         back = torch.from_numpy(np.argsort(np.concatenate(places)))
         batch = {name: torch.cat([p[name] for p in parts])[back] for name in parts[0]}
         pictures = [
-            o.picture(sample, int(v), self.spec)
+            o.picture(sample, int(v), self.pairs)
             for (o, _, sample), v in zip(items, view, strict=True)
         ]
         batch["image"] = torch.from_numpy(np.stack(pictures))
@@ -199,7 +184,7 @@ class StreamedLoader:
 
     def __init__(
         self,
-        spec: TrainingSet,
+        pairs: AllPairs,
         tokenizer: Tokenizer,
         batch_size: int,
         *,
@@ -210,12 +195,11 @@ class StreamedLoader:
         workers: int = 2,
         teacher_slice: list[int] | None = None,
     ):
-        if spec.fraction == 1:  # of a part only reading everything tells
-            _check_size(
-                batch_size, pair_count(spec)
-            )  # a stream of nothing would never come to an end
+        if pairs.spec.fraction == 1:  # of a part only reading everything tells
+            # a stream of nothing would never come to an end
+            _check_size(batch_size, pairs.count())
         stream = _Stream(
-            spec,
+            pairs,
             tokenizer,
             batch_size // world,
             seed + 1_000_003 * start,

@@ -2,8 +2,8 @@
 or as they come.
 """
 
-import json
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from mclip.data import augment, shards
-from mclip.data.stores import reinforced
-from mclip.distill.runs import TrainingSet
+from mclip.distill.pairs import AllPairs
 from mclip.system.files import made_once
 from mclip.system.progress import bar
 
@@ -27,103 +26,52 @@ def views_of(image: Image.Image, rows: np.ndarray, view_px: int, image_px: int) 
     return np.stack([np.asarray(p) for p in pictures]).transpose(0, 3, 1, 2)
 
 
-def light_rows(
-    key: str, size: tuple[int, int], spec: TrainingSet, n: int | None = None
-) -> np.ndarray:
-    """CLIP's own augmentation, a RandomResizedCrop of at least light_scale_min of the area,
-    light_views times.
-
-    n: the first n of them only.
-    """
-    return augment.draw(
-        key,
-        size,
-        spec.light_views if n is None else n,
-        image_px=spec.image_px,
-        seed=spec.seed,
-        scale_min=spec.light_scale_min,
-        ops=0,
-    )
-
-
 class _Decode(Dataset):
     """Item i: the views of the i-th shard's samples."""
 
-    def __init__(self, spec: TrainingSet):
-        self.spec = spec
-        self.count = len(shards.read_manifest(spec.pairs)["shards"])
+    def __init__(self, pairs: AllPairs):
+        self.pairs = pairs
 
     def __len__(self) -> int:
-        return self.count
+        return self.pairs.shard_count
 
     def __getitem__(self, index: int) -> np.ndarray:
-        found = [v for _, v in shard_views(self.spec, index)]
-        return (
-            np.stack(found)
-            if found
-            else np.zeros((0, 1, 3, self.spec.image_px, self.spec.image_px), np.uint8)
-        )
+        side = self.pairs.spec.image_px
+        views = [v for _, v in shard_views(self.pairs, index)]
+        return np.stack(views) if views else np.zeros((0, 1, 3, side, side), np.uint8)
 
 
-def shard_views(spec: TrainingSet, index: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(key, views) of every sample of a shard that the set has pixels of: all, or those reinforced."""
-    if spec.pairs_kind == "reinforced":
-        stored = reinforced.read_shard(spec.reinforced, index)
-        view_px = reinforced.read_meta(spec.reinforced)["settings"]["image_px"]
-        rows = dict(zip(stored.keys, stored.augment, strict=True))
-        for sample in shards.iter_samples(spec.pairs, shards=[index]):
-            if sample.key in rows:
-                yield (
-                    sample.key,
-                    views_of(shards.decode(sample), rows[sample.key], view_px, spec.image_px),
-                )
-    else:
-        for sample in shards.iter_samples(spec.pairs, shards=[index]):
+def shard_views(pairs: AllPairs, index: int) -> Iterator[tuple[str, np.ndarray]]:
+    """(key, views) of every sample of a shard that has crops."""
+    spec, crops = pairs.spec, pairs.crops(index)
+    for sample in shards.iter_samples(spec.pairs, shards=[index]):
+        if sample.key in crops:
             image = shards.decode(sample)
-            yield (
-                sample.key,
-                views_of(
-                    image, light_rows(sample.key, image.size, spec), spec.image_px, spec.image_px
-                ),
-            )
+            rows = crops.rows(sample.key, image.size)
+            yield sample.key, views_of(image, rows, pairs.view_px, spec.image_px)
 
 
-def pixel_cache(spec: TrainingSet, *, workers: int = 2) -> np.ndarray:
-    """Every view decoded once: (n, views, 3, s, s) uint8, memory-mapped; built when it isn't there.
+def pixel_cache(pairs: AllPairs, *, workers: int = 2) -> np.ndarray:
+    """Every view decoded once: (n, views, 3, s, s) uint8, memory-mapped; built where missing.
 
-    For `all` and `kept` pairs it holds all pairs (Side.row picks), for `reinforced` the reinforced
-    ones.
+    n are the pairs that have crops: Side.row picks of them.
     """
-    manifest = json.dumps(shards.read_manifest(spec.pairs), sort_keys=True)
-    kind = "reinforced" if spec.pairs_kind == "reinforced" else "light"
-    made_of = [manifest, kind, spec.image_px]
-    if kind == "reinforced":
-        made_of.append(reinforced.pictures(reinforced.read_meta(spec.reinforced)))
-    else:
-        made_of += [spec.light_scale_min, spec.light_views, spec.seed]
+    libraries = [version(name) for name in ("pillow", "torchvision", "numpy")]
     path = made_once(
-        spec.cache,
-        f"pixels-{kind}",
+        pairs.spec.cache,
+        f"pixels-{pairs.pictures}",
         ".npy",
-        made_of,
-        lambda draft: _build_cache(spec, draft, workers),
+        [pairs.pictures_made_of(), libraries],
+        lambda draft: _build_cache(pairs, draft, workers),
     )
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def _build_cache(spec: TrainingSet, draft: Path, workers: int) -> None:
-    if spec.pairs_kind == "reinforced":
-        counts = [
-            reinforced.count(spec.reinforced, i)
-            for i in range(len(shards.read_manifest(spec.pairs)["shards"]))
-        ]
-        n_views = reinforced.read_meta(spec.reinforced)["settings"]["n_aug"]
-    else:
-        counts = [s["samples"] for s in shards.read_manifest(spec.pairs)["shards"]]
-        n_views = spec.light_views
-    shape = (sum(counts), n_views, 3, spec.image_px, spec.image_px)
+def _build_cache(pairs: AllPairs, draft: Path, workers: int) -> None:
+    side = pairs.spec.image_px
+    shape = (pairs.picture_count(), pairs.n_views, 3, side, side)
     at = 0
-    loader = DataLoader(_Decode(spec), batch_size=None, num_workers=workers)
+    loader = DataLoader(_Decode(pairs), batch_size=None, num_workers=workers)
     with bar(desc="decode and augment", unit="pair", total=shape[0]) as progress:
         pixels = np.lib.format.open_memmap(draft, mode="w+", dtype=np.uint8, shape=shape)
         for views in loader:
@@ -132,6 +80,7 @@ def _build_cache(spec: TrainingSet, draft: Path, workers: int) -> None:
             progress.update(len(views))
         if at != shape[0]:
             raise ValueError(
-                f"{spec.pairs}: {at} readable pairs, the manifest says {shape[0]}: run `dvc repro data`"
+                f"{pairs.spec.pairs}: {at} readable pairs, the manifest says {shape[0]}: "
+                "run `dvc repro data`"
             )
         pixels.flush()

@@ -1,48 +1,50 @@
 """Train the student with one recipe, a run a seed (papers.md 1.5, 2.2, 2.3).
 
-`plan` says what to run, `run_recipe` starts `mclip.distill.trainer` for each: torchrun with
+`runs_of` says what to run, `run_recipe` starts `mclip.distill.trainer` for each: torchrun with
 `distill.train.processes` processes, `parallel_runs` of them side by side. A run that was finished
-by a killed stage is not trained again; one that was under way goes on at its checkpoint. This
-module imports neither torch nor open_clip: the training processes do.
+by a killed stage is not trained again; one that was under way goes on at its checkpoint. Both only
+where all that its result depends on is the same (`mclip.distill.identity`): else it is trained
+from the start, in the same folders. Importing this module takes neither torch nor open_clip.
 """
 
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from mclip.data import shards
-from mclip.distill.runs import Run, TrainingSet
+from mclip.distill.identity import identity
+from mclip.distill.pairs import TrainingSet
+from mclip.distill.runs import Run
 from mclip.params import Recipe, Train
-from mclip.pipeline import warm
+from mclip.pipeline import code, warm
 
 if TYPE_CHECKING:  # started as a process: an edit of it is one of this module (mclip.pipeline.code)
     from mclip.distill import trainer as train  # noqa: F401
 
 SCRATCH = Path("data/cache/runs")
-CHECKPOINTS = 2  # their layout; one of another layout is not gone on with
 
 
 class TrainingError(RuntimeError):
     """A training process failed; the message has its last words and where the whole log is."""
 
 
-def plan(
+def runs_of(
     name: str,
     recipe: Recipe,
     student: str,
     train: Train,
-    seeds: list[int],
+    seeds: Sequence[int],
     *,
     teacher: str | None,
-    data: dict | None = None,
+    data: dict[str, Any] | None = None,
     out: str | Path = "models/students",
     scratch: Path = SCRATCH,
 ) -> list[Run]:
@@ -53,57 +55,37 @@ def plan(
     teacher : name of the cluster teacher, a folder of data/embeddings; used where the recipe weighs
         cluster or instance.
     data : overrides of TrainingSet, such as its folders.
+
+    Raises
+    ------
+    FileNotFoundError
+        Data that the recipe reads are missing; the message names the stage to run.
     """
-    t, w = train, recipe.weight
+    w = recipe.weight
     spec = TrainingSet(
-        pairs_kind=recipe.pairs,
+        which=recipe.pairs,
+        use_reinforced=recipe.reinforced,
         teacher=teacher if w.cluster or w.instance else None,
         synthetic=recipe.synthetic,
-        light_scale_min=t.light_scale_min,
-        light_views=t.light_views,
+        light_scale_min=train.light_scale_min,
+        light_views=train.light_views,
+        pictures_code=code.code("mclip.distill.pixels"),
         **(data or {}),
     )
-    runs = []
-    for seed in seeds:
-        identity = json.dumps(
-            [
-                CHECKPOINTS,
-                name,
-                seed,
-                student,
-                architecture(student),
-                t.model_dump(),
-                recipe.model_dump(),
-                shards.read_manifest(spec.pairs)["shards"],
-            ],
-            sort_keys=True,
+    runs = [
+        Run(
+            name=name,
+            seed=seed,
+            student=student,
+            train=train,
+            recipe=recipe,
+            data=spec,
+            out=str(Path(out) / name / f"seed{seed}"),
+            scratch=str(scratch / f"{name}-{seed}"),
         )
-        digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
-        runs.append(
-            Run(
-                name=name,
-                seed=seed,
-                student=student,
-                train=t,
-                recipe=recipe,
-                data=spec,
-                out=str(Path(out) / name / f"seed{seed}"),
-                scratch=str(scratch / f"{name}-{seed}-{digest}"),
-            )
-        )
-    return runs
-
-
-def architecture(student: str) -> str:
-    """The student's architecture where it lies in a file; it may change under the same name."""
-    folder = Path(student.removeprefix("local-dir:"))
-    for file in (
-        folder / "open_clip_config.json",
-        Path(__file__).parents[1] / "models" / "configs" / f"{student}.json",
-    ):
-        if file.is_file():
-            return file.read_text()
-    return student
+        for seed in seeds
+    ]
+    return [replace(run, identity=identity(run)) for run in runs]
 
 
 def run_recipe(runs: list[Run], *, side_by_side: int | None = None) -> pd.DataFrame:
@@ -115,8 +97,9 @@ def run_recipe(runs: list[Run], *, side_by_side: int | None = None) -> pd.DataFr
 
 
 def finished(run: Run) -> bool:
-    """Is there nothing left to train?"""
-    return (Path(run.out) / "history.csv").exists()
+    """Is there nothing left to train? A student of another identity is not this run's."""
+    written = all((Path(run.out) / name).exists() for name in ("history.csv", "training.json"))
+    return written and facts(run).get("identity") == run.identity
 
 
 def train_all(runs: list[Run], *, side_by_side: int | None = None) -> None:
@@ -193,6 +176,8 @@ def _last_words(run: Run, code: int) -> str:
     )
 
 
-def facts(run: Run) -> dict[str, int]:
-    """Of a finished run: pairs it trained on, parameters of its image and of its text tower."""
+def facts(run: Run) -> dict[str, Any]:
+    """Of a finished run: pairs it trained on, parameters of its image and of its text tower, its
+    identity.
+    """
     return json.loads((Path(run.out) / "training.json").read_text())

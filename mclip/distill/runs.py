@@ -1,44 +1,13 @@
-"""What a training run is: `mclip.distill` writes it as RUN.json, `mclip.distill.trainer` reads it.
-Imports nothing heavy.
+"""What a training run is: `mclip.distill.plan` writes it as RUN.json, `mclip.distill.trainer` reads
+it. Imports nothing heavy.
 """
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mclip.distill.pairs import TrainingSet
 from mclip.params import Recipe, Train
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """Where the parts are. `teacher` names a folder of `embeddings`; None where a recipe needs no
-    teacher.
-    """
-
-    pairs_kind: str  # all | kept | reinforced
-    image_px: int | None = None  # side of the student's input; None: the trainer asks the student
-    teacher: str | None = None
-    synthetic: bool = False
-    light_scale_min: float = 0.9
-    light_views: int = 4
-    seed: int = 0  # of the light augmentations
-    # of the pairs, the same ones for every recipe and seed; a smaller part lies in a larger one
-    fraction: float = 1.0
-    pairs: str = "data/pairs"
-    balance: str = "data/balance"
-    clusters: str = "data/clusters"
-    embeddings: str = "data/embeddings"
-    reinforced: str = "data/reinforced"
-    cache: str = "data/cache"
-
-
-def in_part(key: str, fraction: float) -> bool:
-    """Is a pair in that fraction of all? By a hash of its key: a shard need not know the others."""
-    return (
-        fraction >= 1
-        or int.from_bytes(hashlib.sha1(key.encode()).digest()[:8], "big") < fraction * 2**64
-    )
 
 
 @dataclass(frozen=True)
@@ -53,6 +22,9 @@ class Run:
     data: TrainingSet
     out: str
     scratch: str  # checkpoints
+    identity: str = (
+        ""  # of mclip.distill.identity; checkpoints and students of others are not its own
+    )
 
     def save(self, path: Path) -> None:
         content = asdict(self) | {

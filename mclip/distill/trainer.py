@@ -1,6 +1,6 @@
 """The trainer: one student, one recipe, one seed; one process or several under torchrun.
 
-    python -m mclip.distill.trainer RUN.json          # RUN.json is written by mclip.distill; see Run
+    python -m mclip.distill.trainer RUN.json       # written by mclip.distill.plan; see runs.Run
 
 Every recipe of both papers goes through this one loop; a recipe is a set of loss weights and data
 choices (`Objective`). A killed run goes on at its last checkpoint with the same batches; the model
@@ -25,9 +25,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mclip import models
 from mclip.data.stores import clusters as cluster_store
-from mclip.data.stores import reinforced
 from mclip.distill import checkpoint, loaders, sharding, targets
 from mclip.distill.objective import Objective, chosen
+from mclip.distill.pairs import AllPairs, Side, open_pairs
 from mclip.distill.pixels import pixel_cache
 from mclip.distill.runs import Run
 from mclip.distill.step import Together, averaged_over_ranks, backward
@@ -93,11 +93,10 @@ def steps(run: Run) -> Iterator[int]:
     with torch.no_grad():
         student.logit_scale.fill_(math.log(t.logit_scale_init))
     precision = models.resolve_precision(t.precision, device)
-    reinforced_pairs = run.data.pairs_kind == "reinforced"
-    ensemble = reinforced.read_meta(run.data.reinforced)["teachers"] if reinforced_pairs else []
-    side, vocabulary = _side(run, student, tokenizer) if t.cache_pixels else (None, None)
+    pairs = open_pairs(run.data)
+    side, vocabulary = _side(run, pairs, student, tokenizer) if t.cache_pixels else (None, None)
     objective = _objective(
-        run, student, ensemble, kernel=chosen(t.loss_kernel, t.batch_size, device)
+        run, student, pairs.teachers, kernel=chosen(t.loss_kernel, t.batch_size, device)
     )
     together = Together(student, objective).to(device)
     wrapped = averaged_over_ranks(together) if world > 1 else together
@@ -109,8 +108,8 @@ def steps(run: Run) -> Iterator[int]:
     )
     total = max(1, t.samples // t.batch_size)
     scratch = Path(run.scratch)
-    start, history = checkpoint.resume(scratch, together, optimizer, averaged)
-    loader = _loader(run, tokenizer, ensemble, side, start=start, rank=rank, world=world)
+    start, history = checkpoint.resume(scratch, run.identity, together, optimizer, averaged)
+    loader = _loader(run, pairs, tokenizer, side, start=start, rank=rank, world=world)
     mean, std = (tuple(student.visual.preprocess_cfg[k]) for k in ("mean", "std"))
     sums: dict[str, float] = {}
     progress = (
@@ -162,7 +161,7 @@ def steps(run: Run) -> Iterator[int]:
             )
             sums = {}
         if (step + 1) % t.checkpoint_every == 0 and step + 1 < total and not sums:
-            checkpoint.save(scratch, step + 1, together, optimizer, averaged, history)
+            checkpoint.save(scratch, run.identity, step + 1, together, optimizer, averaged, history)
         if progress is not None:
             progress.update(t.batch_size)
         yield step + 1
@@ -172,7 +171,7 @@ def steps(run: Run) -> Iterator[int]:
         final.mclip = student.mclip
         if vocabulary is not None:
             vocabulary.restore(final)
-        _finish(run, final.eval(), history)
+        _finish(run, pairs, final.eval(), history)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -190,11 +189,11 @@ def _objective(
     )
 
 
-def _side(run: Run, student: nn.Module, tokenizer) -> tuple[targets.Side, Kept | None]:
+def _side(run: Run, pairs: AllPairs, student: nn.Module, tokenizer) -> tuple[Side, Kept | None]:
     """What the set has beside pixels, its tokens those of the student, whose vocabulary is cut to
     them.
     """
-    side = targets.load_side(run.data)
+    side = targets.load_side(pairs)
     targets.add_tokens(side, tokenizer, synthetic=run.recipe.synthetic, cache=run.data.cache)
     captions = {name: side.arrays[name] for name in ("tokens", "syn_tokens") if name in side.arrays}
     vocabulary = shrink(student, list(captions.values()))
@@ -205,9 +204,9 @@ def _side(run: Run, student: nn.Module, tokenizer) -> tuple[targets.Side, Kept |
 
 def _loader(
     run: Run,
+    pairs: AllPairs,
     tokenizer,
-    ensemble: list[dict],
-    side: targets.Side | None,
+    side: Side | None,
     *,
     start: int,
     rank: int,
@@ -216,18 +215,18 @@ def _loader(
     """The batches from step `start` on; side: None to stream the shards."""
     # where the cluster teacher is one of the ensemble: its slice, for its embedding of the
     # augmented picture
-    its_slice = next((t["slice"] for t in ensemble if t["name"] == run.data.teacher), None)
+    its_slice = next((t["slice"] for t in pairs.teachers if t["name"] == run.data.teacher), None)
     common = {"seed": run.seed, "rank": rank, "world": world, "teacher_slice": its_slice}
     if side is None:
         return loaders.StreamedLoader(
-            run.data,
+            pairs,
             tokenizer,
             run.train.batch_size,
             start=start,
             workers=run.train.workers,
             **common,
         )
-    pixels = pixel_cache(run.data, workers=run.train.workers)
+    pixels = pixel_cache(pairs, workers=run.train.workers)
     return loaders.CachedLoader(side, pixels, run.train.batch_size, **common)
 
 
@@ -257,12 +256,14 @@ def _join() -> tuple[int, int]:
     return 0, 1
 
 
-def _finish(run: Run, student: nn.Module, history: list[dict]) -> None:
+def _finish(run: Run, pairs: AllPairs, student: nn.Module, history: list[dict]) -> None:
     out = Path(run.out)
+    (out / "history.csv").unlink(missing_ok=True)  # of another identity: nothing is finished yet
     models.export(student, out)
     image = sum(p.numel() for p in student.visual.parameters())
     facts = {
-        "pairs": targets.pair_count(run.data),
+        "identity": run.identity,
+        "pairs": pairs.count(),
         "image_params": image,
         "text_params": sum(p.numel() for p in student.parameters()) - image,
     }

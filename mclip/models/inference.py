@@ -26,28 +26,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mclip.system.precision import resolve_precision
 from mclip.system.workers import worker_cores
 
 T, R = TypeVar("T"), TypeVar("R")
 SCALES = (LayerScale2d, fastvit.LayerScale2d)  # x -> gamma x, a factor a channel
-
-
-def resolve_precision(
-    precision: str = "auto", device: str | torch.device | None = None
-) -> torch.dtype:
-    """ "fp32", "bf16" or "auto" as a dtype; auto: bf16 on CUDA >= 8.0 or a CPU with AMX, else fp32."""
-    if precision == "fp32":
-        return torch.float32
-    if precision == "bf16":
-        return torch.bfloat16
-    if precision != "auto":
-        raise ValueError(f"precision: {precision!r} is none of auto, fp32, bf16")
-    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
-    if kind == "cuda":
-        fast = torch.cuda.get_device_capability() >= (8, 0)
-    else:  # avx512_bf16 alone is no faster than fp32
-        fast = bool(torch.cpu.get_capabilities().get("amx_bf16", False))
-    return torch.bfloat16 if fast else torch.float32
 
 
 def for_inference(model: nn.Module) -> nn.Module:

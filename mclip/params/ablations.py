@@ -107,8 +107,8 @@ def _contradictions(variant: Variant, recipe: Recipe, p: Any) -> Iterator[str]:
     except pydantic.ValidationError as err:
         yield from (f"recipe.{line}" for line in explain(err, Recipe))
         return
-    if variant.keep and recipe.pairs != "kept":
-        yield "keep: needs a recipe with pairs: kept"
+    if variant.keep and (recipe.pairs != "kept" or recipe.reinforced):
+        yield "keep: needs a recipe with pairs: kept, reinforced: false"
     for key in ("clusters", "teacher"):
         if getattr(variant, key) and not (recipe.weight.cluster or recipe.weight.instance):
             yield f"{key}: needs a recipe with weight.cluster or weight.instance"
@@ -116,8 +116,8 @@ def _contradictions(variant: Variant, recipe: Recipe, p: Any) -> Iterator[str]:
     yield from absent("teacher", teacher, p.embed.teachers, "embedded teacher")
     if not variant.reinforced:
         return
-    if recipe.pairs != "reinforced":
-        yield "reinforced: needs a recipe with pairs: reinforced"
+    if not recipe.reinforced:
+        yield "reinforced: needs a recipe with reinforced: true"
     yield from (f"reinforced.{line}" for line in variant.reinforced.check(p))
     if variant.reinforced.captions == "synthetic" and recipe.synthetic:
         yield "reinforced.captions: synthetic needs a recipe with synthetic: false"

@@ -157,7 +157,8 @@ class Weights(Section):
 
 class Recipe(Section):
     title: str
-    pairs: Literal["all", "kept", "reinforced"]
+    pairs: Literal["all", "kept"]
+    reinforced: bool = False
     weight: Weights
     lambda_: Fraction = Field(1.0, alias="lambda")
     synthetic: bool = False
@@ -169,11 +170,27 @@ class Recipe(Section):
     def _consistent(self):
         if not any(self.weight.model_dump().values()):
             raise ValueError("weight: at least one loss needs a weight above 0")
-        if (self.weight.affinity or self.synthetic) and self.pairs != "reinforced":
-            raise ValueError("weight.affinity and synthetic need pairs: reinforced")
+        if self.reinforced and self.pairs == "all":
+            raise ValueError(
+                "reinforced: true needs pairs: kept, the reinforced set holds no others"
+            )
+        if (self.weight.affinity or self.synthetic) and not self.reinforced:
+            raise ValueError("weight.affinity and synthetic need reinforced: true")
         if self.pairs == "all" and (self.weight.cluster or self.weight.instance):
-            raise ValueError("weight.cluster and weight.instance need pairs: kept or reinforced")
+            raise ValueError("weight.cluster and weight.instance need pairs: kept")
         return self
+
+    @pydantic.field_validator("pairs", mode="before")
+    @classmethod
+    def _two_keys(cls, pairs: Any) -> Any:
+        if pairs == "reinforced":
+            raise ValueError("write pairs: kept and reinforced: true")
+        return pairs
+
+    @property
+    def pairs_title(self) -> str:
+        """Which pairs, in words: "kept, reinforced"."""
+        return f"{self.pairs}, reinforced" if self.reinforced else self.pairs
 
 
 class Train(Section):

@@ -7,16 +7,16 @@
     main = ablate.finish("terms", runs, p)  # trains, scores, writes reports/metrics/ablations/terms.*
 
 A study trains whatever no other has trained yet: finished runs lie in `CACHE`, named by all that
-their bytes depend on (the student, the recipe, the trainer's settings and code, the seed, the
-data), and so do their scores. So a baseline that several studies share is trained and scored once,
-a killed study goes on where it stopped, and a new variant trains only itself. Without the cache
-each study trains its own, to the same bytes; `rm -r data/cache/ablations` is always safe.
+their bytes depend on (`mclip.distill.identity`), and so do their scores. So a baseline that
+several studies share is trained and scored once, a killed study goes on where it stopped, and a new
+variant trains only itself. Without the cache each study trains its own, to the same bytes;
+`rm -r data/cache/ablations` is always safe, and clears what runs that nobody wants any more left.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -43,7 +43,6 @@ METRICS = Path("reports/metrics/ablations")
 PACKAGES = ("torch", "open_clip_torch", "timm")
 # after a recipe's name: its finished student, beside a curve on a fraction of them
 ON_ALL = " on all pairs"
-UNSEEN = {"parallel_runs", "checkpoint_every"}  # of distill.train: never seen in what a run gives
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ def _students(
     name: str, recipe: Recipe, shared: Shared, seeds: Sequence[int], folder: str | Path
 ) -> list[Run]:
     """The runs of distill's finished students."""
-    runs = distill.plan(
+    runs = distill.runs_of(
         name,
         recipe,
         shared.student,
@@ -148,7 +147,7 @@ def _students(
         teacher=shared.cluster.teacher,
         out=folder,
     )
-    if missing := [run.out for run in runs if not distill.finished(run)]:
+    if missing := [run.out for run in runs if not (Path(run.out) / "history.csv").exists()]:
         raise FileNotFoundError(f"{missing[0]} is missing: run `dvc repro distill@{name}` first")
     return runs
 
@@ -164,16 +163,17 @@ def planned(
     data: dict[str, Any] | None = None,
     cache: Path = CACHE,
 ) -> list[Run]:
-    """`distill.plan`'s runs, in the cache under names of their own: what a study has finished is
+    """`distill.runs_of`'s runs, in the cache under their identities: what a study has finished is
     there already.
     """
-    found = []
-    for run in distill.plan(name, recipe, student, train, list(seeds), teacher=teacher, data=data):
-        key = identity(run)
-        found.append(
-            replace(run, out=str(cache / "runs" / key), scratch=str(cache / "scratch" / key))
+    return [
+        replace(
+            run,
+            out=str(cache / "runs" / run.identity),
+            scratch=str(cache / "scratch" / run.identity),
         )
-    return found
+        for run in distill.runs_of(name, recipe, student, train, seeds, teacher=teacher, data=data)
+    ]
 
 
 def runs_of(
@@ -189,37 +189,6 @@ def runs_of(
     train = shared.train.model_copy(update={"samples": samples})
     return planned(
         name, recipe, shared.student, train, seeds, teacher=teacher, data=data, cache=shared.cache
-    )
-
-
-def identity(run: Run) -> str:
-    """Digest of all that a run's result depends on, whatever it is called and wherever its data
-    lie.
-    """
-    spec = asdict(run.data)
-    reads = {"pairs": run.data.pairs}
-    if run.data.pairs_kind == "kept":
-        reads["balance"] = run.data.balance
-    if run.data.pairs_kind == "reinforced":
-        reads["reinforced"] = run.data.reinforced
-    if run.data.teacher is not None:
-        reads |= {
-            "clusters": run.data.clusters,
-            "embeddings": f"{run.data.embeddings}/{run.data.teacher}",
-        }
-    for folder in [*derive.FOLDERS, "cache"]:
-        del spec[folder]
-    return digest(
-        {
-            "student": [run.student, distill.architecture(run.student)],
-            "recipe": run.recipe.model_dump(exclude={"title"}),
-            "train": run.train.model_dump(exclude=UNSEEN),
-            "seed": run.seed,
-            "set": spec,
-            "data": {name: derive.fingerprint(folder) for name, folder in reads.items()},
-            "code": code.code("mclip.distill.trainer"),
-            "versions": [version(name) for name in PACKAGES],
-        }
     )
 
 

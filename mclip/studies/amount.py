@@ -100,6 +100,7 @@ def reinforced_part(
     cache : the studies' own by default. Raises what `reinforce.run` does.
     """
     from mclip import models, reinforce
+    from mclip.data.stores.contents import fingerprint
     from mclip.pipeline import code
     from mclip.studies import ablate, derive
 
@@ -114,8 +115,8 @@ def reinforced_part(
         reinforce.result_settings(wanted),
         weights,
         study.fraction,
-        derive.fingerprint(own["pairs"]),
-        derive.fingerprint(own["balance"]),
+        fingerprint(own["pairs"]),
+        fingerprint(own["balance"]),
         code.code("mclip.reinforce"),
     ]
     folder = cache / "data" / f"reinforced-{digest(made_of)}"

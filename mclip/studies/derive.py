@@ -6,7 +6,6 @@ what it was made of: what is there is not made again, what was made of other dat
 is made anew under another name.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ import torch
 from mclip import balance, cluster
 from mclip.balance import prune
 from mclip.data import shards
+from mclip.data.shards import in_part
 from mclip.data.stores import embeddings as embedding_store
 from mclip.data.stores import reinforced
-from mclip.distill.runs import in_part
+from mclip.data.stores.contents import fingerprint
 from mclip.params import Balance, Cluster, KeptPairs, Recipe, Selection, Variant
 from mclip.pipeline import code
 from mclip.system.files import digest, whole_folder
@@ -211,34 +211,6 @@ def _plain_pictures(data: dict[str, str]) -> reinforced.Plain:
         return crops, torch.cat(parts, dim=1)
 
     return plain
-
-
-# --- what something was made of ---------------------------------------------------------------------------------
-
-
-def fingerprint(folder: str | Path) -> str:
-    """What a folder of a stage holds: its manifest or meta.json, which name the data by checksums;
-    else every file.
-
-    Raises FileNotFoundError naming the stage to run.
-    """
-    folder = Path(folder)
-    for name in ("manifest.json", "meta.json"):
-        if (folder / name).is_file():
-            return digest((folder / name).read_text())
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    if not files:
-        stage = {"clusters": "cluster", "reinforced": "reinforce", "pairs": "data"}.get(
-            folder.name, folder.name
-        )
-        stage = "embed" if folder.parent.name == "embeddings" else stage
-        raise FileNotFoundError(f"{folder} is missing: run `dvc repro {stage}` first")
-    return digest(
-        [
-            (str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest())
-            for path in files
-        ]
-    )
 
 
 def _named(cache: Path, kind: str, made_of: list) -> Path:

@@ -19,7 +19,7 @@ from mclip import balance, cluster
 from mclip.data import augment, shards
 from mclip.data.stores import embeddings as embedding_store
 from mclip.data.stores import reinforced
-from mclip.distill.targets import TrainingSet
+from mclip.distill.pairs import FOLDERS, TrainingSet
 from mclip.params import Recipe, Train
 
 N, SHARD, PX, WIDTHS = 24, 8, 16, (6, 5)
@@ -105,14 +105,11 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def training_set(world):
-    """training_set("kept", teacher="large", ...) -> TrainingSet over the tiny world."""
+    """training_set("kept", True, teacher="large", ...) -> TrainingSet over the tiny world."""
 
-    def make(kind: str, **options) -> TrainingSet:
-        folders = {
-            k: str(world / k)
-            for k in ("pairs", "balance", "clusters", "embeddings", "reinforced", "cache")
-        }
-        return TrainingSet(kind, **({"image_px": PX} | folders | options))
+    def make(which: str, use_reinforced: bool = False, **options) -> TrainingSet:
+        folders = {name: str(world / name) for name in FOLDERS}
+        return TrainingSet(which, use_reinforced, **({"image_px": PX} | folders | options))
 
     return make
 
@@ -154,14 +151,16 @@ RECIPES = {
     ),
     "mobileclip": Recipe(
         title="MobileCLIP",
-        pairs="reinforced",
+        pairs="kept",
+        reinforced=True,
         weight={"clip": 1, "affinity": 1},
         synthetic=True,
         **{"lambda": 1.0},
     ),
     "combined": Recipe(
         title="combined",
-        pairs="reinforced",
+        pairs="kept",
+        reinforced=True,
         multi_positive=True,
         synthetic=True,
         weight={"clip": 1, "cluster": 1, "instance": 1, "affinity": 1},

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from mclip import balance, cluster, embed
+from mclip.data.shards import in_part
 from mclip.data.stores import reinforced
 from mclip.distill import plan as distill
 from mclip.distill import targets
-from mclip.distill.runs import in_part
+from mclip.distill.pairs import TrainingSet, open_pairs
 from mclip.params import Balance, Cluster, EvalSet, Learning, Study, Variant, varied
 from mclip.pipeline import code as closure
 from mclip.studies import ablate, derive
@@ -309,8 +310,8 @@ def test_pruned_pairs_are_as_many_and_have_clusters(shared, method):
     assert kept.keep.sum() == default.keep.sum() and set(kept.keys) == set(default.keys)
     found = cluster.read(data["clusters"])
     assert len(found.centres) == 3 and sorted(found.keys) == sorted(kept.keys[kept.keep])
-    spec = targets.TrainingSet("kept", image_px=PX, teacher="large", **data)
-    side = targets.load_side(spec)
+    spec = TrainingSet("kept", image_px=PX, teacher="large", **data)
+    side = targets.load_side(open_pairs(spec))
     assert set(side.keys) == set(kept.keys[kept.keep]) and "label" in side.arrays
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mclip import balance
+from mclip.data.shards import in_part
 from mclip.data.stores import reinforced
-from mclip.distill.runs import in_part
 from mclip.params import Balance, Cluster, Reinforce
 from mclip.report import published
 from mclip.report.compare import HELD_OUT

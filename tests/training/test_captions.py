@@ -11,28 +11,34 @@ import torch
 from mclip import models
 from mclip.data import shards
 from mclip.distill import captions, targets
+from mclip.distill.pairs import open_pairs
 
 TOKENIZER = open_clip.get_tokenizer("ViT-B-32", context_length=8)
 TEXTS = ["a red apple", "two cats, on a mat; with more words than it holds", "\N{GRINNING FACE}"]
 
 
+def read(pairs, cache):
+    return list(
+        zip(
+            *captions.read_captions(str(pairs), cache, shards.read_manifest(pairs)),
+            strict=True,
+        )
+    )
+
+
 def test_captions_are_read_once(world, tmp_path, monkeypatch):
     expected = [(s.key, s.caption) for s in shards.iter_samples(world / "pairs")]
-    assert (
-        list(zip(*captions.read_captions(str(world / "pairs"), tmp_path), strict=True)) == expected
-    )
+    assert read(world / "pairs", tmp_path) == expected
     monkeypatch.setattr(shards, "iter_samples", None)
-    assert (
-        list(zip(*captions.read_captions(str(world / "pairs"), tmp_path), strict=True)) == expected
-    )
+    assert read(world / "pairs", tmp_path) == expected
 
 
 def test_captions_of_other_shards_are_read_again(world, tmp_path):
-    captions.read_captions(str(world / "pairs"), tmp_path / "cache")
+    read(world / "pairs", tmp_path / "cache")
     samples = [s._replace(caption="NA") for s in shards.iter_samples(world / "pairs")][:2]
     shards.write_shards(samples, tmp_path / "pairs", shard_size=2)
-    keys, texts = captions.read_captions(str(tmp_path / "pairs"), tmp_path / "cache")
-    assert keys == [s.key for s in samples] and texts == ["NA", "NA"]
+    expected = [(s.key, "NA") for s in samples]
+    assert read(tmp_path / "pairs", tmp_path / "cache") == expected
 
 
 def test_tokens_are_made_once(tmp_path):
@@ -72,7 +78,7 @@ def test_the_student_s_own_tokenizer_is_one_whose_tokens_are_kept():
 def test_kept_tokens_are_those_of_the_captions(kind, training_set, tmp_path):
     spec = training_set(kind)
     for _ in range(2):
-        side = targets.load_side(spec)
+        side = targets.load_side(open_pairs(spec))
         targets.add_tokens(side, TOKENIZER, synthetic=False, cache=str(tmp_path))
         assert torch.equal(side.arrays["tokens"][:, 0], TOKENIZER(side.captions).int())
         assert side.arrays["ids"][:, 0].tolist() == [captions.caption_id(c) for c in side.captions]

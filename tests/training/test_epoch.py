@@ -33,14 +33,14 @@ SETTINGS = Reinforce(
 @pytest.fixture
 def runs(student, training_set, tmp_path):
     def make(samples):
-        spec = training_set("reinforced")
+        spec = training_set("kept", True)
         folders = {
             k: getattr(spec, k)
             for k in ("pairs", "balance", "clusters", "embeddings", "reinforced", "cache")
         }
         train = TRAIN.model_copy(update={"samples": samples, "batch_size": 8, "warmup_steps": 1})
         return [
-            plan.plan(
+            plan.runs_of(
                 name,
                 RECIPES[name],
                 student,

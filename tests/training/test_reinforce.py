@@ -11,10 +11,11 @@ import torch
 
 from mclip import models, reinforce
 from mclip.data import augment, shards
+from mclip.data.shards import in_part
 from mclip.data.stores import balance as balance_store
 from mclip.data.stores import reinforced
 from mclip.distill import targets
-from mclip.distill.runs import TrainingSet, in_part
+from mclip.distill.pairs import TrainingSet, open_pairs
 from mclip.params import Reinforce
 
 from .conftest import PX, N
@@ -189,9 +190,9 @@ def test_a_shard_of_which_nothing_is_kept_is_as_wide_as_the_others(world, teache
     reinforced.select(tmp_path / "r", tmp_path / "out", n_aug=1, ensemble=["b"])
     assert reinforced.read_shard(tmp_path / "out", 1).image_emb.shape == (0, 1, 6)
     spec = TrainingSet(
-        "reinforced", image_px=PX, pairs=str(world / "pairs"), reinforced=str(tmp_path / "r")
+        "kept", True, image_px=PX, pairs=str(world / "pairs"), reinforced=str(tmp_path / "r")
     )
-    assert targets.load_side(spec).keys == keys
+    assert targets.load_side(open_pairs(spec)).keys == keys
 
 
 def test_nothing_kept_is_said(world, teachers, tmp_path):

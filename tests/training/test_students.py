@@ -13,7 +13,7 @@ from .conftest import RECIPES, TRAIN
 
 
 def planned(names, training_set, tmp_path, **changes):
-    spec = training_set("reinforced")
+    spec = training_set("kept", True)
     folders = {
         k: getattr(spec, k)
         for k in ("pairs", "balance", "clusters", "embeddings", "reinforced", "cache")
@@ -40,9 +40,9 @@ def test_students_differ_in_nothing_but_the_student(student, training_set, tmp_p
             other.recipe,
             other.data,
         )
-        assert other.out == f"{tmp_path}/runs/{ablate.identity(other)}" != default.out
+        assert other.out == f"{tmp_path}/runs/{other.identity}" != default.out
         assert (
-            default.out == f"{tmp_path}/runs/{ablate.identity(default)}"
+            default.out == f"{tmp_path}/runs/{default.identity}"
             and other.scratch != default.scratch
         )
     assert not ablate.distill.finished(other)

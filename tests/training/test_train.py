@@ -5,25 +5,35 @@ splits without changing.
 import dataclasses
 import itertools
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 
+from mclip import balance, cluster
 from mclip.distill import plan, trainer
+from mclip.distill.identity import identity
+from mclip.distill.pairs import FOLDERS
 from mclip.params import Recipe
 
-from .conftest import RECIPES, TRAIN
+from .conftest import PX, RECIPES, TRAIN
 
 
 def make_run(student, training_set, tmp_path, name="clip", **changes) -> trainer.Run:
     recipe = RECIPES[name]
     needs = recipe.weight.cluster or recipe.weight.instance
     spec = training_set(
-        recipe.pairs, teacher="large" if needs else None, synthetic=recipe.synthetic, light_views=2
+        recipe.pairs,
+        recipe.reinforced,
+        teacher="large" if needs else None,
+        synthetic=recipe.synthetic,
+        light_views=2,
     )
     return trainer.Run(
         name=name,
@@ -96,6 +106,109 @@ def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(
     ).read_text()
 
 
+def planned(student, world, tmp_path, **folders):
+    """A run that `plan` names, over the tiny world with some folders replaced."""
+    data = {name: str(world / name) for name in FOLDERS} | {"image_px": PX} | folders
+    (run,) = plan.runs_of(
+        "clip-cid",
+        RECIPES["clip-cid"],
+        student,
+        TRAIN.model_copy(update={"samples": 800}),
+        [0],
+        teacher="large",
+        data=data,
+        out=tmp_path / "students",
+        scratch=tmp_path / "scratch",
+    )
+    return run
+
+
+@pytest.fixture(scope="module")
+def killed(student, world, tmp_path_factory):
+    """What is left of a run in a process of its own, ended by SIGKILL after its first checkpoint."""
+    run = planned(student, world, tmp_path_factory.mktemp("killed"))
+    scratch = Path(run.scratch)
+    scratch.mkdir(parents=True)
+    run.save(scratch / "run.json")
+    command = [sys.executable, "-m", "mclip.distill.trainer", str(scratch / "run.json")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (scratch / "checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not Path(run.out).exists()
+    return scratch
+
+
+def changed(what, world, tmp_path) -> dict[str, str]:
+    """The folder of one of the stages as a changed parameter would have left it."""
+    if what is None:
+        return {}
+    folder = tmp_path / what
+    if what == "clusters":
+        before = cluster.read(world / "clusters")
+        cluster.write(folder, dataclasses.replace(before, labels=before.labels[::-1].copy()))
+    elif what == "balance":
+        before = balance.read(world / "balance")
+        keep = before.keep.copy()
+        keep[::3] = False
+        balance.write(folder, dataclasses.replace(before, keep=keep))
+    else:
+        shutil.copytree(world / "embeddings", folder)
+        file = folder / "large" / "img_emb" / "img_emb_0000.npy"
+        np.save(file, np.load(file)[::-1])
+    return {what: str(folder)}
+
+
+@pytest.mark.parametrize("what", [None, "clusters", "balance", "embeddings"])
+def test_a_killed_run_goes_on_with_the_same_data_and_starts_anew_with_other(
+    what, killed, student, world, tmp_path
+):
+    run = planned(student, world, tmp_path, **changed(what, world, tmp_path))
+    assert Path(run.scratch).name == killed.name and not plan.finished(run)
+    shutil.copytree(killed, run.scratch)
+    steps = list(trainer.steps(run))
+    assert (steps[0] == 1) == (what is not None) and steps[-1] == 100 and plan.finished(run)
+    fresh = dataclasses.replace(
+        run, out=str(tmp_path / "fresh"), scratch=str(tmp_path / "fresh-scratch")
+    )
+    trainer.train(fresh)
+    for name in ("open_clip_model.safetensors", "history.csv", "training.json"):
+        assert (Path(run.out) / name).read_bytes() == (Path(fresh.out) / name).read_bytes()
+
+
+def test_a_finished_student_of_other_data_is_not_this_run(student, world, tmp_path):
+    run = planned(student, world, tmp_path)
+    trainer.train(run)
+    other = planned(student, world, tmp_path, **changed("clusters", world, tmp_path))
+    assert other.out == run.out and plan.finished(run) and not plan.finished(other)
+    trainer.train(other)
+    assert plan.finished(other) and not plan.finished(run)
+
+
+def test_what_only_changes_how_a_run_goes_is_no_part_of_its_identity(student, world, tmp_path):
+    run = planned(student, world, tmp_path)
+
+    def same(**settings) -> bool:
+        train = run.train.model_copy(update=settings)
+        return identity(dataclasses.replace(run, train=train)) == run.identity
+
+    assert same(parallel_runs=9, checkpoint_every=1, workers=5)
+    assert not same(lr=0.5) and not same(threads=3) and not same(precision="bf16")
+    stream = dataclasses.replace(run, train=run.train.model_copy(update={"cache_pixels": False}))
+    more = dataclasses.replace(stream, train=stream.train.model_copy(update={"workers": 5}))
+    assert identity(stream) != identity(more)  # its batches depend on who reads
+
+
+def test_another_student_under_the_same_name_is_another_run(student, world, tmp_path):
+    folder = shutil.copytree(student.removeprefix("local-dir:"), tmp_path / "student")
+    before = planned(f"local-dir:{folder}", world, tmp_path)
+    assert before.identity == planned(student, world, tmp_path).identity
+    config = folder / "open_clip_config.json"
+    config.write_text(config.read_text() + " ")
+    assert planned(f"local-dir:{folder}", world, tmp_path).identity != before.identity
+
+
 def one_step(run, **options):
     """Gradients, terms, student and bytes kept for the backward pass after the first step of a run."""
     torch.manual_seed(0)
@@ -106,10 +219,10 @@ def one_step(run, **options):
     run = dataclasses.replace(
         run, data=dataclasses.replace(run.data, image_px=trainer.models.image_size(model))
     )
-    ensemble = trainer.reinforced.read_meta(run.data.reinforced)["teachers"]
-    side, _ = trainer._side(run, model, tokenizer)
-    loader = trainer._loader(run, tokenizer, ensemble, side, start=0, rank=0, world=1)
-    objective = trainer._objective(run, model, ensemble)
+    pairs = trainer.open_pairs(run.data)
+    side, _ = trainer._side(run, pairs, model, tokenizer)
+    loader = trainer._loader(run, pairs, tokenizer, side, start=0, rank=0, world=1)
+    objective = trainer._objective(run, model, pairs.teachers)
     together = trainer.Together(model, objective)
     generator = torch.Generator().manual_seed(1)
     for p in objective.parameters():
@@ -341,7 +454,7 @@ def test_finished_seeds_are_not_trained_again(student, training_set, tmp_path):
 
 
 def test_planning_and_waiting_need_neither_torch_nor_open_clip():
-    code = "import sys, mclip.distill; print([m for m in ('torch', 'open_clip', 'torchvision') if m in sys.modules])"
+    code = "import sys, mclip.distill.plan; print([m for m in ('torch', 'open_clip', 'torchvision') if m in sys.modules])"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from mclip.data import augment, shards
+from mclip.data.shards import in_part
 from mclip.data.stores import clusters as cluster_store
 from mclip.data.stores import reinforced
 from mclip.distill import loaders, targets
 from mclip.distill.captions import caption_id
+from mclip.distill.pairs import FOLDERS, KINDS, open_pairs
 from mclip.distill.pixels import pixel_cache
-from mclip.distill.runs import in_part
 
 from .conftest import PX, N
 
@@ -24,20 +25,31 @@ TOKENIZER = open_clip.get_tokenizer("ViT-B-32", context_length=8)
 
 
 def loaded(spec):
-    side = targets.load_side(spec)
+    pairs = open_pairs(spec)
+    side = targets.load_side(pairs)
     targets.add_tokens(side, TOKENIZER, synthetic=spec.synthetic)
-    return side, pixel_cache(spec, workers=0)
+    return side, pixel_cache(pairs, workers=0)
+
+
+def side_of(spec):
+    return targets.load_side(open_pairs(spec))
+
+
+def shard_side(spec, index, samples):
+    return targets.shard_side(open_pairs(spec), index, samples)
 
 
 def test_kinds_of_pairs(training_set):
-    assert len(targets.load_side(training_set("all"))) == N
-    kept = targets.load_side(training_set("kept"))
+    assert len(side_of(training_set("all"))) == N
+    kept = side_of(training_set("kept"))
     assert len(kept) == N - 1 and "k005" not in kept.keys
-    assert targets.load_side(training_set("reinforced")).keys == kept.keys
+    assert side_of(training_set("kept", True)).keys == kept.keys
+    with pytest.raises(ValueError, match="the reinforced set holds the kept pairs only"):
+        open_pairs(training_set("all", True))
 
 
 def test_pixels_are_the_replayed_augmentations(training_set, world):
-    spec = training_set("reinforced")
+    spec = training_set("kept", True)
     side, pixels = loaded(spec)
     assert pixels.shape == (N - 1, 3, 3, PX, PX) and pixels.dtype == np.uint8
     stored = reinforced.read_shard(world / "reinforced", 1)
@@ -56,7 +68,7 @@ def test_kept_rows_point_into_the_cache_of_all(training_set):
 
 
 def test_a_batch_holds_one_sample_a_row(training_set):
-    spec = training_set("reinforced", teacher="large", synthetic=True)
+    spec = training_set("kept", True, teacher="large", synthetic=True)
     side, pixels = loaded(spec)
     loader = loaders.CachedLoader(side, pixels, 8, seed=0, teacher_slice=[6, 11])
     batch = loader.batch(1)
@@ -101,42 +113,42 @@ def test_ranks_share_a_global_batch(training_set):
     assert torch.equal(together, whole["image"])
 
 
-@pytest.mark.parametrize("kind", ["all", "kept", "reinforced"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_fraction_is_the_same_pairs_of_every_kind(training_set, kind):
-    whole, _ = loaded(training_set(kind))
-    options = {"teacher": "large", "synthetic": kind == "reinforced"}
-    side, pixels = loaded(training_set(kind, fraction=0.5, **options))
+    whole, _ = loaded(training_set(*kind))
+    options = {"teacher": "large", "synthetic": kind[1]}
+    side, pixels = loaded(training_set(*kind, fraction=0.5, **options))
     assert side.keys == [key for key in whole.keys if in_part(key, 0.5)] and 0 < len(side) < len(
         whole
     )
-    assert targets.pair_count(training_set(kind, fraction=0.5)) == len(side)
+    assert open_pairs(training_set(*kind, fraction=0.5)).count() == len(side)
     assert all(len(values) == len(side) for values in side.arrays.values())
-    everything, all_pixels = loaded(training_set(kind, **options))
+    everything, all_pixels = loaded(training_set(*kind, **options))
     place = [everything.keys.index(key) for key in side.keys]
     for name in ("teacher_image", "label", "ids"):
         assert torch.equal(side.arrays[name], everything.arrays[name][place])
     assert (pixels[side.row] == all_pixels[everything.row[place]]).all()
-    smaller = targets.load_side(training_set(kind, fraction=0.25))
+    smaller = side_of(training_set(*kind, fraction=0.25))
     assert set(smaller.keys) <= set(side.keys)
 
 
 def test_a_fraction_without_pairs_is_told(training_set):
     with pytest.raises(ValueError, match="no pair to train on"):
-        targets.load_side(training_set("all", fraction=1e-9))
+        side_of(training_set("all", fraction=1e-9))
 
 
-@pytest.mark.parametrize(
-    "kind, fraction", [("all", 1), ("kept", 1), ("reinforced", 1), ("reinforced", 0.6)]
-)
+@pytest.mark.parametrize("kind, fraction", [*((kind, 1) for kind in KINDS), (("kept", True), 0.6)])
 def test_streamed_content_equals_cached(training_set, kind, fraction):
     spec = training_set(
-        kind,
-        teacher=None if kind == "all" else "large",
-        synthetic=kind == "reinforced",
+        *kind,
+        teacher=None if kind[0] == "all" else "large",
+        synthetic=kind[1],
         fraction=fraction,
     )
     side, pixels = loaded(spec)
-    stream = loaders.StreamedLoader(spec, TOKENIZER, 8, seed=0, workers=0, teacher_slice=[6, 11])
+    stream = loaders.StreamedLoader(
+        open_pairs(spec), TOKENIZER, 8, seed=0, workers=0, teacher_slice=[6, 11]
+    )
     seen = set()
     for step in range(6):
         batch = stream.batch(step)
@@ -145,26 +157,26 @@ def test_streamed_content_equals_cached(training_set, kind, fraction):
             j, view = where[0]
             seen.add(side.keys[j])
             assert int(batch["ids"][i]) == caption_id(side.captions[j])
-            if kind == "kept":
+            if kind[0] == "kept" and not kind[1]:
                 assert torch.equal(
                     batch["teacher_image"][i], side.arrays["teacher_image"][j].float()
                 )
                 assert batch["label"][i] == side.arrays["label"][j]
-            if kind == "reinforced":
+            if kind[1]:
                 assert torch.equal(
                     batch["ensemble_image"][i], side.arrays["ensemble_image"][j, view].float()
                 )
     assert len(seen) == len(side)  # two epochs' worth: nothing is left out
 
 
-@pytest.mark.parametrize("kind", ["all", "kept", "reinforced"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_more_in_a_batch_than_there_are_pairs_is_refused(training_set, kind):
-    spec = training_set(kind)
-    count = len(targets.load_side(spec))
+    spec = training_set(*kind)
+    count = len(side_of(spec))
     with pytest.raises(
         ValueError, match=f"batch_size {count + 1} is more than the {count} pairs there are"
     ):
-        loaders.StreamedLoader(spec, TOKENIZER, count + 1, seed=0, workers=0)
+        loaders.StreamedLoader(open_pairs(spec), TOKENIZER, count + 1, seed=0, workers=0)
     side, pixels = loaded(spec)
     with pytest.raises(
         ValueError, match=f"batch_size {count + 1} is more than the {count} pairs there are"
@@ -174,9 +186,10 @@ def test_more_in_a_batch_than_there_are_pairs_is_refused(training_set, kind):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_is_a_function_of_its_seed(training_set, workers):
-    spec = training_set("reinforced", teacher="large", synthetic=True)
+    spec = training_set("kept", True, teacher="large", synthetic=True)
     a, b, other = (
-        loaders.StreamedLoader(spec, TOKENIZER, 8, seed=seed, workers=workers) for seed in (3, 3, 4)
+        loaders.StreamedLoader(open_pairs(spec), TOKENIZER, 8, seed=seed, workers=workers)
+        for seed in (3, 3, 4)
     )
     differs = False
     for step in range(5):
@@ -195,48 +208,47 @@ def test_streaming_reads_each_shard_once_and_decodes_what_it_gives(training_set,
     monkeypatch.setattr(
         shards, "decode", lambda sample: decoded.append(sample.key) or decode(sample)
     )
-    stream = loaders.StreamedLoader(training_set("all"), TOKENIZER, 12, seed=0, workers=0)
+    stream = loaders.StreamedLoader(
+        open_pairs(training_set("all")), TOKENIZER, 12, seed=0, workers=0
+    )
     for step in range(2):
         stream.batch(step)
     assert len(read) == 3 and sorted(decoded) == sorted(set(decoded)) and len(decoded) == N
 
 
-@pytest.mark.parametrize("kind", ["all", "kept", "reinforced"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_opens_a_shard_and_what_belongs_to_it_only(
     training_set, world, tmp_path, monkeypatch, kind
 ):
     root = shutil.copytree(world, tmp_path / "world")
-    folders = {
-        k: str(root / k)
-        for k in ("pairs", "balance", "clusters", "embeddings", "reinforced", "cache")
-    }
-    spec = training_set(kind, teacher="large", **folders)
-    whole = targets.load_side(spec)
-    sides = targets.ShardSides(spec)
+    spec = training_set(*kind, teacher="large", **{k: str(root / k) for k in FOLDERS})
+    whole = side_of(spec)
+    pairs = open_pairs(spec)
+    pairs.open_tables()
     for path in [
         *root.glob("embeddings/large/*/*_000[02].*"),
         *root.glob("reinforced/*_000[02].*"),
     ]:
         path.unlink()
     for of in (
-        "balanced.read",
-        "balanced.kept",
-        "clustered.read",
-        "clustered.labels",
-        "embedded.load",
+        "balance.read",
+        "balance.kept",
+        "clusters.read",
+        "clusters.labels",
+        "embeddings.load",
     ):
-        monkeypatch.setattr(f"mclip.data.{of}", None)  # the tables are not read again either
-    targets.ShardSides(spec)
-    side, stored = sides(1, list(shards.iter_samples(root / "pairs", shards=[1])))
+        monkeypatch.setattr(f"mclip.data.stores.{of}", None)  # the tables are not read again either
+    open_pairs(spec).open_tables()
+    side, _ = targets.shard_side(pairs, 1, list(shards.iter_samples(root / "pairs", shards=[1])))
     place = [i for i, key in enumerate(whole.keys) if key in {f"k{i:03d}" for i in range(8, 16)}]
     assert side.keys == [whole.keys[i] for i in place] and side.captions == [
         whole.captions[i] for i in place
     ]
-    assert side.arrays.keys() == whole.arrays.keys() and (stored is None) == (kind != "reinforced")
+    assert side.arrays.keys() == whole.arrays.keys()
     for name, values in side.arrays.items():
         assert torch.equal(values, whole.arrays[name][place])
     with pytest.raises((ValueError, FileNotFoundError), match="_0002"):
-        sides(2, list(shards.iter_samples(root / "pairs", shards=[2])))
+        targets.shard_side(pairs, 2, list(shards.iter_samples(root / "pairs", shards=[2])))
 
 
 def test_a_pair_without_a_label_or_an_embedding_is_named(training_set, world, tmp_path):
@@ -251,7 +263,7 @@ def test_a_pair_without_a_label_or_an_embedding_is_named(training_set, world, tm
         "all", teacher="large", clusters=str(tmp_path / "clusters"), cache=str(tmp_path)
     )
     samples = list(shards.iter_samples(spec.pairs, shards=[2]))
-    for call in (lambda: targets.load_side(spec), lambda: targets.ShardSides(spec)(2, samples)):
+    for call in (lambda: side_of(spec), lambda: shard_side(spec, 2, samples)):
         with pytest.raises(
             ValueError,
             match="no cluster label for 2 pairs, the first is k022; run `dvc repro cluster`",
@@ -261,12 +273,12 @@ def test_a_pair_without_a_label_or_an_embedding_is_named(training_set, world, tm
     with pytest.raises(
         ValueError, match="no embedding of 1 pairs, the first is k001; run `dvc repro embed`"
     ):
-        targets.ShardSides(training_set("all", teacher="large", cache=str(tmp_path)))(2, strange)
+        shard_side(training_set("all", teacher="large", cache=str(tmp_path)), 2, strange)
 
 
 def test_missing_parts_are_named(training_set, tmp_path):
     with pytest.raises(FileNotFoundError, match="dvc repro reinforce"):
-        targets.load_side(training_set("reinforced", reinforced=str(tmp_path)))
+        side_of(training_set("kept", True, reinforced=str(tmp_path)))
     side, pixels = loaded(training_set("all"))
     with pytest.raises(ValueError, match="distill.train.batch_size 99 is more than the 24 pairs"):
         loaders.CachedLoader(side, pixels, 99, seed=0)
@@ -276,6 +288,33 @@ def test_missing_parts_are_named(training_set, tmp_path):
 
 def test_the_cache_is_rebuilt_when_what_it_was_made_of_changes(training_set):
     spec = training_set("all")
-    first = pixel_cache(spec, workers=0)
-    other = pixel_cache(dataclasses.replace(spec, light_views=1), workers=0)
+    first = pixel_cache(open_pairs(spec), workers=0)
+    other = pixel_cache(open_pairs(dataclasses.replace(spec, light_views=1)), workers=0)
     assert other.shape[1] == 1 and first.shape[1] == 4 and first.filename != other.filename
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_reads_its_manifest_once(training_set, monkeypatch, kind):
+    spec = training_set(*kind, teacher="large")
+    loaded(spec)  # the caches are there
+    reads = []
+    read_manifest = shards.read_manifest
+    monkeypatch.setattr(
+        shards, "read_manifest", lambda folder: reads.append(folder) or read_manifest(folder)
+    )
+    pairs = open_pairs(spec)
+    side = targets.load_side(pairs)
+    pixel_cache(pairs, workers=0)
+    assert pairs.count() == len(side) and reads == [spec.pairs]
+
+
+def test_a_kind_says_which_folders_it_reads(training_set):
+    reads = {kind: set(open_pairs(training_set(*kind)).folders) for kind in KINDS}
+    assert reads == {
+        ("all", False): {"pairs"},
+        ("kept", False): {"pairs", "balance"},
+        ("kept", True): {"pairs", "reinforced"},
+    }
+    taught = open_pairs(training_set("all", teacher="large")).folders
+    assert set(taught) == {"pairs", "clusters", "embeddings"}
+    assert taught["embeddings"].endswith("/large")

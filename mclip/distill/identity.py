@@ -1,0 +1,70 @@
+"""What the result of a training run depends on, all of it, as one digest.
+
+Checkpoints, finished students and the studies' cache go by it: what was trained with other data,
+settings, code or libraries is never taken for this run, nor gone on with.
+"""
+
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mclip.data.stores import contents
+from mclip.distill.pairs import FOLDERS, open_pairs
+from mclip.distill.runs import Run
+from mclip.pipeline import code
+from mclip.system.files import digest
+
+CONFIGS = Path(__file__).parents[1] / "models" / "configs"
+PACKAGES = ("torch", "open_clip_torch", "timm", "torchvision", "pillow", "numpy")
+# of distill.train: never seen in what a run gives
+UNSEEN = {"parallel_runs", "checkpoint_every", "workers"}
+
+
+def identity(run: Run) -> str:
+    """Digest of all that the bytes of a run's result depend on.
+
+    What a run is called, where its data lie and how many runs go side by side is no part of it.
+    Fingerprints of the data are read once a process, however many runs are planned.
+
+    Raises
+    ------
+    FileNotFoundError
+        A folder of data is missing; the message names the stage to run.
+    """
+    spec = {k: v for k, v in asdict(run.data).items() if k not in FOLDERS}
+    # a stream's batches depend on how many processes read it
+    unseen = UNSEEN if run.train.cache_pixels else UNSEEN - {"workers"}
+    folders = open_pairs(run.data).folders
+    return digest(
+        {
+            "student": _student(run.student),
+            "recipe": run.recipe.model_dump(exclude={"title"}),
+            "train": run.train.model_dump(exclude=unseen),
+            "machine": _machine(run.train.precision),
+            "seed": run.seed,
+            "set": spec,
+            "data": {name: contents.fingerprint(folder) for name, folder in folders.items()},
+            "code": code.code("mclip.distill.trainer"),
+            "versions": {name: version(name) for name in PACKAGES},
+        }
+    )
+
+
+def _student(student: str) -> list[Any]:
+    """A student by what its files hold; it may change under the same name."""
+    if student.startswith("local-dir:"):
+        return [contents.fingerprint(student.removeprefix("local-dir:"))]
+    name, _, weights = student.partition("/")
+    files = [CONFIGS / f"{name}.json", Path(weights)]
+    return [student, *(contents.checksum(file) for file in files if file.is_file())]
+
+
+def _machine(precision: str) -> list[str]:
+    """The kind of device and the precision that the trainer comes to on this machine."""
+    import torch  # here: a plan is all that needs it
+
+    from mclip.system.precision import resolve_precision
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [device, str(resolve_precision(precision, device))]
