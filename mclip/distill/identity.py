@@ -53,8 +53,9 @@ def identity(run: Run) -> str:
 
 def _student(student: str) -> list[Any]:
     """A student by what its files hold; it may change under the same name."""
-    if student.startswith("local-dir:"):
-        return [contents.fingerprint(student.removeprefix("local-dir:"))]
+    folder = Path(student.removeprefix("local-dir:"))
+    if student.startswith("local-dir:") and folder.is_dir():
+        return [contents.fingerprint(folder)]
     name, _, weights = student.partition("/")
     files = [CONFIGS / f"{name}.json", Path(weights)]
     return [student, *(contents.checksum(file) for file in files if file.is_file())]

@@ -22,9 +22,8 @@ class Run:
     data: TrainingSet
     out: str
     scratch: str  # checkpoints
-    identity: str = (
-        ""  # of mclip.distill.identity; checkpoints and students of others are not its own
-    )
+    # of mclip.distill.identity: a checkpoint or student of another one is not this run's
+    identity: str = ""
 
     def save(self, path: Path) -> None:
         content = asdict(self) | {
