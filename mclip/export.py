@@ -189,7 +189,8 @@ def _training(recipe: str, folder: Path) -> dict[str, Any]:
             out["Recipe"] = {
                 "name": f"{recipe} ({one.title})",
                 "losses": weights,
-                "pairs": one.pairs_title,
+                "pairs": one.pairs,
+                "reinforced": one.reinforced,
                 "student": p.distill.student,
                 "samples seen": train.samples,
                 "batch": train.batch_size,

@@ -7,13 +7,16 @@ settings, code or libraries is never taken for this run, nor gone on with.
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mclip.data.stores import contents
 from mclip.distill.pairs import FOLDERS, open_pairs
 from mclip.distill.runs import Run
 from mclip.pipeline import code
 from mclip.system.files import digest
+
+if TYPE_CHECKING:  # the code that an identity holds
+    from mclip.distill import trainer  # noqa: F401
 
 CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 PACKAGES = ("torch", "open_clip_torch", "timm", "torchvision", "pillow", "numpy")

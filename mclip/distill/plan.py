@@ -26,7 +26,8 @@ from mclip.distill.runs import Run
 from mclip.params import Recipe, Train
 from mclip.pipeline import code, warm
 
-if TYPE_CHECKING:  # started as a process: an edit of it is one of this module (mclip.pipeline.code)
+if TYPE_CHECKING:  # named or started as a process: an edit is one of this module (pipeline.code)
+    from mclip.distill import pixels  # noqa: F401
     from mclip.distill import trainer as train  # noqa: F401
 
 SCRATCH = Path("data/cache/runs")

@@ -187,11 +187,6 @@ class Recipe(Section):
             raise ValueError("write pairs: kept and reinforced: true")
         return pairs
 
-    @property
-    def pairs_title(self) -> str:
-        """Which pairs, in words: "kept, reinforced"."""
-        return f"{self.pairs}, reinforced" if self.reinforced else self.pairs
-
 
 class Train(Section):
     samples: PositiveInt
