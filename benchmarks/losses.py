@@ -1,5 +1,7 @@
-"""Time and peak extra memory of the tiled losses beside the plain ones and other packages', in one
-run.
+"""Time and peak extra memory of the losses beside their plain form and other packages', in one run.
+
+"auto" is the public name as anybody calls it, which takes tiles from 1,024 samples on; "plain" and
+"tiled" say the backend.
 
     python benchmarks/losses.py                      # b = 1024 .. 8192, d = 512
     python benchmarks/losses.py --sizes 32768 --repeats 1 --rounds 1 --peers "tiled clip" "tiled affinity"
@@ -27,7 +29,9 @@ import torch
 
 OTHERS = ["open_clip ClipLoss", "Inf-CLIP", "Cut-Cross-Entropy"]  # contrastive losses
 PEERS = OTHERS + [
-    f"{kind} {loss}" for loss in ("clip", "affinity", "cluster") for kind in ("plain", "tiled")
+    f"{backend} {loss}"
+    for loss in ("clip", "affinity", "instance", "cluster")
+    for backend in ("plain", "tiled", "auto")
 ]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -67,8 +71,6 @@ def contrastive(peer: str) -> Callable:
 def make(peer: str, b: int, d: int, centres: int) -> tuple[Callable, torch.Tensor | None]:
     """One forward and backward pass, and W."""
     from mclip import losses
-    from mclip.losses.tiled import clusters
-    from mclip.losses.tiled import pairs as tiled
 
     def rows(n: int, width: int) -> torch.Tensor:
         x = torch.randn(n, width, device=DEVICE)
@@ -81,16 +83,19 @@ def make(peer: str, b: int, d: int, centres: int) -> tuple[Callable, torch.Tenso
     if peer in OTHERS:
         loss = contrastive(peer)
         return lambda: loss(image, text, scale).backward(), None
-    module = tiled if peer.startswith("tiled") else losses
-    if "cluster" in peer:
-        loss = losses.ClusterLoss(rows(centres, d), 0.1)
+    backend, name = peer.split()
+    how = {"backend": backend}
+    if name == "cluster":
+        loss = losses.ClusterLoss(rows(centres, d), 0.1, **how)
         teacher, labels = rows(b, d), torch.randint(centres, (b,), device=DEVICE)
-        call = loss if module is losses else lambda *args: clusters.cluster_loss(loss, *args)
-        return lambda: call(image, teacher, labels).backward(), loss.weight
-    if "affinity" in peer:
+        return lambda: loss(image, teacher, labels).backward(), loss.weight
+    if name == "affinity":
         teachers = [(rows(b, 768), rows(b, 768), 100.0) for _ in range(2)]
-        return lambda: module.affinity_loss(image, text, teachers, scale).backward(), None
-    return lambda: module.clip_loss(image, text, scale).backward(), None
+        return lambda: losses.affinity_loss(image, text, teachers, scale, **how).backward(), None
+    if name == "instance":
+        taught = rows(b, d), rows(b, d)
+        return lambda: losses.instance_loss(image, text, *taught, scale, **how).backward(), None
+    return lambda: losses.clip_loss(image, text, scale, **how).backward(), None
 
 
 def memory(what: str) -> float:

@@ -53,7 +53,7 @@ class Objective(nn.Module):
         )
         self.tiles, several = None, dist.is_initialized() and dist.get_world_size() > 1
         if kernel != "plain":
-            self.tiles = {"backend": "triton" if kernel == "triton" else "torch"}
+            self.tiles = {"backend": "triton" if kernel == "triton" else "tiled"}
             how = self.tiles | {"group": dist.group.WORLD if several else None}
             self.clip_loss, self.affinity_loss, self.instance_loss = (
                 partial(f, **how)

@@ -1,12 +1,14 @@
-"""The losses of CLIP, CLIP-CID and MobileCLIP, one a file, in plain torch.
+"""The losses of CLIP, CLIP-CID and MobileCLIP, one a file.
 
     clip_loss       contrastive.py   image-text InfoNCE
     instance_loss   instance.py      CLIP-CID: InfoNCE across modalities and models
     ClusterLoss     cluster.py       CLIP-CID: discrimination and distribution over cluster centres
-    affinity_loss   affinity.py      MobileCLIP: KL between teachers' and student's similarity matrices
+    affinity_loss   affinity.py      MobileCLIP: KL of the student's similarities from the teachers'
 
 All take unit-norm embeddings (b, d) and a logit scale that is already exponentiated, and return a
-scalar.
+scalar. Each is calculated on whole matrices in plain torch or, for large batches, in tiles and
+linear memory, with the same value and gradients: `backend`, which chooses by itself (backends.py;
+the tiles are in tiled/).
 """
 
 from mclip.losses.affinity import affinity_loss

@@ -17,33 +17,81 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mclip.losses.contrastive import check_pair, check_unit, similarity
+from mclip.losses.backends import Backend, is_plain
+from mclip.losses.common import check_pair, check_unit, part
+from mclip.losses.contrastive import similarity
+from mclip.losses.tiled import clusters
 
 
 class ClusterLoss(nn.Module):
-    """L_cluster of the module's docstring; owns W and, where the student's width is not d, its
-    projection.
+    """CLIP-CID's cluster discrimination, L_cluster of the module's docstring.
+
+    Owns W and, where the student's width is not d, the student's projection.
 
     Parameters
     ----------
-    centres : (k, d), unit norm; W's first value. Anything else makes training collapse, says the
-        paper.
-    sample_rate : r in (0, 1]; 1 uses all centres. In `eval()` all centres are used, nothing is
-        drawn.
-    alpha : weight of L_KL, 0..1
-    reading : "convex" | "additive"
-    scale : g of L_CD
-    tau : temperature of L_KL; None: 1 / scale, so that both terms look at the same logits
-    student_dim : the student's width; where it differs from d a learned linear map (no bias) takes
-        the student's embedding to d, and the result is normalised again
-    normalise : keep W's rows at unit norm in the product (PartialFC does); False takes the formula
-        by the letter: rows start at unit norm and may then grow
-    teacher_grad : let L_KL's target W t_i carry gradient into W; False: it is a fixed target, so
-        that flattening W is no way to make both sides alike
-    check_norm : refuse samples, student's or teacher's, that are not of unit norm (as in
-        `clip_loss`)
-    seed : of the generator that draws Omega; its state is part of state_dict(): a resumed run draws
-        the same
+    centres : Tensor, shape (k, d)
+        Unit-norm rows; W's first value. Anything else makes training collapse, says the paper.
+    sample_rate : float, default 0.1
+        r in (0, 1]; 1 uses all centres. In `eval()` all centres are used, nothing is drawn.
+    alpha : float, default 0.999
+        Weight of L_KL, 0 to 1.
+    reading : {"convex", "additive"}, default "convex"
+        Where alpha stands.
+    scale : float, default 20
+        g of L_CD.
+    tau : float, optional
+        Temperature of L_KL; None: 1 / scale, so that both terms look at the same logits.
+    student_dim : int, optional
+        The student's width; where it differs from d a learned linear map (no bias) takes the
+        student's embedding to d, and the result is normalised again.
+    normalise : bool, default False
+        Keep W's rows at unit norm in the product (PartialFC does); False takes the formula by the
+        letter: rows start at unit norm and may then grow.
+    teacher_grad : bool, default False
+        Let L_KL's target W t_i carry gradient into W; False: it is a fixed target, so that
+        flattening W is no way to make both sides alike.
+    check_norm : bool, default False
+        Refuse samples, student's or teacher's, that are not of unit norm.
+    seed : int, default 0
+        Of the generator that draws Omega; its state is part of `state_dict()`: a resumed run draws
+        the same.
+    backend : {"auto", "plain", "tiled", "triton"}, default "auto"
+        "plain" holds whole (b, r k) matrices and a copy of the sampled rows of W; "tiled" and
+        "triton" (CUDA) take memory linear in b, for the same value, gradients and draws. "auto" as
+        in `clip_loss`; where W is spread over ranks (`shard`) never plain.
+
+    Attributes
+    ----------
+    weight : nn.Parameter, shape (k, d)
+        W; after `shard` this rank's rows.
+
+    Raises
+    ------
+    ValueError
+        If an option is out of range or `centres` is no (k, d) matrix; by a call, if the shapes do
+        not fit, the batch is empty, a label is none of the clusters, rows are off the unit sphere
+        (`check_norm`) or the backend can't run here.
+
+    See Also
+    --------
+    mclip.losses.tiled.clusters.cluster_loss : the tiled form by itself, with the size of its tiles.
+
+    References
+    ----------
+    Yang et al., "CLIP-CID: Efficient CLIP Distillation via Cluster-Instance Discrimination",
+    arXiv 2408.09441; An et al., "Killing Two Birds with One Stone: Efficient and Robust Training
+    of Face Recognition CNNs by Partial FC", arXiv 2203.15565.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mclip.losses import ClusterLoss
+    >>> centres = torch.eye(3)
+    >>> loss = ClusterLoss(centres, sample_rate=1.0, alpha=0.5)
+    >>> right, wrong = torch.tensor([0, 1]), torch.tensor([1, 2])
+    >>> bool(loss(centres[:2], centres[:2], right) < loss(centres[:2], centres[:2], wrong))
+    True
     """
 
     def __init__(
@@ -60,6 +108,7 @@ class ClusterLoss(nn.Module):
         teacher_grad: bool = False,
         check_norm: bool = False,
         seed: int = 0,
+        backend: Backend = "auto",
     ):
         super().__init__()
         centres = torch.as_tensor(centres)
@@ -77,12 +126,10 @@ class ClusterLoss(nn.Module):
             raise ValueError(f"reading: expected 'convex' or 'additive', found {reading!r}")
         if scale <= 0 or (tau is not None and tau <= 0):
             raise ValueError(f"scale and tau must be above 0, found scale {scale}, tau {tau}")
+        is_plain(backend, 0)  # refuses an unknown one
         self.weight = nn.Parameter(centres.detach().clone())
-        self.clusters, self.first, self.group = (
-            len(centres),
-            0,
-            None,
-        )  # until `shard`: all rows are here
+        self.clusters, self.first = len(centres), 0
+        self.group = None  # until `shard`: all rows are here
         width = centres.shape[1]
         self.project = (
             None if student_dim in (None, width) else nn.Linear(student_dim, width, bias=False)
@@ -90,16 +137,20 @@ class ClusterLoss(nn.Module):
         self.sample_rate, self.alpha, self.reading = sample_rate, alpha, reading
         self.scale, self.tau = scale, 1 / scale if tau is None else tau
         self.normalise, self.teacher_grad, self.check_norm = normalise, teacher_grad, check_norm
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator, self.backend = torch.Generator().manual_seed(seed), backend
 
     def shard(self, group: dist.ProcessGroup) -> "ClusterLoss":
         """Keep this rank's part of W only: rows `first` to `first + len(weight)`, contiguous, by
         rank.
 
-        Omega does not depend on the number of ranks. `mclip.losses.tiled.clusters.cluster_loss`
-        then takes the ranks' parts of the batch; `weight` is a new parameter, for an optimizer made
-        after this call. DDP must leave it alone.
+        Each rank then gives its rows of the batch, all equally many, and gets the whole batch's
+        loss; gradients are as in `clip_loss`, but that of W's part, which has no other rank to be
+        averaged with, is that of one process as it stands. Omega does not depend on the number of
+        ranks. `weight` is a new parameter, for an optimizer made after this call. DDP must leave it
+        alone.
         """
+        if self.backend == "plain":
+            raise ValueError("backend 'plain' has all of W: W can't be spread over ranks")
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         self.first = part(self.clusters, rank, world).start
         self.weight = nn.Parameter(self.weight.detach()[part(self.clusters, rank, world)].clone())
@@ -107,13 +158,28 @@ class ClusterLoss(nn.Module):
         return self
 
     def forward(self, image: Tensor, teacher_image: Tensor, labels: Tensor) -> Tensor:
-        """image (b, d or student_dim), teacher_image (b, d), both unit norm; labels (b,) int64 in
-        0..k-1.
+        """The loss of a batch.
+
+        Parameters
+        ----------
+        image : Tensor, shape (b, d or student_dim)
+            The student's unit-norm rows.
+        teacher_image : Tensor, shape (b, d)
+            The teacher's unit-norm rows; no gradient flows into them.
+        labels : Tensor of int64, shape (b,)
+            Each sample's cluster, 0 to k - 1.
+
+        Returns
+        -------
+        Tensor, shape ()
+            The mean over the batch, float32 or wider.
         """
-        if self.group is not None:
-            raise RuntimeError(
-                "W is spread over ranks: call mclip.losses.tiled.clusters.cluster_loss(module, ...)"
-            )
+        if self.group is None and is_plain(self.backend, len(image)):
+            return self._plain(image, teacher_image, labels)
+        return clusters.cluster_loss(self, image, teacher_image, labels, backend=self.backend)
+
+    def _plain(self, image: Tensor, teacher_image: Tensor, labels: Tensor) -> Tensor:
+        """On whole matrices."""
         image = self.projected(image, teacher_image, labels)
         omega = self.sample(labels)
         w = self.weight if omega is None else self.weight[omega]
@@ -159,8 +225,9 @@ class ClusterLoss(nn.Module):
         return image
 
     def sample(self, labels: Tensor) -> Tensor | None:
-        """Omega as sorted cluster indices: every positive, and round(r * others) of the others;
-        None: all.
+        """Omega as sorted cluster indices: every positive, and round(r * others) of the others.
+
+        None: all centres.
         """
         if self.sample_rate == 1 or not self.training:
             return None
@@ -171,6 +238,11 @@ class ClusterLoss(nn.Module):
         draw[positive] = 2.0
         count = len(positive) + round(self.sample_rate * (self.clusters - len(positive)))
         return draw.topk(count).indices.sort().values.to(labels.device)
+
+    @property
+    def sharded(self) -> dict[str, int]:
+        """Parameters of which this rank has a `part` of the rows only, with the number of all."""
+        return {} if self.group is None else {"weight": self.clusters}
 
     def get_extra_state(self) -> Tensor:
         return self.generator.get_state()
@@ -193,8 +265,3 @@ class ClusterLoss(nn.Module):
                 f"labels: cluster {bad} is out of range, there are {self.clusters} centres "
                 f"(0 to {self.clusters - 1}); are labels and centres of one `cluster` run?"
             )
-
-
-def part(n: int, rank: int, world: int) -> slice:
-    """The rank's of 0..n, cut into `world` parts as equal as can be."""
-    return slice(n * rank // world, n * (rank + 1) // world)

@@ -5,8 +5,13 @@ NCE(A, B) = -(1/2b) sum_i [ log softmax_j(g a_i.b_j)_i + log softmax_j(g b_i.a_j
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+
+from mclip.losses.backends import Backend, gathered, is_plain
+from mclip.losses.common import check_ids, check_pair
+from mclip.losses.tiled import pairs
 
 
 def clip_loss(
@@ -16,24 +21,69 @@ def clip_loss(
     *,
     ids: Tensor | None = None,
     check_norm: bool = False,
+    backend: Backend = "auto",
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """L_CLIP = NCE(image, text).
+    """CLIP's contrastive loss, L_CLIP = NCE(image, text) of the module's docstring.
 
     Parameters
     ----------
-    image, text : (b, d), unit norm; row i of both is pair i
-    logit_scale : scalar g, already exponentiated
-    ids : (b,) int64 or None Samples with the same id (say, the same caption) are not each other's
-        negatives: the terms j != i with ids[j] == ids[i] are left out of both softmax denominators.
-        The pair itself stays the only positive. (Not taken: averaging the log-probabilities over
-        all samples of an id, as SupCon does. With ten CIFAR captions that pulls every image of a
-        class to one point, which plain CLIP would never ask for.)
-    check_norm : refuse rows that are not of unit norm (one more pass over them; on CUDA the host
-        waits for it)
+    image, text : Tensor, shape (b, d)
+        Unit-norm rows; row i of both is pair i.
+    logit_scale : Tensor or float
+        Scalar g, already exponentiated.
+    ids : Tensor of int64, shape (b,), optional
+        Samples with the same id (say, the same caption) are not each other's negatives: the terms
+        j != i with ids[j] == ids[i] are left out of both softmax denominators. The pair itself
+        stays the only positive. (Not taken: averaging the log-probabilities over all samples of an
+        id, as SupCon does. With ten CIFAR captions that pulls every image of a class to one point,
+        which plain CLIP would never ask for.)
+    check_norm : bool, default False
+        Refuse rows that are not of unit norm: one more pass over them; on CUDA the host waits.
+    backend : {"auto", "plain", "tiled", "triton"}, default "auto"
+        "plain" holds whole (b, b) matrices; "tiled" and "triton" (CUDA) take memory linear in b,
+        for the same value and gradients, but no second derivative. "auto" is plain for a batch
+        below 1,024, else triton on CUDA where it can run, else tiled.
+    group : torch.distributed.ProcessGroup, optional
+        None: this process has the whole batch. Else each rank of the group gives its rows, all
+        equally many; each gets the whole batch's loss, and gradients such that their *mean* over
+        ranks (as DDP takes it) is that of one process with the whole batch.
 
-    Returns a scalar: b = 1, or one id for the whole batch, gives 0.
+    Returns
+    -------
+    Tensor, shape ()
+        The mean over the batch, float32 or wider; 0 for b = 1 or one id for the whole batch.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit, the batch is empty, rows are off the unit sphere (`check_norm`),
+        or the backend is unknown or can't run here.
+
+    See Also
+    --------
+    mclip.losses.tiled.pairs.clip_loss : the tiled form by itself, with the size of its tiles.
+
+    References
+    ----------
+    Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
+    arXiv 2103.00020, Figure 3.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mclip.losses import clip_loss
+    >>> image = text = torch.eye(4)
+    >>> clip_loss(image, text, 10.0)
+    tensor(0.0001)
+    >>> clip_loss(image, text.flip(0), 10.0, backend="tiled")
+    tensor(10.0001)
     """
-    return nce(image, text, logit_scale, ids=ids, check_norm=check_norm)
+    if is_plain(backend, len(image), group):
+        image, text, ids = gathered(group, image, text, ids)
+        return nce(image, text, logit_scale, ids=ids, check_norm=check_norm)
+    options = {"ids": ids, "check_norm": check_norm, "backend": backend, "group": group}
+    return pairs.clip_loss(image, text, logit_scale, **options)
 
 
 def nce(
@@ -44,7 +94,7 @@ def nce(
     ids: Tensor | None = None,
     check_norm: bool = False,
 ) -> Tensor:
-    """NCE(A, B) of the module's docstring; options as in `clip_loss`."""
+    """NCE(A, B) of the module's docstring on whole matrices; options as in `clip_loss`."""
     check_pair(a, b, ("image", "text"), norm=check_norm)
     logits = similarity(a, b, logit_scale)
     if ids is not None:
@@ -67,48 +117,3 @@ def shared(ids: Tensor, size: int) -> Tensor:
     check_ids(ids, size)
     same = ids[:, None] == ids[None, :]
     return same.fill_diagonal_(False)
-
-
-def check_ids(ids: Tensor | None, size: int) -> None:
-    """ValueError unless ids is None or has one id for each of `size` samples."""
-    if ids is not None and ids.shape != (size,):
-        raise ValueError(
-            f"ids: expected one id a sample, shape ({size},), found {tuple(ids.shape)}"
-        )
-
-
-def check_pair(a: Tensor, b: Tensor, names: tuple[str, str], *, norm: bool = False) -> None:
-    """ValueError that names the arguments unless both are (b, d) with the same b > 0 and d (and of
-    unit norm).
-    """
-    for tensor, name in zip((a, b), names, strict=True):
-        if tensor.ndim != 2:
-            raise ValueError(
-                f"{name}: expected embeddings of shape (batch, width), found {tuple(tensor.shape)}"
-            )
-    if len(a) == 0:
-        raise ValueError(f"{names[0]}: the batch is empty")
-    if len(a) != len(b):
-        raise ValueError(
-            f"{names[0]} has {len(a)} rows, {names[1]} has {len(b)}: they must be pairs"
-        )
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(
-            f"{names[0]} is {a.shape[1]} wide, {names[1]} is {b.shape[1]}: "
-            "the student and what it is compared with need the same embed_dim"
-        )
-    if norm:
-        check_unit(a, names[0])
-        check_unit(b, names[1])
-
-
-def check_unit(rows: Tensor, name: str) -> None:
-    """ValueError unless every row's norm is 1, to a hundredth: bf16 has no more than that."""
-    off = (rows.detach().float().norm(dim=1) - 1).abs()
-    off = torch.where(off.isnan(), torch.inf, off)
-    if off.max() > 1e-2:
-        row = int(off.argmax())
-        raise ValueError(
-            f"{name}: row {row} has norm {rows[row].detach().float().norm():.4g}, expected 1; "
-            "torch.nn.functional.normalize(x, dim=1) makes it so"
-        )

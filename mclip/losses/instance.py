@@ -7,11 +7,13 @@ The paper gives beta = 0.5; on which of the two terms it stands is a reconstruct
 the same).
 """
 
-from collections.abc import Callable
-
+import torch.distributed as dist
 from torch import Tensor
 
-from mclip.losses.contrastive import check_pair, nce
+from mclip.losses.backends import Backend, gathered, is_plain
+from mclip.losses.common import cross
+from mclip.losses.contrastive import nce
+from mclip.losses.tiled import pairs
 
 
 def instance_loss(
@@ -24,46 +26,61 @@ def instance_loss(
     *,
     ids: Tensor | None = None,
     check_norm: bool = False,
+    backend: Backend = "auto",
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """L_inst of the module's docstring.
+    """CLIP-CID's instance discrimination, L_inst of the module's docstring.
 
     Parameters
     ----------
-    image, text : (b, d), the student's, unit norm
-    teacher_image, teacher_text : (b, d), the teacher's, unit norm, as wide as the student's; no
-        gradient
-    logit_scale : scalar, already exponentiated: the student's
-    beta : 0..1
-    ids : (b,) int64 or None; samples with equal ids are not each other's negatives (see
-        `clip_loss`)
-    check_norm : refuse rows that are not of unit norm (as in `clip_loss`)
-    """
-    return cross(
-        nce, image, text, teacher_image, teacher_text, beta, check_norm, logit_scale, ids=ids
-    )
+    image, text : Tensor, shape (b, d)
+        The student's unit-norm rows; row i of both is pair i.
+    teacher_image, teacher_text : Tensor, shape (b, d)
+        The teacher's unit-norm rows, as wide as the student's; no gradient flows into them.
+    logit_scale : Tensor or float
+        Scalar, the student's, already exponentiated.
+    beta : float, default 0.5
+        Weight of the teacher's images against the student's texts, 0 to 1.
+    ids : Tensor of int64, shape (b,), optional
+        Samples with the same id are not each other's negatives (see `clip_loss`).
+    check_norm : bool, default False
+        Refuse rows that are not of unit norm.
+    backend, group
+        As in `clip_loss`.
 
+    Returns
+    -------
+    Tensor, shape ()
+        The mean over the batch, float32 or wider.
 
-def cross(
-    nce: Callable[..., Tensor],
-    image: Tensor,
-    text: Tensor,
-    teacher_image: Tensor,
-    teacher_text: Tensor,
-    beta: float,
-    check_norm: bool,
-    *args,
-    **options,
-) -> Tensor:
-    """The two terms by whatever calculates NCE(A, B, *args, **options); a weight of 0 calculates
-    nothing.
+    Raises
+    ------
+    ValueError
+        If beta is out of range, the shapes do not fit, the batch is empty, rows are off the unit
+        sphere (`check_norm`), or the backend is unknown or can't run here.
+
+    See Also
+    --------
+    mclip.losses.tiled.pairs.instance_loss : the tiled form by itself, with the size of its tiles.
+
+    References
+    ----------
+    Yang et al., "CLIP-CID: Efficient CLIP Distillation via Cluster-Instance Discrimination",
+    arXiv 2408.09441, section 3.3.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mclip.losses import clip_loss, instance_loss
+    >>> student, teacher = torch.eye(4), torch.eye(4)
+    >>> loss = instance_loss(student, student, teacher, teacher, 10.0)
+    >>> bool(loss == clip_loss(student, teacher, 10.0))
+    True
     """
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta: expected a number from 0 to 1, found {beta}")
-    check_pair(teacher_image, text, ("teacher_image", "text"), norm=check_norm)
-    check_pair(image, teacher_text, ("image", "teacher_text"), norm=check_norm)
-    loss = 0.0
-    if beta > 0:
-        loss = beta * nce(teacher_image.detach(), text, *args, **options)
-    if beta < 1:
-        loss = loss + (1 - beta) * nce(image, teacher_text.detach(), *args, **options)
-    return loss
+    if is_plain(backend, len(image), group):
+        rows = gathered(group, image, text, teacher_image, teacher_text)
+        (ids,) = gathered(group, ids)
+        return cross(nce, *rows, beta, check_norm, logit_scale, ids=ids)
+    rows = image, text, teacher_image, teacher_text
+    options = {"ids": ids, "check_norm": check_norm, "backend": backend, "group": group}
+    return pairs.instance_loss(*rows, logit_scale, beta, **options)

@@ -91,7 +91,7 @@ def test_gradcheck():
     w = (1.7 * loss.weight).detach().requires_grad_()
     assert torch.autograd.gradcheck(
         lambda x, w: clusters._Clusters.apply(
-            x, w, teacher, labels, omega, loss, How(2, "torch", None)
+            x, w, teacher, labels, omega, loss, How(2, "tiled", None)
         ),
         (image, w),
     )

@@ -162,13 +162,13 @@ def test_one_tile_as_plain_torch_does_it():
 def test_which_back_end(monkeypatch):
     from mclip.losses.tiled import triton_tiles
 
-    assert tiles.backend("torch", torch.device("cpu")) is torch_tiles
+    assert tiles.backend("tiled", torch.device("cpu")) is torch_tiles
     assert tiles.backend("auto", torch.device("cpu")) is torch_tiles
     assert tiles.backend("auto", torch.device("cuda")) is triton_tiles
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="backend 'triton' needs CUDA tensors, found cpu"):
         tiles.backend("triton", torch.device("cpu"))
     with pytest.raises(
-        ValueError, match="backend: expected one of auto, torch, triton, found 'cuda'"
+        ValueError, match="backend: expected one of auto, tiled, triton, found 'cuda'"
     ):
         tiled.clip_loss(unit(3, 4), unit(3, 4), 1.0, backend="cuda")

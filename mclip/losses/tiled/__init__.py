@@ -1,16 +1,14 @@
 """The losses over pairs without their (b, b) matrices, that over clusters without (b, centres).
 
-`tiled.clip_loss`, `affinity_loss` and `instance_loss` take the places of those in `mclip.losses`,
-in any training loop, `clusters.cluster_loss(module, ...)` that of calling a
-`mclip.losses.ClusterLoss`:
+The public losses in `mclip.losses` call these by `backend`; called by themselves they take the size
+of a tile as well:
 
-    from mclip.losses.tiled import tiled
-    loss = tiled.clip_loss(image, text, logit_scale)                    # unit-norm (b, d) rows, scale exponentiated
-    loss = loss + tiled.affinity_loss(image, text, [(t_image, t_text, 100.0)], logit_scale)
+    from mclip.losses.tiled import pairs
+    loss = pairs.clip_loss(image, text, logit_scale, tile=256)     # unit-norm (b, d) rows
 
-    tiled.py clusters.py             the losses, over one process or several (ring.py)
-    tiles.py                         what they share, and the choice of a back end (backend="auto")
-    torch_tiles.py triton_tiles.py   the back ends: a tile's softmax statistics, and its gradient
+    pairs.py clusters.py             the losses, over one process or several (ring.py)
+    tiles.py                         what they share, and the choice of what makes a tile
+    torch_tiles.py triton_tiles.py   a tile's softmax statistics, and its gradient
 
 The Triton kernels are tested by Triton's interpreter and compiled for compute capability 9.0; none
 has run on a GPU.

@@ -17,22 +17,25 @@ W stays where it is.
 """
 
 from itertools import product
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mclip.losses.cluster import ClusterLoss
 from mclip.losses.tiled import tiles
 from mclip.losses.tiled.pairs import How
 from mclip.losses.tiled.ring import Ring
 from mclip.losses.tiled.tiles import cuts
 
+if TYPE_CHECKING:
+    from mclip.losses.cluster import ClusterLoss
+
 SHARP, SOFT, TEACHER = range(3)  # log-sum-exps of g x, of x / tau, of y / tau
 
 
 def cluster_loss(
-    loss: ClusterLoss,
+    loss: "ClusterLoss",
     image: Tensor,
     teacher_image: Tensor,
     labels: Tensor,
@@ -40,17 +43,19 @@ def cluster_loss(
     tile: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`loss(image, teacher_image, labels)`, the same value and gradients; draws the same sample of
-    centres.
+    """The value and gradients of `mclip.losses.ClusterLoss`, which calls this; the same draws.
 
     Parameters
     ----------
-    loss : holds W, the projection and all options. Where it is sharded, each rank of its group
-        gives its rows, all equally many, and gets the whole batch's loss; gradients are as in
-        `tiled.clip_loss`, but that of W's part, which has no other rank to be averaged with, is
-        that of one process as it stands.
-    image (b, d or student_dim), teacher_image (b, d) : unit norm. labels : (b,) int64.
-    tile, backend : as in `tiled.clip_loss`
+    loss : mclip.losses.ClusterLoss
+        Holds W, the projection and all options but `backend`.
+    image : Tensor, shape (b, d or student_dim)
+    teacher_image : Tensor, shape (b, d)
+    labels : Tensor of int64, shape (b,)
+        As in `ClusterLoss.forward`; where W is spread over ranks (`ClusterLoss.shard`) each rank's
+        part of the batch.
+    tile, backend
+        As in `mclip.losses.tiled.pairs.clip_loss`.
     """
     image = loss.projected(image, teacher_image, labels)
     omega = loss.sample(Ring(loss.group).all(labels))

@@ -4,7 +4,8 @@ made twice.
 With S = g A B^T for unit-norm rows A, B (n, d) and teachers T_k = g_k U_k V_k^T,
 
     CE = (1/2n) sum_i [ lse_j S_ij + lse_j S_ji - 2 S_ii ]
-    KL = (1/2nK) sum_k sum_i [ KL(softmax_j T_ij || softmax_j S_ij) + KL(softmax_j T_ji || softmax_j S_ji) ]
+    KL = (1/2nK) sum_k sum_i [ KL(softmax_j T_ij || softmax_j S_ij)
+                               + KL(softmax_j T_ji || softmax_j S_ji) ]
 
 Forward: one pass over the tiles keeps a running log-sum-exp for each row and column, and for the
 KL, since
@@ -30,9 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mclip.losses.affinity import check_teachers
-from mclip.losses.contrastive import check_ids, check_pair
-from mclip.losses.instance import cross
+from mclip.losses.common import check_ids, check_pair, check_teachers, cross
 from mclip.losses.tiled import tiles
 from mclip.losses.tiled.ring import Ring
 from mclip.losses.tiled.tiles import cuts
@@ -49,15 +48,16 @@ def clip_loss(
     backend: str = "auto",
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """`mclip.losses.clip_loss`, the same value and gradients.
+    """`mclip.losses.clip_loss` in tiles: the same value and gradients.
 
     Parameters
     ----------
-    tile : rows and columns of a tile; None: 1,024 (4 MB a matrix in float32), on CUDA 4,096
-    backend : "auto" | "torch" | "triton" (`tiles.backend`)
-    group : None: this process has the whole batch. Else each rank of the group gives its rows, all
-        equally many; each gets the whole batch's loss, and gradients such that their *mean* over
-        ranks (as DDP takes it) is that of one process with the whole batch.
+    image, text, logit_scale, ids, check_norm, group
+        As in `mclip.losses.clip_loss`.
+    tile : int, optional
+        Rows and columns of a tile; None: 1,024 (4 MB a matrix in float32), on CUDA 4,096.
+    backend : {"auto", "tiled", "triton"}, default "auto"
+        What makes a tile (`tiles.backend`): plain torch or Triton.
     """
     check_pair(image, text, ("image", "text"), norm=check_norm)
     check_ids(ids, len(image))
@@ -78,8 +78,9 @@ def affinity_loss(
     backend: str = "auto",
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """`mclip.losses.affinity_loss`, the same value and gradients; teachers get none. Options as in
-    `clip_loss`.
+    """`mclip.losses.affinity_loss` in tiles: the same value and gradients.
+
+    Parameters as there; `tile` and `backend` as in `clip_loss`.
     """
     check_teachers(image, text, teachers, norm=check_norm)
     flat = [x for u, v, g in teachers for x in (u.detach(), v.detach(), _scalar(g, u).detach())]
@@ -102,8 +103,9 @@ def instance_loss(
     backend: str = "auto",
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """`mclip.losses.instance_loss`, the same value and gradients; the teacher gets none. Options as
-    in `clip_loss`.
+    """`mclip.losses.instance_loss` in tiles: the same value and gradients.
+
+    Parameters as there; `tile` and `backend` as in `clip_loss`.
     """
     return cross(
         clip_loss,

@@ -14,20 +14,20 @@ from torch import Tensor
 
 from mclip.losses.tiled import torch_tiles
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "tiled", "triton")
 HALF = (torch.bfloat16, torch.float16)
 
 
 def backend(name: str, device: torch.device) -> ModuleType:
-    """The module that `name` stands for; auto: Triton's on CUDA where the package is, else plain
-    torch's.
+    """The module that `name` stands for: "tiled" plain torch's, "triton" Triton's; "auto" Triton's
+    on CUDA where the package is, else plain torch's.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {name!r}")
     if name == "triton" or (name == "auto" and device.type == "cuda"):
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
-                f"backend 'triton' needs CUDA tensors, found {device.type}; use 'auto' or 'torch'"
+                f"backend 'triton' needs CUDA tensors, found {device.type}; use 'auto' or 'tiled'"
             )
         try:
             from mclip.losses.tiled import triton_tiles
