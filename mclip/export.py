@@ -185,7 +185,7 @@ def _training(recipe: str, folder: Path) -> dict[str, Any]:
         p = params.load()
         if recipe in p.distill.recipes:
             one, train = p.distill.recipes[recipe], p.distill.train
-            weights = ", ".join(f"{k} x {v:g}" for k, v in one.weight.model_dump().items() if v)
+            weights = ", ".join(f"{k} x {v:g}" for k, v in one.weight.items() if v)
             out["Recipe"] = {
                 "name": f"{recipe} ({one.title})",
                 "losses": weights,

@@ -550,28 +550,9 @@ SCALE = ("scale: PositiveFloat = 20.0", "scale: PositiveFloat = 40.0")
             {"params/sections.py": ('"top1",', '"mean_per_class",')},
             EVALUATING - OVERLAID | {"report"},
         ),
-        # recipes that give no scale; stages that read all recipes
+        # a default of recipes that give no scale, in code that trains; stages that read all recipes
         (
-            {"params/sections.py": SCALE},
-            {
-                "distill/clip",
-                "distill/mobileclip",
-                "ablations/amount",
-                "ablations/reinforcement",
-                "ablations/students",
-                "ablations/epoch",
-                "ablations/efficiency",
-                "ablations/few-pairs",
-                "ablations/search",
-                "ablations/weights",
-                "report",
-            },
-        ),
-        (
-            {
-                "params/sections.py": SCALE,
-                "losses/cluster.py": ("scale: float = 20.0", "scale: float = 40.0"),
-            },
+            {"distill/terms/cluster.py": SCALE},
             DISTILL
             | STUDIES
             | {"ablations/epoch", "ablations/search", "ablations/weights", "report"},

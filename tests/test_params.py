@@ -32,7 +32,7 @@ def changed(tree, key, value):
 
 
 def test_the_default_is_valid(tree):
-    assert params.check(tree).distill.recipes["clip"].weight.clip == 1.0
+    assert params.check(tree).distill.recipes["clip"].weight["clip"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_the_default_is_valid(tree):
         (
             "distill.recipes.clip.weight",
             {"affinity": 1},
-            "weight.affinity and synthetic need reinforced: true",
+            "distill.recipes.clip: reinforced: true is needed for weight.affinity",
         ),
         (
             "distill.recipes.mobileclip.pairs",
@@ -247,6 +247,31 @@ def test_the_default_is_valid(tree):
             "distill.recipes.mobileclip.pairs",
             "all",
             "reinforced: true needs pairs: kept, the reinforced set holds no others",
+        ),
+        (
+            "distill.recipes.clip.weight",
+            {"clip": 1, "cluster": 1, "instance": 1},
+            "pairs: kept is needed for weight.cluster and weight.instance",
+        ),
+        (
+            "distill.recipes.clip.weight",
+            {"clpi": 1},
+            "distill.recipes.clip.weight.clpi: unknown key; did you mean 'clip'? (allowed: affinity, ",
+        ),
+        (
+            "distill.recipes.clip.weight",
+            {"clip": -1},
+            "distill.recipes.clip.weight.clip: Input should be greater than or equal to 0 (found -1)",
+        ),
+        (
+            "distill.recipes.combined.cluster",
+            {"alhpa": 1},
+            "distill.recipes.combined.cluster.alhpa: unknown key; did you mean 'alpha'?",
+        ),
+        (
+            "distill.recipes.combined.cluster",
+            {"reading": "both"},
+            "combined.cluster.reading: Input should be 'convex' or 'additive' (found 'both')",
         ),
     ],
 )

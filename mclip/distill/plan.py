@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from mclip.distill import terms
 from mclip.distill.identity import identity
 from mclip.distill.pairs import TrainingSet
 from mclip.distill.runs import Run
@@ -53,8 +54,8 @@ def runs_of(
 
     Parameters
     ----------
-    teacher : name of the cluster teacher, a folder of data/embeddings; used where the recipe weighs
-        cluster or instance.
+    teacher : name of the cluster teacher, a folder of data/embeddings; used where a term of the
+        recipe needs it.
     data : overrides of TrainingSet, such as its folders.
 
     Raises
@@ -62,11 +63,10 @@ def runs_of(
     FileNotFoundError
         Data that the recipe reads are missing; the message names the stage to run.
     """
-    w = recipe.weight
     spec = TrainingSet(
         which=recipe.pairs,
         use_reinforced=recipe.reinforced,
-        teacher=teacher if w.cluster or w.instance else None,
+        teacher=teacher if "teacher" in terms.needs(recipe.weight) else None,
         synthetic=recipe.synthetic,
         light_scale_min=train.light_scale_min,
         light_views=train.light_views,

@@ -92,19 +92,15 @@ def backward(
         for k in batch
         if k not in ("image", "tokens", "syn_tokens")
     }
-    state = (
-        None
-        if together.objective.cluster is None
-        else together.objective.cluster.get_extra_state().clone()
-    )
+    drawn = [(generator, generator.get_state()) for generator in together.objective.generators()]
     with torch.no_grad(), _statistics_kept(together.student):
         cached = [together(p, mean, std, precision, encode_only=True) for p in parts]
         given: dict = {k: torch.cat([c[k] for c in cached]) for k in cached[0]}
     given["batch"] = sides
     at = 0
     for i, part in enumerate(parts):
-        if state is not None:  # every part sees the same sample of centres
-            together.objective.cluster.set_extra_state(state)
+        for generator, state in drawn:  # every part sees the same draws
+            generator.set_state(state)
         stop = at + len(part["image"])
         last = i == accumulate - 1
         with contextlib.nullcontext() if last or wrapped is together else wrapped.no_sync():
@@ -112,7 +108,7 @@ def backward(
             with again(together.student):
                 sum(terms.values()).backward()
         at = stop
-    # W, the projections and the logit scale got the whole batch's gradient once a part
+    # the objective's parameters and the logit scale got the whole batch's gradient once a part
     shared = [
         p
         for n, p in together.named_parameters()
@@ -141,9 +137,9 @@ def _statistics_kept(module: nn.Module) -> Iterator[None]:
 
 
 def averaged_over_ranks(together: Together) -> nn.Module:
-    """DDP around it; what is sharded over the ranks, the cluster centres, keeps its own gradient."""
+    """DDP around it; what is sharded over the ranks keeps its own gradient."""
     ddp = nn.parallel.DistributedDataParallel
     ddp._set_params_and_buffers_to_ignore_for_model(
-        together, sharding.sharded_names(together)
+        together, [one.name for one in sharding.spread(together)]
     )  # torch's only way
     return ddp(together)

@@ -25,13 +25,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mclip import models
 from mclip.data.stores import clusters as cluster_store
-from mclip.distill import checkpoint, loaders, sharding, targets
-from mclip.distill.objective import Objective, chosen
+from mclip.distill import checkpoint, loaders, sharding, targets, terms
+from mclip.distill.objective import Objective
 from mclip.distill.pairs import AllPairs, Side, open_pairs
 from mclip.distill.pixels import pixel_cache
 from mclip.distill.runs import Run
 from mclip.distill.step import Together, averaged_over_ranks, backward
 from mclip.distill.vocabulary import Kept, shrink
+from mclip.losses.backends import is_plain
 from mclip.models.pointwise import sidestep
 from mclip.params import Train
 from mclip.system.files import whole, write_whole
@@ -49,19 +50,20 @@ def learning_rate(step: int, steps: int, train: Train, peak: float) -> float:
 
 
 def parameter_groups(together: Together, train: Train) -> list[dict]:
-    """AdamW's groups: weight decay on matrices only; W, the cluster centres, with a learning rate
-    of its own.
+    """AdamW's groups: weight decay on matrices only; apart what a term of the loss gives a learning
+    rate of its own.
     """
-    centres, decayed, plain = [], [], []
+    peaks = together.objective.learning_rates(train)
+    decayed, plain, apart = [], [], {}
     for name, p in together.named_parameters():
-        if name == "objective.cluster.weight":
-            centres.append(p)
+        if (peak := peaks.get(name.removeprefix("objective."))) is not None:
+            apart.setdefault(peak, []).append(p)
         else:
             (decayed if p.ndim >= 2 else plain).append(p)
     groups = [
         {"params": decayed, "weight_decay": train.weight_decay, "peak": train.lr},
         {"params": plain, "weight_decay": 0.0, "peak": train.lr},
-        {"params": centres, "weight_decay": 0.0, "peak": train.lr_centres},
+        *({"params": own, "weight_decay": 0.0, "peak": peak} for peak, own in apart.items()),
     ]
     return [g for g in groups if g["params"]]
 
@@ -95,9 +97,7 @@ def steps(run: Run) -> Iterator[int]:
     precision = models.resolve_precision(t.precision, device)
     pairs = open_pairs(run.data)
     side, vocabulary = _side(run, pairs, student, tokenizer) if t.cache_pixels else (None, None)
-    objective = _objective(
-        run, student, pairs.teachers, kernel=chosen(t.loss_kernel, t.batch_size, device)
-    )
+    objective = _objective(run, student, pairs.teachers)
     together = Together(student, objective).to(device)
     wrapped = averaged_over_ranks(together) if world > 1 else together
     optimizer = torch.optim.AdamW(parameter_groups(together, t), lr=t.lr, betas=t.betas, fused=True)
@@ -139,14 +139,14 @@ def steps(run: Run) -> Iterator[int]:
             following = loader.batch(
                 step + 1
             )  # a GPU is still at work: only the next line waits for it
-        terms = {k: float(v) for k, v in found.items()}
-        loss = sum(terms.values())
+        values = {k: float(v) for k, v in found.items()}
+        loss = sum(values.values())
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"{run.name} seed {run.seed}: the loss is {loss} at step {step}; "
                 "a smaller distill.train.lr or precision: fp32 may help"
             )
-        for k, v in {"loss": loss, **terms}.items():
+        for k, v in {"loss": loss, **values}.items():
             sums[k] = sums.get(k, 0.0) + v
         if (step + 1) % HISTORY_EVERY == 0 or step + 1 == total:
             n = (step % HISTORY_EVERY) + 1
@@ -177,15 +177,17 @@ def steps(run: Run) -> Iterator[int]:
         dist.destroy_process_group()
 
 
-def _objective(
-    run: Run, student: nn.Module, ensemble: list[dict], kernel: str = "plain"
-) -> Objective:
-    w, centres = run.recipe.weight, None
-    if w.cluster or w.instance:
+def _objective(run: Run, student: nn.Module, ensemble: list[dict]) -> Objective:
+    kernel, centres = run.train.loss_kernel, None
+    if "teacher" in terms.needs(run.recipe.weight):
         centres = torch.from_numpy(cluster_store.read_centres(run.data.clusters))
-    width = student.mclip["config"]["embed_dim"]
     return Objective(
-        run.recipe, width, ensemble=ensemble, centres=centres, seed=run.seed, kernel=kernel
+        run.recipe,
+        student.mclip["config"]["embed_dim"],
+        ensemble=ensemble,
+        centres=centres,
+        seed=run.seed,
+        backend="plain" if is_plain(kernel, run.train.batch_size) else kernel,
     )
 
 

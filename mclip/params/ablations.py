@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from mclip.params import terms
 from mclip.params.sections import Recipe
 from mclip.params.tree import Section, absent, explain, varied
 
@@ -110,8 +111,9 @@ def _contradictions(variant: Variant, recipe: Recipe, p: Any) -> Iterator[str]:
     if variant.keep and (recipe.pairs != "kept" or recipe.reinforced):
         yield "keep: needs a recipe with pairs: kept, reinforced: false"
     for key in ("clusters", "teacher"):
-        if getattr(variant, key) and not (recipe.weight.cluster or recipe.weight.instance):
-            yield f"{key}: needs a recipe with weight.cluster or weight.instance"
+        if getattr(variant, key) and "teacher" not in terms.needed(recipe.weight):
+            named = terms.needed(dict.fromkeys(recipe.weight, 1.0))["teacher"]
+            yield f"{key}: needs a recipe with {' or '.join(named)}"
     teacher = [variant.teacher] if variant.teacher else []
     yield from absent("teacher", teacher, p.embed.teachers, "embedded teacher")
     if not variant.reinforced:

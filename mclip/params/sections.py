@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from mclip.params import registry
-from mclip.params.tree import Section
+from mclip.params import registry, terms
+from mclip.params.tree import Section, keys
 
 Metric = Literal["l2", "sql2", "cosine"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -137,47 +137,47 @@ class Reinforce(Spread):
     seed: NonNegativeInt
 
 
-class ClusterLossParams(Section):
-    alpha: Fraction = 0.999
-    reading: Literal["convex", "additive"] = "convex"
-    sample_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
-    scale: PositiveFloat = 20.0
+class Recipe(Section, extra="allow"):
+    """A recipe; besides these keys it has the options of each term that has some, by its name
+    (mclip/distill/terms, which know the schema of theirs).
+    """
 
-
-class InstanceLossParams(Section):
-    beta: Fraction = 0.5
-
-
-class Weights(Section):
-    clip: NonNegativeFloat = 0.0
-    cluster: NonNegativeFloat = 0.0
-    instance: NonNegativeFloat = 0.0
-    affinity: NonNegativeFloat = 0.0
-
-
-class Recipe(Section):
     title: str
     pairs: Literal["all", "kept"]
     reinforced: bool = False
-    weight: Weights
+    weight: dict[str, NonNegativeFloat]  # of each term
     lambda_: Fraction = Field(1.0, alias="lambda")
     synthetic: bool = False
     multi_positive: bool = False
-    cluster: ClusterLossParams = ClusterLossParams()
-    instance: InstanceLossParams = InstanceLossParams()
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _options_of_terms(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        own = keys(cls).values()
+        options = {key: value for key, value in values.items() if key not in own}
+        return {k: v for k, v in values.items() if k in own} | terms.options(options, own)
+
+    @pydantic.field_validator("weight")
+    @classmethod
+    def _weight_of_every_term(cls, weight: dict[str, float]) -> dict[str, float]:
+        return terms.weights(weight)
 
     @pydantic.model_validator(mode="after")
     def _consistent(self):
-        if not any(self.weight.model_dump().values()):
+        if not any(self.weight.values()):
             raise ValueError("weight: at least one loss needs a weight above 0")
         if self.reinforced and self.pairs == "all":
             raise ValueError(
                 "reinforced: true needs pairs: kept, the reinforced set holds no others"
             )
-        if (self.weight.affinity or self.synthetic) and not self.reinforced:
-            raise ValueError("weight.affinity and synthetic need reinforced: true")
-        if self.pairs == "all" and (self.weight.cluster or self.weight.instance):
-            raise ValueError("weight.cluster and weight.instance need pairs: kept")
+        needs = terms.needed(self.weight)
+        stored = needs.get("ensemble", []) + ["synthetic"] * self.synthetic
+        if stored and not self.reinforced:
+            raise ValueError(f"reinforced: true is needed for {' and '.join(stored)}")
+        if "teacher" in needs and self.pairs == "all":
+            raise ValueError(f"pairs: kept is needed for {' and '.join(needs['teacher'])}")
         return self
 
     @pydantic.field_validator("pairs", mode="before")

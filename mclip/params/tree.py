@@ -46,6 +46,8 @@ class Section(BaseModel):
         """Only called for what is not there."""
         if name.startswith("_"):  # pydantic's own, or what IPython and pickle ask any object for
             return super().__getattr__(name)
+        if name in (more := self.__pydantic_extra__ or {}):  # of sections that allow more keys
+            return more[name]
         spelled = keys(type(self))
         key = self._path + spelled.get(name, name)
         if name in spelled:

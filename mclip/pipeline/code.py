@@ -56,6 +56,7 @@ EXEMPT = {  # module -> why an edit of it changes no stage's data (tests/test_cl
     "mclip.params.ablations": _AS_VALUES,
     "mclip.params.schema": _AS_VALUES,
     "mclip.params.sections": _AS_VALUES,
+    "mclip.params.terms": _AS_VALUES,
     "mclip.params.view": _AS_VALUES,
     "mclip.report.plots": _SHOWS,
     "mclip.report.plots.charts": _SHOWS,

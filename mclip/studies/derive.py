@@ -19,6 +19,7 @@ from mclip.data.shards import in_part
 from mclip.data.stores import embeddings as embedding_store
 from mclip.data.stores import reinforced
 from mclip.data.stores.contents import fingerprint
+from mclip.distill import terms
 from mclip.params import Balance, Cluster, KeptPairs, Recipe, Selection, Variant
 from mclip.pipeline import code
 from mclip.system.files import digest, whole_folder
@@ -53,7 +54,7 @@ def folders(
     teacher = variant.teacher or clusters.teacher
     if variant.keep:
         own["balance"] = str(_kept(variant.keep, kept, clusters, own, cache))
-    if (recipe.weight.cluster or recipe.weight.instance) and (
+    if "teacher" in terms.needs(recipe.weight) and (
         variant.keep or variant.clusters or variant.teacher
     ):
         k = variant.clusters or clusters.clusters
@@ -80,7 +81,7 @@ def part(
     own: dict[str, Any] = FOLDERS | (data or {})
     if fraction < 1:
         own["fraction"] = fraction
-        if recipe.weight.cluster or recipe.weight.instance:
+        if "teacher" in terms.needs(recipe.weight):
             fewer = clusters.model_copy(
                 update={"clusters": max(1, round(fraction * clusters.clusters))}
             )

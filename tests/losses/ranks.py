@@ -1,7 +1,6 @@
-"""What each process of test_distributed.py does; with world 1 what it is compared with."""
+"""What each of test_distributed.py's processes does: alone, as one of two ranks and of three."""
 
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -9,20 +8,21 @@ import torch.distributed as dist
 
 from mclip import losses
 from mclip.distill import sharding
-from mclip.distill.objective import gather
 from mclip.losses import ClusterLoss
-from mclip.losses.cluster import part
+from mclip.losses.common import part
 from mclip.losses.tiled import clusters
 from mclip.losses.tiled import pairs as tiled
 
 from .reference import unit
 
 B, D, CLUSTERS, TILE = 12, 5, 43, 4
+WORLDS = (1, 2, 3)  # numbers of ranks
 
 
-def results(rank: int, world: int) -> dict[str, list[torch.Tensor]]:
+def results(
+    rank: int, world: int, group: dist.ProcessGroup | None
+) -> dict[str, list[torch.Tensor]]:
     """By case: the loss, the gradients of this rank's rows, the scale's, and those of modules."""
-    group = dist.group.WORLD if world > 1 else None
     own = part(B, rank, world)
     whole = [unit(B, D, seed=s) for s in (1, 2, 3, 4)]
     ids_whole = torch.tensor(
@@ -57,13 +57,17 @@ def results(rank: int, world: int) -> dict[str, list[torch.Tensor]]:
             tiled.instance_loss(image, text, u, v, scale, 0.3, ids=ids, **tiles),
             [image, text, scale],
         )
-        # what the trainer does with the plain losses
+        # by the public name: so few rows are gathered
         image, text, u, v, scale = rows()
-        f = {"image": image, "text": text} | ({"ids": ids} if shared else {})
-        f = gather(f) if world > 1 else f
         note(
-            f"gathered {shared}",
-            losses.clip_loss(f["image"], f["text"], scale, ids=f.get("ids")),
+            f"public clip {shared}",
+            losses.clip_loss(image, text, scale, ids=ids, group=group),
+            [image, text, scale],
+        )
+        image, text, u, v, scale = rows()
+        note(
+            f"public instance {shared}",
+            losses.instance_loss(image, text, u, v, scale, 0.3, ids=ids, group=group),
             [image, text, scale],
         )
     for k in (1, 2):
@@ -73,14 +77,11 @@ def results(rank: int, world: int) -> dict[str, list[torch.Tensor]]:
             tiled.affinity_loss(image, text, teachers[:k], scale, **tiles),
             [image, text, scale],
         )
-    image, text, u, _, scale = rows()
-    f = {"image": image, "text": text, "u": teachers[0][0], "v": teachers[0][1]}
-    f = gather(f) if world > 1 else f
-    note(
-        "gathered affinity",
-        losses.affinity_loss(f["image"], f["text"], [(f["u"], f["v"], 18.0)], scale),
-        [image, text, scale],
-    )
+    for backend in ("auto", "tiled"):
+        image, text, _, _, scale = rows()
+        how = {"backend": backend, "group": group}
+        loss = losses.affinity_loss(image, text, teachers, scale, **how)
+        note(f"public affinity {backend}", loss, [image, text, scale])
     labels = ((11 * torch.arange(B)) % CLUSTERS)[own]
     for name, options in {
         "cluster": {"sample_rate": 0.2},
@@ -93,7 +94,7 @@ def results(rank: int, world: int) -> dict[str, list[torch.Tensor]]:
         module = ClusterLoss(
             1.3 * unit(CLUSTERS, width, seed=5), alpha=0.6, seed=8, **options
         ).double()
-        module = module.shard(group) if world > 1 else module
+        module = module if group is None else module.shard(group)
         image = rows()[0]
         loss = clusters.cluster_loss(module, image, unit(B, width, seed=2)[own], labels, tile=TILE)
         note(
@@ -107,29 +108,30 @@ def results(rank: int, world: int) -> dict[str, list[torch.Tensor]]:
 class Small(torch.nn.Module):
     """A student of one matrix and the cluster loss."""
 
-    def __init__(self, world: int):
+    def __init__(self, group: dist.ProcessGroup | None):
         super().__init__()
         torch.manual_seed(0)
         self.student = torch.nn.Linear(D, D)
         self.cluster = ClusterLoss(unit(CLUSTERS, D, seed=5), 0.3, alpha=0.6, seed=8)
         self.double()
-        if world > 1:
-            self.cluster.shard(dist.group.WORLD)
+        if group is not None:
+            self.cluster.shard(group)
 
     def forward(self, x, teacher, labels):
-        return clusters.cluster_loss(
-            self.cluster, torch.nn.functional.normalize(self.student(x)), teacher, labels
-        )
+        return self.cluster(torch.nn.functional.normalize(self.student(x)), teacher, labels)
 
 
-def trained(rank: int, world: int, steps: range, state=None) -> tuple[dict, dict] | None:
+def trained(
+    rank: int, world: int, group: dist.ProcessGroup | None, steps: range, state=None
+) -> tuple[dict, dict] | None:
     """The whole state after AdamW's steps from `state`, gradients clipped hard."""
     own = part(B, rank, world)
-    model = wrapped = Small(world)
-    if world > 1:
+    model = wrapped = Small(group)
+    if group is not None:
         ddp = torch.nn.parallel.DistributedDataParallel
-        ddp._set_params_and_buffers_to_ignore_for_model(model, sharding.sharded_names(model))
-        wrapped = ddp(model)
+        spread = [one.name for one in sharding.spread(model)]
+        ddp._set_params_and_buffers_to_ignore_for_model(model, spread)
+        wrapped = ddp(model, process_group=group)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     if state is not None:
         sharding.own(model, optimizer, *state)
@@ -142,31 +144,26 @@ def trained(rank: int, world: int, steps: range, state=None) -> tuple[dict, dict
     return sharding.whole(model, optimizer)
 
 
-def resumed(folder: Path, rank: int, world: int) -> None:
-    """Two steps into a checkpoint; then two more from the checkpoint of each number of ranks."""
-    if (state := trained(rank, world, range(2))) is not None:
-        torch.save(state, folder / "draft" / str(world))
-        (folder / "draft" / str(world)).rename(folder / f"checkpoint-{world}.pt")
-    for origin in (1, 2, 4):
-        file = folder / f"checkpoint-{origin}.pt"
-        while not file.exists():  # its processes run beside these
-            time.sleep(0.05)
-        state = trained(rank, world, range(2, 4), torch.load(file, weights_only=True))
-        if state is not None:
-            torch.save(state, folder / f"{origin}-then-{world}.pt")
-
-
-def main(folder: str, rank: int, world: int) -> None:
-    if world > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world
-        )
-    torch.save(results(rank, world), Path(folder) / f"{world}-{rank}.pt")
-    resumed(Path(folder), rank, world)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+def main(folder: Path, rank: int) -> None:
+    """Everything, for each number of ranks that this one belongs to."""
+    torch.set_num_threads(1)
+    meet = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=max(WORLDS))
+    groups = {w: dist.new_group(list(range(w))) if w > 1 else None for w in WORLDS}
+    groups = {world: group for world, group in groups.items() if rank < world}
+    for world, group in groups.items():
+        torch.save(results(rank, world, group), folder / f"{world}-{rank}.pt")
+        if (state := trained(rank, world, group, range(2))) is not None:
+            torch.save(state, folder / f"checkpoint-{world}.pt")
+    dist.barrier()
+    for world, group in groups.items():  # two more steps, from the checkpoint of each number
+        for origin in WORLDS:
+            state = torch.load(folder / f"checkpoint-{origin}.pt", weights_only=True)
+            if (state := trained(rank, world, group, range(2, 4), state)) is not None:
+                torch.save(state, folder / f"{origin}-then-{world}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from mclip import balance, cluster
-from mclip.distill import plan, trainer
+from mclip.distill import plan, terms, trainer
 from mclip.distill.identity import identity
 from mclip.distill.pairs import FOLDERS
 from mclip.params import Recipe
@@ -27,11 +27,10 @@ from .conftest import PX, RECIPES, TRAIN
 
 def make_run(student, training_set, tmp_path, name="clip", **changes) -> trainer.Run:
     recipe = RECIPES[name]
-    needs = recipe.weight.cluster or recipe.weight.instance
     spec = training_set(
         recipe.pairs,
         recipe.reinforced,
-        teacher="large" if needs else None,
+        teacher="large" if "teacher" in terms.needs(recipe.weight) else None,
         synthetic=recipe.synthetic,
         light_views=2,
     )
@@ -226,7 +225,7 @@ def one_step(run, **options):
     together = trainer.Together(model, objective)
     generator = torch.Generator().manual_seed(1)
     for p in objective.parameters():
-        if p.shape != objective.cluster.weight.shape:
+        if p is not objective.learned.cluster.weight:
             p.data = torch.randn(p.shape, generator=generator)
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(
@@ -481,5 +480,5 @@ def test_groups_name_every_parameter_once(student, training_set, tmp_path):
     together = trainer.Together(model, objective)
     groups = trainer.parameter_groups(together, TRAIN.model_copy(update={"lr_centres": 0.5}))
     assert sum(len(g["params"]) for g in groups) == len(list(together.parameters()))
-    assert groups[-1]["params"] == [objective.cluster.weight] and groups[-1]["peak"] == 0.5
+    assert groups[-1]["params"] == [objective.learned.cluster.weight] and groups[-1]["peak"] == 0.5
     shutil.rmtree(tmp_path, ignore_errors=True)
