@@ -80,8 +80,8 @@ class ClusterLoss(nn.Module):
     References
     ----------
     Yang et al., "CLIP-CID: Efficient CLIP Distillation via Cluster-Instance Discrimination",
-    arXiv 2408.09441; An et al., "Killing Two Birds with One Stone: Efficient and Robust Training
-    of Face Recognition CNNs by Partial FC", arXiv 2203.15565.
+    arXiv 2408.09441: cluster-level distillation. An et al., "Killing Two Birds with One Stone:
+    Efficient and Robust Training of Face Recognition CNNs by Partial FC", arXiv 2203.15565.
 
     Examples
     --------

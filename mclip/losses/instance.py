@@ -66,7 +66,7 @@ def instance_loss(
     References
     ----------
     Yang et al., "CLIP-CID: Efficient CLIP Distillation via Cluster-Instance Discrimination",
-    arXiv 2408.09441, section 3.3.
+    arXiv 2408.09441: instance-level distillation.
 
     Examples
     --------
