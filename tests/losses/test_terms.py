@@ -61,7 +61,7 @@ def test_a_new_loss_is_a_file_and_its_keys(toy, student, training_set, tmp_path)
     assert Recipe.model_validate(recipe.model_dump(by_alias=True)) == recipe
     data = {name: getattr(training_set("kept"), name) for name in ("pairs", "balance", "clusters")}
     data |= {name: getattr(training_set("kept"), name) for name in ("embeddings", "cache")}
-    (run,) = plan.plan(
+    (run,) = plan.runs_of(
         "toy",
         recipe,
         student,
@@ -91,7 +91,7 @@ def test_its_names_and_options_are_checked(toy):
         Recipe.model_validate(recipe | {"toy": {"pwoer": 1}})
     with pytest.raises(ValidationError, match=r"^1 validation(?s:.*)tyo\n  unknown key; did you"):
         Recipe.model_validate(recipe | {"tyo": {}})
-    with pytest.raises(ValidationError, match=r"kept or reinforced is needed for weight\.toy"):
+    with pytest.raises(ValidationError, match=r"pairs: kept is needed for weight\.toy"):
         Recipe.model_validate(recipe | {"pairs": "all"})
 
 
