@@ -113,7 +113,7 @@ def test_every_term_says_all_about_itself():
 @pytest.mark.parametrize("mixed", [0.0, 0.3, 1.0])
 def test_lambda_mixes_clip_and_affinity(mixed):
     weight = {"clip": 2.0, "affinity": 3.0}
-    recipe = {"title": "-", "pairs": "reinforced", "weight": weight, "lambda": mixed}
+    recipe = {"title": "-", "pairs": "kept", "reinforced": True, "weight": weight, "lambda": mixed}
     from mclip.distill.objective import Objective
 
     want = {"clip": 2 * (1 - mixed), "affinity": 3 * mixed}
@@ -124,7 +124,7 @@ def test_lambda_mixes_clip_and_affinity(mixed):
 
 
 def test_weights_are_those_of_the_terms():
-    weight = Recipe(title="-", pairs="reinforced", weight={"affinity": 1.0}).weight
+    weight = Recipe(title="-", pairs="kept", reinforced=True, weight={"affinity": 1.0}).weight
     assert list(weight) == [
         "clip",
         "cluster",
