@@ -29,7 +29,7 @@ from mclip.data.stores.embeddings import (
 )
 from mclip.system import progress
 from mclip.system.files import write_json, write_whole
-from mclip.system.workers import is_alone, run_tasks, worker_device
+from mclip.system.workers import decoding_processes, is_alone, run_tasks, worker_device
 
 
 def run(
@@ -54,7 +54,8 @@ def run(
     teachers : name -> open_clip model string: the entries of `teachers.models` that
         `embed.teachers` names.
     pairs : folder with the manifest of stage `data`.
-    decoders : decoding processes; 0 decodes in the one that embeds, None: see models.decoders.
+    decoders : decoding processes; 0 decodes in the one that embeds, None: see
+        mclip.system.workers.decoding_processes.
     workers, backend : processes that shards are dealt out to, each with a GPU of its own where
         there are any, see mclip.system.workers. They write the same bytes.
 
@@ -225,7 +226,7 @@ def _embed_shard(
         loader = DataLoader(
             shards.Pictures(samples, teacher.preprocess),
             batch_size=batch_size,
-            num_workers=models.decoders(device, decoders),
+            num_workers=decoding_processes(device, decoders),
             pin_memory=device.startswith("cuda"),
         )
         image = models.encode_images(teacher.model, _counted(loader, done), precision=precision)

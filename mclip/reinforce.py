@@ -27,7 +27,8 @@ from mclip.data.stores.reinforced import Shard
 from mclip.params import Reinforce
 from mclip.system.files import write_json
 from mclip.system.progress import bar
-from mclip.system.workers import is_alone, run_tasks, worker_device
+from mclip.system.threads import side_by_side
+from mclip.system.workers import decoding_processes, is_alone, run_tasks, worker_device
 
 
 class _Views(Dataset):
@@ -148,7 +149,7 @@ def run(
     balance : folder of `mclip.balance`: which pairs are kept.
     fraction : of the kept pairs, by a hash of the key (`shards.in_part`).
     cache : folder for the table in which shards find their keys.
-    decoders : processes that augment; None: see models.decoders.
+    decoders : processes that augment; None: see mclip.system.workers.decoding_processes.
 
     Returns
     -------
@@ -279,7 +280,7 @@ def reinforce_samples(
     loader = DataLoader(
         _Views(samples, settings),
         batch_size=max(1, settings.batch_size // settings.n_aug),
-        num_workers=models.decoders(device, decoders),
+        num_workers=decoding_processes(device, decoders),
     )
     encoders = [
         (models.image_encoder(m, settings.precision), models.image_size(m), *_normalisation(m))
@@ -299,7 +300,7 @@ def reinforce_samples(
         return torch.cat(parts, dim=-1).unflatten(0, augmented.shape[:2]).bfloat16()
 
     image_emb = []
-    for part in models.side_by_side(embed, views(), device):
+    for part in side_by_side(embed, views(), device):
         image_emb.append(part)
         done(len(part))
     captions = [[] for _ in samples]

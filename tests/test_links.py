@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mclip.balance import bounds, links
+from mclip.balance import links, prepared
 from mclip.balance.prepared import prepare
 from mclip.data.stores.rows import Rows
 
@@ -94,16 +94,16 @@ def test_axes_and_tiles_do_not_matter(options):
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"VISITS": 1, "PIECE": 2},
-        {"VISITS": 300, "PIECE": 3, "STRIP": 3},
-        {"WIDE": 5, "CHUNK": 17, "PIECE": 7, "VISITS": 100},
+        {"VISITS": 1, "PIECE": 2, "SCORED": 2},
+        {"VISITS": 300, "PIECE": 3, "SCORED": 3, "STRIP": 3},
+        {"WIDE": 5, "CHUNK": 17, "PIECE": 7, "SCORED": 7, "VISITS": 100},
         {"DENSE": 0.0},
         {"DENSE": 0.0, "CHUNK": 50, "GROUP": 13, "WIDE": 31, "FAILED": 1},
     ],
 )
 def test_pieces_do_not_matter(limit, sizes, monkeypatch):
     for name, value in ({"DENSE": 2.0} | sizes).items():
-        for module in [module for module in (links, bounds) if hasattr(module, name)]:
+        for module in [module for module in (links, prepared) if hasattr(module, name)]:
             monkeypatch.setattr(module, name, value)
     rows = spectrum()
     for cell in (3, 100):

@@ -10,7 +10,6 @@ import types
 import pytest
 import torch
 
-from mclip import models
 from mclip.system import workers
 from mclip.system.workers import WorkerError, run_tasks, worker_device
 
@@ -49,7 +48,11 @@ def test_gpus_are_dealt_out(monkeypatch):
 def test_a_worker_decodes_on_its_part_of_the_cores(of, cpu, cuda, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(workers, "_of", of)
-    assert [models.decoders("cpu"), models.decoders("cuda:1"), models.decoders("cuda", 3)] == [
+    assert [
+        workers.decoding_processes("cpu"),
+        workers.decoding_processes("cuda:1"),
+        workers.decoding_processes("cuda", 3),
+    ] == [
         cpu,
         cuda,
         3,

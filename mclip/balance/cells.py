@@ -10,11 +10,10 @@ can have a neighbour within e in B only if
 whichever way the rows were given to the cells: nothing here rests on exact k-means.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import torch
+
+from mclip.system.threads import side_by_side
 
 ITERATIONS = 5
 PER_CELL = 8  # rows that a centre is trained on
@@ -36,7 +35,7 @@ def assign(z: torch.Tensor, centres: torch.Tensor) -> np.ndarray:
             score.argmax(1).cpu() if score.is_cuda else score.numpy().argmax(1)
         )
 
-    for _ in threads(some, range(0, len(z), ROWS)):
+    for _ in side_by_side(some, range(0, len(z), ROWS), ahead=None):
         pass
     return label
 
@@ -78,7 +77,7 @@ def extents(z: torch.Tensor, starts: np.ndarray, centres: torch.Tensor) -> torch
         most += bias - bias[a]
         out[a] = (most + most.abs() * 2**-10 + 1e-7).half()  # never rounded to less
 
-    for _ in threads(one, range(len(centres))):
+    for _ in side_by_side(one, range(len(centres)), ahead=None):
         pass
     return out
 
@@ -100,24 +99,3 @@ def kd_order(points: np.ndarray, size: int) -> np.ndarray:
             order[start:stop] = part[np.argpartition(points[part, axis], middle)]
             stack += [(start, start + middle), (start + middle, stop)]
     return order
-
-
-def threads(work: Callable, items: Iterable) -> Iterator:
-    """work(item) of every item, on as many threads as torch has, each with one: the items are too
-    small to be cut.
-    """
-    count = torch.get_num_threads()
-    if count == 1:
-        yield from map(work, items)
-        return
-    try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures = [pool.submit(work, item) for item in items]
-            try:
-                for future in futures:
-                    yield future.result()
-            finally:
-                for future in futures:
-                    future.cancel()
-    finally:
-        torch.set_num_threads(count)

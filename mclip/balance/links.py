@@ -1,6 +1,6 @@
 """All pairs of rows within a distance, without measuring most pairs: exact, in a few bytes a row.
 
-Bounds (`mclip.balance.bounds`) rule pairs out before their full rows are read:
+Bounds (of `mclip.balance.prepared.Prepared`) rule pairs out before their full rows are read:
 
 1. `mclip.balance.cells` tells which cells of short rows (`mclip.balance.prepared`), and which rows
    of them, can have a pair at all: one product of 64 numbers for each row and cell, once for all
@@ -25,11 +25,10 @@ from functools import cache
 import numpy as np
 import torch
 
-from mclip.balance import bounds
-from mclip.balance.cells import threads
-from mclip.balance.prepared import Prepared
+from mclip.balance.prepared import SCORED, Prepared
 from mclip.balance.unionfind import minimum_forest
 from mclip.system import progress
+from mclip.system.threads import side_by_side
 
 GROUP = 256  # short rows that are multiplied by a chunk at once where cells rule little out
 WIDE = 512  # full rows, the same; also columns of a cell that is larger
@@ -107,7 +106,7 @@ def search(
         with progress.bar(
             desc=desc or "", unit="tile", total=len(todo), hidden=desc is None
         ) as bar:
-            for _ in threads(one, todo):
+            for _ in side_by_side(one, todo, ahead=None):
                 bar.set_postfix_str(f"{full:,} pairs measured", refresh=False)
                 bar.update()
     finally:
@@ -154,7 +153,7 @@ class _Search:
             self.prepared.starts,
             np.unique(np.linspace(first, last - 1, SOME).astype(np.int64)),
         )
-        visits = sum(len(place) for place, _ in bounds.visits(self.prepared, cells, self.limit))
+        visits = sum(len(place) for place, _ in self.prepared.visits(cells, self.limit))
         return (
             visits > DENSE * ((starts[cells + 1] - starts[cells]) * (len(starts) - 1 - cells)).sum()
         )
@@ -166,8 +165,8 @@ class _Search:
         kind = np.min_scalar_type(
             span * (len(starts) - 1 - first)
         )  # one number for a cell and a place: mostly uint32
-        keys, count = np.empty(max(VISITS, bounds.PIECE * (len(starts) - 1 - first)), kind), 0
-        for place, cell in bounds.visits(self.prepared, np.arange(first, last), self.limit):
+        keys, count = np.empty(max(VISITS, SCORED * (len(starts) - 1 - first)), kind), 0
+        for place, cell in self.prepared.visits(np.arange(first, last), self.limit):
             if count + len(place) > len(keys):
                 yield from self._by_cell(keys[:count], first, here, span)
                 count = 0
@@ -247,7 +246,7 @@ class _Search:
         a, b, value, measured = self._near(product, rows, low, sets, prepared.slack, few=few)
         a, b, value = self._keep(a, b, value, prepared.slack)
         if 0 < len(a) <= product.numel() // 16:
-            value = bounds.second_look(prepared, a, b, value)
+            value = prepared.second_look(a, b, value)
             near = value >= 1 - self.limit / 2 - prepared.slack_of_second
             a, b, value = a[near], b[near], value[near]
         # of sets' pairs few are measured, however many are left, if those that are measured join
@@ -358,11 +357,7 @@ class _Search:
             for at in range(0, len(now), BATCH):
                 x, y = a[now[at : at + BATCH]], b[now[at : at + BATCH]]
                 square = prepared.rows.squares(x, y) if self.squares else None
-                good = (
-                    square <= self.limit
-                    if self.squares
-                    else bounds.within(prepared, x, y, self.limit)
-                )
+                good = square <= self.limit if self.squares else prepared.within(x, y, self.limit)
                 with self.lock:
                     self.measured += len(good)
                     self.linked += np.count_nonzero(good)

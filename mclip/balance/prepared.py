@@ -12,15 +12,17 @@ bounds.
 """
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from mclip.balance.cells import assign, extents, kmeans, threads
+from mclip.balance.cells import assign, extents, kmeans
 from mclip.data.stores.rows import Rows
 from mclip.system import progress
+from mclip.system.threads import side_by_side
 
 AXES = 63  # with the residual's norm 64 coordinates: a twentieth of the bytes of 1,280 fp16 numbers
 FEWER = 31  # of narrow rows, where AXES would be many bytes
@@ -31,21 +33,26 @@ PARTS = 4  # tiles, at least: what several threads or workers share, and a kille
 LEAST = 2048  # rows a tile has at least
 MORE = 32  # the part of the width that the second look takes
 SAMPLE = 4096  # rows that the axes are computed from
+SCORED = 1024  # rows whose scores for all cells are held at once
+STRIP = 32  # cells held against all others at once
+ROUNDING = 1e-4  # of cells' scores, far above what float32 is off by
 BLOCK = 512  # rows read at once: larger pieces of memory are not given back when they are freed
 ROUNDED = 2.0**-10 + 2.0**-17  # what a product of unit rows is off by when both are rounded to fp16
 
 
 @dataclass
 class Prepared:
-    """Rows prepared for `mclip.balance.links.search`, sorted by cell; tiles of cells.
+    """Rows prepared for `mclip.balance.links.search`, sorted by cell; tiles of cells. Its methods
+    `visits`, `second_look` and `within` are the bounds that a search rules pairs out by.
 
-    order : (n,) row at each place. z : (n, k) fp16, the short rows in that order; tail : (n, m)
-        fp16, the coordinates
-    that follow and the norm of what is left then. starts : (cells + 1,) first place of each cell.
-        centres : (cells, k).
-    extent : (cells, cells) fp16, see `cells.extents`. tiles : (tiles + 1,) first cell of each tile.
-        inverse : (n,)
-    float64, 1 / norm of each row, in the rows' own order.
+    order : (n,) row at each place.
+    z : (n, k) fp16, the short rows in that order.
+    tail : (n, m) fp16, the coordinates that follow, and the norm of what is left then.
+    starts : (cells + 1,) first place of each cell.
+    centres : (cells, k).
+    extent : (cells, cells) fp16, see `cells.extents`.
+    tiles : (tiles + 1,) first cell of each tile.
+    inverse : (n,) float64, 1 / norm of each row, in the rows' own order.
     """
 
     rows: Rows
@@ -87,6 +94,54 @@ class Prepared:
         rows = self.order[places]
         return self.rows.unit32(rows, self.inverse[rows]).to(self.z.device)
 
+    def visits(self, cells: np.ndarray, limit: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Which rows of some cells may have a neighbour in which later cell, their own among them:
+        (m,) places and (m,) cells, a piece of a cell at a time.
+        """
+        starts, extent = self.starts, self.extent
+        for own in np.split(cells, range(STRIP, len(cells), STRIP)):
+            mine, centres = self.centres[torch.from_numpy(own)], self.centres[own[0] :]
+            bias = centres.square().sum(1) / -2
+            reach = torch.cdist(mine, centres, compute_mode="donot_use_mm_for_euclid_dist")
+            reach.mul_(limit**0.5 + ROUNDED).add_(ROUNDING).add_(extent[own[0] :, own].T)
+            may = (reach + extent[own, own[0] :] >= 0).cpu().numpy()
+            for k, c in enumerate(own):
+                others = c - own[0] + np.flatnonzero(may[k, c - own[0] :])  # itself the first
+                at = torch.from_numpy(others).to(centres.device)
+                across, offset, far = centres[at].T, bias[at], reach[k, at]
+                for low in range(starts[c], starts[c + 1], SCORED):
+                    score = torch.addmm(
+                        offset, self.z[low : min(low + SCORED, starts[c + 1])].float(), across
+                    )
+                    row, column = (
+                        score.sub_(score[:, :1].clone()).add_(far).cpu().numpy() >= 0
+                    ).nonzero()
+                    yield low + row, own[0] + others[column]
+
+    def second_look(self, a: np.ndarray, b: np.ndarray, value: np.ndarray) -> np.ndarray:
+        """A closer upper bound of the unit rows' product than that of the short rows: with the
+        tails' coordinates for the first residual norm.
+        """
+        z, tail = self.z, self.tail
+        x, y = torch.from_numpy(a).to(z.device), torch.from_numpy(b).to(z.device)
+        found = (
+            torch.linalg.vecdot(tail[x].float(), tail[y].float())
+            - z[x, -1].float() * z[y, -1].float()
+        )
+        return value + found.double().cpu().numpy()
+
+    def within(self, a: np.ndarray, b: np.ndarray, limit: float) -> np.ndarray:
+        """Is the squared distance of rows a[k] and b[k] at most the limit? In float32, in float64
+        where that can't tell.
+        """
+        left, right = (self.rows.unit32(x, self.inverse[x]) for x in (a, b))
+        square = 2 - 2 * torch.linalg.vecdot(left, right).double().numpy()
+        good = square <= limit
+        unsure = np.abs(square - limit) <= 2 * self.margin
+        if unsure.any():
+            good[unsure] = self.rows.squares(a[unsure], b[unsure]) <= limit
+        return good
+
 
 def prepare(
     rows: Rows,
@@ -99,18 +154,16 @@ def prepare(
 ) -> Prepared:
     """Read all rows once: norms, short rows, cells. RowsError names a row without a direction.
 
-    axes : leading coordinates; None: by the width, at most AXES. cell : rows a cell, on average;
-        None: CELL, more where
-    that were more than CELLS cells. tile : rows a tile, about; None: a part of `parts`, at most
-        TILE.
+    axes : leading coordinates; None: by the width, at most AXES.
+    cell : rows a cell, on average; None: CELL, more where that were more than CELLS cells.
+    tile : rows a tile, about; None: a part of `parts`, at most TILE.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     n, width = len(rows), rows.width
     k = min(axes or min(AXES, max(FEWER, width // 16 - 1)), width)
     more = min(width // MORE, width - k)
-    (basis,) = threads(
-        lambda count: _axes(rows, count), [k + more]
-    )  # one thread: several would wait by spinning
+    # on one thread: several would wait by spinning
+    (basis,) = side_by_side(lambda count: _axes(rows, count), [k + more])
     z, tail = (
         torch.empty(n, k + 1, dtype=torch.float16),
         torch.empty(n, more + 1, dtype=torch.float16),
@@ -130,7 +183,7 @@ def prepare(
             )
 
     with progress.bar(desc="balance: read", unit="row", total=n) as bar:
-        for _ in threads(shorten, range(0, n, BLOCK)):
+        for _ in side_by_side(shorten, range(0, n, BLOCK), ahead=None):
             bar.update(min(BLOCK, n - bar.n))
     centres = kmeans(z, max(1, n // (cell or max(CELL, n // CELLS))), where)
     label = assign(z, centres)

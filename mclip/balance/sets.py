@@ -28,10 +28,10 @@ import numpy as np
 import torch
 
 from mclip.balance import forest
-from mclip.balance.cells import threads
 from mclip.balance.components import components
 from mclip.data.stores.balance import Balance, BalanceError, convert
 from mclip.data.stores.rows import Rows, check_keys
+from mclip.system.threads import side_by_side
 
 CHUNK = 512  # rows read at once for the centroids
 
@@ -219,7 +219,7 @@ def _centroid_distance(
             difference = rows.unit(index[k : k + chunk]) - mean
             distance[index[k : k + chunk]] = np.sqrt(np.einsum("nd,nd->n", difference, difference))
 
-    for _ in threads(sets, pairwise(cuts)):
+    for _ in side_by_side(sets, pairwise(cuts), ahead=None):
         pass
     return distance
 

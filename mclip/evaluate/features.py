@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mclip.data.evalsets import Split, batches, same_pictures, without
-from mclip.models import image_encoder, side_by_side
+from mclip.models import image_encoder
+from mclip.system.threads import side_by_side
 
 
 def image_features(

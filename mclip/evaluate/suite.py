@@ -24,9 +24,10 @@ from mclip.data.evalsets import EvalError, Split, read_split
 from mclip.evaluate import probe, tasks
 from mclip.evaluate.features import image_features, once
 from mclip.evaluate.scores import Result
-from mclip.models import create, decoders, encode_texts, for_inference, logit_scale
+from mclip.models import create, encode_texts, for_inference, logit_scale
 from mclip.params import EvalSet, registry
 from mclip.system.progress import bar
+from mclip.system.workers import decoding_processes
 
 
 def evaluate_many(
@@ -109,7 +110,7 @@ def evaluate_many(
     result = Result([{} for _ in models], {}, [], {}, {}, {}, {}, {}, scale, {})
     loading = {
         "batch_size": batch_size,
-        "workers": decoders(device, workers),
+        "workers": decoding_processes(device, workers),
         "precision": precision,
         "known": [],
     }

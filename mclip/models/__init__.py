@@ -19,14 +19,12 @@
 from mclip.models import fastvit, mct, resnet, tokens  # noqa: F401 - they register towers and encoders
 from mclip.models.factory import ModelError, create, export, image_size, logit_scale, weights_sha256
 from mclip.models.inference import (
-    decoders,
     encode_images,
     encode_texts,
     encode_texts_with_all,
     for_inference,
     image_encoder,
     resolve_precision,
-    side_by_side,
 )
 
 mct.register()
@@ -34,7 +32,6 @@ mct.register()
 __all__ = [
     "ModelError",
     "create",
-    "decoders",
     "encode_images",
     "encode_texts",
     "encode_texts_with_all",
@@ -44,6 +41,5 @@ __all__ = [
     "image_size",
     "logit_scale",
     "resolve_precision",
-    "side_by_side",
     "weights_sha256",
 ]

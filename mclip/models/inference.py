@@ -11,9 +11,8 @@ transposed input of attention there, in bf16 on a CPU with AMX: a ViT-B/16 with 
 
 import collections
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import open_clip.hf_model
 import torch
@@ -27,9 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mclip.system.precision import resolve_precision
-from mclip.system.workers import worker_cores
+from mclip.system.threads import side_by_side
 
-T, R = TypeVar("T"), TypeVar("R")
 SCALES = (LayerScale2d, fastvit.LayerScale2d)  # x -> gamma x, a factor a channel
 
 
@@ -210,50 +208,6 @@ def _encode_texts(
     for own in zip(*parts, strict=True):
         found.append(torch.cat(own)[back][[row[text] for text in texts]])
     return found
-
-
-def decoders(device: str | torch.device, workers: int | None = None) -> int:
-    """`workers`, or as many decoding processes as keep an encoder busy.
-
-    On few CPU cores that is none: this thread decodes while others encode (see `side_by_side`), and
-    ten per cent are gained that processes spend on handing pictures over.
-    """
-    cores = worker_cores()
-    return (
-        workers
-        if workers is not None
-        else min(8, cores)
-        if torch.device(device).type == "cuda"
-        else cores // 8
-    )
-
-
-def side_by_side(
-    work: Callable[[T], R], batches: Iterable[T], device: str | torch.device = "cpu"
-) -> Iterator[R]:
-    """work(batch) for every batch in order, without gradients; on the CPU as many at once as torch
-    has threads.
-
-    A small network's layers are too short to be cut over cores: whole batches side by side keep all
-    of them busy, also where another process takes one away now and then. The values are those of
-    one thread.
-    """
-    threads = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
-    quiet = torch.no_grad()(work)  # in the thread that does the work: the mode is a thread's own
-    if threads == 1:
-        yield from map(quiet, batches)
-        return
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            waiting: collections.deque[Future[R]] = collections.deque()
-            for batch in batches:
-                waiting.append(pool.submit(quiet, batch))
-                if len(waiting) > threads + 1:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-    finally:
-        torch.set_num_threads(threads)
 
 
 def is_folded(model: nn.Module) -> bool:

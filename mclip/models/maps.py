@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from mclip import models
 from mclip.models.factory import preprocessing
+from mclip.system.threads import side_by_side
 
 BATCH = 8  # pictures at once: enlarged ones take memory
 
@@ -161,7 +162,7 @@ def feature_maps(eye: Eye, images: Sequence[Image.Image]) -> np.ndarray:
         maps = feature_map(eye.model, wide).float().cpu()
         return maps[:, margin : maps.shape[1] - margin, margin : maps.shape[2] - margin]
 
-    return torch.cat(list(models.side_by_side(one, _batches(eye, images)))).numpy()
+    return torch.cat(list(side_by_side(one, _batches(eye, images)))).numpy()
 
 
 def _is_convolutional(visual: nn.Module) -> bool:
@@ -181,7 +182,7 @@ def caption_maps(
     """
     flat = models.encode_texts(eye.model, eye.tokenizer, [text for own in captions for text in own])
     texts = flat.double().unflatten(0, (len(images), -1))
-    found = models.side_by_side(
+    found = side_by_side(
         lambda batch: (
             embed_cells(eye.model, feature_map(eye.model, batch)).float(),
             eye.model.encode_image(batch).float(),
