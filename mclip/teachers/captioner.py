@@ -32,9 +32,13 @@ from torch import Tensor, nn
 
 from mclip import models, params
 from mclip.data import fetch, shards
+from mclip.losses import clip_loss
 from mclip.models.factory import preprocessing
 from mclip.system import progress
 from mclip.system.files import whole_folder, write_json, write_whole
+from mclip.system.schedule import FIRST, learning_rate
+from mclip.system.threads import side_by_side
+from mclip.system.workers import decoding_processes
 from mclip.teachers import align
 
 PAD, START, END = "<pad>", "<start>", "<end>"  # ids 0, 1, 2
@@ -98,12 +102,13 @@ def fit(
         betas=(0.9, 0.98),
         fused=True,
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, p.lr, total_steps=max(p.steps, 2), pct_start=0.1, cycle_momentum=False
-    )
+    last = max(p.steps, 2) - 1  # as torch's OneCycleLR with pct_start 0.1 counts
+    shape = {"minimum": p.lr / FIRST / 1e4, "warmup": 0.1 * (last + 1) - 1, "rise": "cosine"}
     order, rows = torch.empty(0, dtype=torch.long), []
     batch = min(p.batch_size, len(features))
     for step in progress.bar(range(p.steps), desc="train captioner", unit="step"):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, last, p.lr, **shape)
         if len(order) < batch:
             order = torch.cat([order, torch.randperm(len(features), generator=generator)])
         pick, order = order[:batch], order[batch:]
@@ -114,14 +119,13 @@ def fit(
         caption = F.cross_entropy(
             out["logits"].transpose(1, 2), out["labels"], ignore_index=model.pad_id
         )
-        clip = align.masked_clip_loss(
-            out["image_features"], out["text_features"], out["logit_scale"], caption_of[pick]
-        )
+        # the scale goes to the rows first: in another order the last bit differs
+        scaled = out["logit_scale"] * out["image_features"]
+        clip = clip_loss(scaled, out["text_features"], 1.0, ids=caption_of[pick])
         optimizer.zero_grad()
         (2 * caption + clip).backward()
         nn.utils.clip_grad_norm_(decay + plain, 1.0)
         optimizer.step()
-        schedule.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=float(np.log(100)))
         rows.append((step, caption.item(), clip.item()))
@@ -255,12 +259,12 @@ def _features(model: nn.Module, samples: list, size: int, workers: int | None) -
     loader = torch.utils.data.DataLoader(
         shards.Pictures(samples, preprocessing(size, align.PREPROCESS)),
         batch_size=64,
-        num_workers=models.decoders("cpu", workers),
+        num_workers=decoding_processes("cpu", workers),
     )
     batches = progress.bar(loader, desc="captioner features", unit="batch")
     return torch.cat(
         list(
-            models.side_by_side(
+            side_by_side(
                 lambda b: fast.features(b.to(memory_format=torch.channels_last)).half(), batches
             )
         )

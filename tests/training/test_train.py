@@ -3,7 +3,6 @@ splits without changing.
 """
 
 import dataclasses
-import itertools
 import shutil
 import signal
 import subprocess
@@ -460,17 +459,6 @@ def test_planning_and_waiting_need_neither_torch_nor_open_clip():
         ).stdout
         == "[]\n"
     )
-
-
-def test_learning_rate_warms_up_and_falls_to_its_floor():
-    t = TRAIN.model_copy(update={"warmup_steps": 10, "lr_min": 1e-5})
-    lr = [trainer.learning_rate(i, 100, t, 1e-3) for i in range(101)]
-    assert (
-        lr[0] == pytest.approx(1e-4)
-        and lr[9] == pytest.approx(1e-3)
-        and lr[100] == pytest.approx(1e-5)
-    )
-    assert all(a >= b for a, b in itertools.pairwise(lr[10:]))
 
 
 def test_groups_name_every_parameter_once(student, training_set, tmp_path):
