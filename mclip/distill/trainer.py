@@ -33,20 +33,12 @@ from mclip.distill.runs import Run
 from mclip.distill.step import Together, averaged_over_ranks, backward
 from mclip.distill.vocabulary import Kept, shrink
 from mclip.losses.backends import is_plain
-from mclip.models.pointwise import sidestep
 from mclip.params import Train
 from mclip.system.files import whole, write_whole
 from mclip.system.progress import bar
+from mclip.system.schedule import learning_rate
 
 HISTORY_EVERY = 10  # steps a row of history.csv is the mean of
-
-
-def learning_rate(step: int, steps: int, train: Train, peak: float) -> float:
-    """Linear warm-up, then cosine to lr_min; step is 0-based."""
-    if step < train.warmup_steps:
-        return peak * (step + 1) / train.warmup_steps
-    done = (step - train.warmup_steps) / max(1, steps - train.warmup_steps)
-    return train.lr_min + (peak - train.lr_min) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def parameter_groups(together: Together, train: Train) -> list[dict]:
@@ -88,7 +80,6 @@ def steps(run: Run) -> Iterator[int]:
     student, _, _, tokenizer = models.create(run.student, device=device)
     if run.data.image_px is None:
         run = replace(run, data=replace(run.data, image_px=models.image_size(student)))
-    sidestep(student)
     student.train().to(memory_format=torch.channels_last)
     if t.grad_checkpoint:
         student.set_grad_checkpointing()
@@ -123,7 +114,9 @@ def steps(run: Run) -> Iterator[int]:
     for step in range(start, total):
         batch = {k: v.to(device, non_blocking=True) for k, v in following.items()}
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, total, t, group["peak"])
+            group["lr"] = learning_rate(
+                step, total, group["peak"], minimum=t.lr_min, warmup=t.warmup_steps
+            )
         found = backward(
             wrapped, together, batch, mean, std, precision, t.accumulate, t.grad_checkpoint
         )

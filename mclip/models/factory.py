@@ -36,6 +36,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors.torch import save_file
 
 from mclip.models import weights
+from mclip.models.fastvit import avoid_crash
 from mclip.models.inference import is_folded
 
 CONFIG_FILE = "open_clip_config.json"
@@ -111,6 +112,7 @@ def create(
         raise ModelError(
             f"{name}: {_misfit(name, arch, tag, overrides) or _first_line(err)}"
         ) from err
+    avoid_crash(model)
     model.mclip = {"name": name, "config": config, "tokenizer": tokenizer}
     return model.eval(), train, evaluate, tokenizer
 

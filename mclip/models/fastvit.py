@@ -25,6 +25,10 @@ ResNet 41.6 and 13.8; what the default gives now: reports/ablations/students.ipy
 
 from timm.models import register_model
 from timm.models.fastvit import FastVit
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FEW = 8  # input channels from which on oneDNN is right
 
 
 @register_model
@@ -63,3 +67,54 @@ def mclip_mci_s16(pretrained: bool = False, **kwargs) -> FastVit:
         "classifier": "head.fc",
     }
     return model
+
+
+class StridedPointwise(nn.Conv2d):
+    """A strided 1 x 1 convolution as one without a stride on the positions that it reads: the same
+    values.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        down, across = self.stride
+        return F.conv2d(x[..., ::down, ::across], self.weight, self.bias, groups=self.groups)
+
+
+def avoid_crash(model: nn.Module) -> int:
+    """Put a `StridedPointwise` in place of every convolution of a model that oneDNN may crash on.
+
+    MobileCLIP's stems have one: 1 x 1, with a stride, from three channels. On a CPU, in
+    channels-last memory, the backward pass of such a convolution of fewer than eight channels
+    writes past its workspace (https://github.com/uxlfoundation/oneDNN/issues/6035, with torch 2.15
+    on CPUs without AVX-512): the process ends with a segmentation fault or, worse, goes on.
+
+    Returns
+    -------
+    how many there were.
+    """
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if type(module) is nn.Conv2d and _crashes(module)
+    ]
+    for name, old in found:
+        new = nn.utils.skip_init(
+            StridedPointwise,
+            old.in_channels,
+            old.out_channels,
+            1,
+            old.stride,
+            groups=old.groups,
+            bias=old.bias is not None,
+        )
+        new.weight, new.bias, new.training = old.weight, old.bias, old.training
+        model.set_submodule(name, new)
+    return len(found)
+
+
+def _crashes(conv: nn.Conv2d) -> bool:
+    return (
+        conv.kernel_size == (1, 1)
+        and max(conv.stride) > 1
+        and conv.padding in ((0, 0), "valid")
+        and conv.in_channels < FEW
+    )
