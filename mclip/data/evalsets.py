@@ -21,6 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mclip.data.shards import decode
+
 IMAGES = ("png", "jpg", "jpeg", "webp")
 
 
@@ -204,11 +206,7 @@ def at_hand(name: str, sets: Mapping[str, Any], task: str | None = None) -> str:
 
 def read_image(place: tuple[str, int, int]) -> Image.Image:
     """One picture as RGB, transparent parts on white."""
-    image = Image.open(io.BytesIO(_bytes(place)))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return decode(_bytes(place))
 
 
 def same_pictures(a: Split, b: Split) -> bool:
