@@ -349,21 +349,21 @@ def balance(parser: Parser) -> Run:
     parser.add_argument(
         "--key",
         metavar="COLUMN",
-        help="metadata column that names a sample (default: the first of uid, key, image_path)",
+        help="metadata column that names a sample (default: the first of key, uid, image_path)",
     )
     _workers(parser, "1, this one, with a thread a core")
 
     def work(args: argparse.Namespace) -> int:
         from mclip.balance import balance, convert, write
-        from mclip.data.stores.rows import read_folder
+        from mclip.data.stores import embeddings as embedding_store
 
         convert(args.threshold, args.metric)  # fails for a threshold out of range
-        files, keys = read_folder(args.embeddings, args.key)
-        if keys is None:
+        found = embedding_store.index(args.embeddings, args.key)
+        if not found.has_metadata:
             print(f"{args.embeddings}/metadata: none; row numbers name samples", file=sys.stderr)
         result = balance(
-            files,
-            keys,
+            found.image,
+            found.keys,
             threshold=args.threshold,
             metric=args.metric,
             state=Path(args.out) / ".balance-state.npz",

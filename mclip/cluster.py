@@ -16,7 +16,8 @@ import faiss
 import numpy as np
 
 from mclip.data.stores.clusters import ClusterError, Clusters, read, write
-from mclip.data.stores.rows import Rows, RowsError, check_keys
+from mclip.data.stores.embeddings import EmbeddingsError
+from mclip.data.stores.rows import Rows, check_keys
 
 BLOCK = 65536  # rows held at once
 # images a cluster below which a warning is due: such centres are hardly more than single images
@@ -129,4 +130,4 @@ def _blocks(rows: Rows, index: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         yield s, rows.unit(index[s : s + BLOCK]).astype(np.float32)
 
 
-__all__ = ["ClusterError", "Clusters", "RowsError", "assign", "cluster", "read", "write"]
+__all__ = ["ClusterError", "Clusters", "EmbeddingsError", "assign", "cluster", "read", "write"]

@@ -22,7 +22,9 @@ from mclip.balance import (
     spanning_forest,
     write,
 )
-from mclip.data.stores.rows import Rows, RowsError
+from mclip.data.stores import embeddings as embedding_store
+from mclip.data.stores.embeddings import EmbeddingsError
+from mclip.data.stores.rows import Rows
 from mclip.system.workers import WorkerError, run_tasks
 
 DISTANCE = {
@@ -224,21 +226,21 @@ def changed(value, row=3):
 @pytest.mark.parametrize(
     ("rows", "keys", "options", "error", "message"),
     [
-        (changed(np.nan), None, {}, RowsError, "embeddings: row 3 is not finite"),
-        (changed(np.inf), None, {}, RowsError, "embeddings: row 3 is not finite"),
-        (changed(0.0), None, {}, RowsError, "embeddings: row 3 is all zeros"),
+        (changed(np.nan), None, {}, EmbeddingsError, "embeddings: row 3 is not finite"),
+        (changed(np.inf), None, {}, EmbeddingsError, "embeddings: row 3 is not finite"),
+        (changed(0.0), None, {}, EmbeddingsError, "embeddings: row 3 is all zeros"),
         (
             clumps(),
             ["a"] * 2 + [str(i) for i in range(68)],
             {},
-            RowsError,
+            EmbeddingsError,
             "keys: a occurs 2 times, 1 keys are",
         ),
-        (clumps(), ["a"], {}, RowsError, "keys: 1 for 70 embeddings"),
-        (np.empty((0, 4)), None, {}, RowsError, "there are no rows"),
-        ([], None, {}, RowsError, "there are no rows"),
-        (np.ones(4), None, {}, RowsError, r"expected floats of shape \(n, d\)"),
-        (np.ones((4, 4), int), None, {}, RowsError, r"expected floats of shape \(n, d\)"),
+        (clumps(), ["a"], {}, EmbeddingsError, "keys: 1 for 70 embeddings"),
+        (np.empty((0, 4)), None, {}, EmbeddingsError, "there are no rows"),
+        ([], None, {}, EmbeddingsError, "there are no rows"),
+        (np.ones(4), None, {}, EmbeddingsError, r"expected floats of shape \(n, d\)"),
+        (np.ones((4, 4), int), None, {}, EmbeddingsError, r"expected floats of shape \(n, d\)"),
         (
             clumps(),
             None,
@@ -281,7 +283,7 @@ def test_errors_name_the_file(tmp_path):
         ([good, cut], "cut.npy: not a whole .npy file"),
         ([good, tmp_path / "none.npy"], "none.npy: no such file"),
     ]:
-        with pytest.raises(RowsError, match=message):
+        with pytest.raises(EmbeddingsError, match=message):
             balance(files, threshold=0.1, metric="sql2")
 
 
@@ -324,6 +326,24 @@ def clip_retrieval_folder(folder, rows, column, keys, cuts=(0, 20, 70)):
     return folder
 
 
+def test_the_command_and_the_pipeline_name_samples_alike(tmp_path, capsys):
+    """A folder whose metadata has key, uid and image_path, as DataComp's does."""
+    keys, uids = [f"k{69 - i:02d}" for i in range(70)], [f"{i:032x}" for i in range(70)]
+    folder = clip_retrieval_folder(tmp_path / "emb", clumps(), "key", keys)
+    for k, (s, e) in {9: (0, 20), 10: (20, 70)}.items():
+        paths = [f"{i}.jpg" for i in range(s, e)]
+        table = pd.DataFrame({"image_path": paths, "uid": uids[s:e], "key": keys[s:e]})
+        table.to_parquet(folder / f"metadata/metadata_{k}.parquet")
+    args = [str(folder), str(tmp_path / "out"), "--threshold", "0.1", "--metric", "sql2"]
+    for option, column in [([], keys), (["--key", "uid"], uids)]:
+        assert cli.main(["balance", *args, *option]) == 0
+        assert read(tmp_path / "out").keys.tolist() == column
+    assert embedding_store.index(folder).keys.tolist() == keys
+    assert embedding_store.load(folder).keys == keys
+    assert embedding_store.index(folder, "uid").keys.tolist() == uids
+    capsys.readouterr()
+
+
 def run_cli(*args):
     return subprocess.run(
         [sys.executable, "-m", "mclip.balance", *map(str, args)], capture_output=True, text=True
@@ -353,7 +373,7 @@ def test_cli_errors_are_one_line(tmp_path, capsys):
         tmp_path / "emb", clumps(), "image_path", [str(i) for i in range(70)]
     )
     for args, message in [
-        ((tmp_path / "none",), "none/img_emb: no img_emb_*.npy files"),
+        ((tmp_path / "none",), "none/img_emb is missing (clip-retrieval's layout is expected"),
         ((folder, "--key", "url"), "no column url"),
         ((folder, "--threshold", "9"), "threshold: with metric sql2"),
     ]:
@@ -389,7 +409,7 @@ def test_cli_without_metadata_and_with_too_little(tmp_path, capsys):
     assert "there is no parquet file for img_emb_10.npy" in capsys.readouterr().err
     (folder / "metadata/metadata_9.parquet").unlink()
     assert cli.main(["balance", *args]) == 0
-    assert read(tmp_path / "out").keys.tolist() == list(range(70))
+    assert read(tmp_path / "out").keys.tolist() == [f"{i:09d}" for i in range(70)]
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):

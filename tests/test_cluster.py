@@ -6,7 +6,7 @@ import pytest
 
 from mclip.cluster import ClusterError, assign, cluster, read, write
 from mclip.data.stores import clusters as cluster_store
-from mclip.data.stores.rows import RowsError
+from mclip.data.stores.embeddings import EmbeddingsError
 
 
 def blobs(n=400, k=5, d=8, seed=0):
@@ -136,7 +136,7 @@ def test_wrong_k(k, message):
 def test_bad_rows():
     rows, _ = blobs(n=6)
     rows[2] = np.nan
-    with pytest.raises(RowsError, match="row 2 is not finite"):
+    with pytest.raises(EmbeddingsError, match="row 2 is not finite"):
         cluster(rows, 2, iterations=2, seed=0)
     with pytest.raises(ClusterError, match=r"cluster\.iterations"):
         cluster(blobs(n=6)[0], 2, iterations=0, seed=0)

@@ -367,7 +367,6 @@ def here():
 ALGORITHM = {
     "balance/sets.py",
     "balance/links.py",
-    "balance/bounds.py",
     "balance/cells.py",
     "balance/components.py",
     "balance/forest.py",

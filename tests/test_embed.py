@@ -164,12 +164,49 @@ def test_bad_row_is_named(tmp_path, value, word):
 
 
 def test_missing_and_truncated(tmp_path):
-    with pytest.raises(embed.EmbeddingsError, match="img_emb is missing"):
+    with pytest.raises(embed.EmbeddingsError, match="img_emb is missing .clip-retrieval"):
         embed.load(tmp_path)
     foreign(tmp_path, {"0": np.ones((5, 4), np.float16)})
     file = tmp_path / "img_emb/img_emb_0.npy"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(embed.EmbeddingsError, match=r"img_emb_0.npy: not a whole"):
+        embed.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"caption": ["a", "b"]}, "no column key, uid, image_path to name samples .there are capt"),
+        ({"key": ["a", None]}, "metadata_1.parquet: row 1 has no key"),
+        ({"key": ["a"]}, "metadata_1.parquet has 1 rows, img_emb_1.npy has 2"),
+        (None, "metadata: there is no parquet file for img_emb_1.npy"),
+        (b"", "metadata_1.parquet: not a whole parquet file"),
+    ],
+)
+@pytest.mark.parametrize("read", [embedding_store.load, embedding_store.index])
+def test_broken_metadata_is_named(tmp_path, table, message, read):
+    foreign(tmp_path, {i: np.ones((2, 4), np.float16) for i in range(2)})
+    (tmp_path / "metadata").mkdir()
+    pd.DataFrame({"key": ["c", "d"]}).to_parquet(tmp_path / "metadata/metadata_0.parquet")
+    file = tmp_path / "metadata/metadata_1.parquet"
+    if isinstance(table, dict):
+        pd.DataFrame(table).to_parquet(file)
+    elif table is not None:
+        file.write_bytes(table)
+    with pytest.raises(embed.EmbeddingsError, match=message):
+        read(tmp_path)
+
+
+def test_broken_text_rows_and_numbers_are_named(tmp_path):
+    foreign(tmp_path, {"0": np.ones((2, 4), np.float16)})
+    (tmp_path / "text_emb").mkdir()
+    np.save(tmp_path / "text_emb/text_emb_0.npy", np.ones((3, 4), np.float16))
+    with pytest.raises(
+        embed.EmbeddingsError, match=r"text_emb_0.npy: 3 text rows, img_emb_0.npy has 2"
+    ):
+        embed.load(tmp_path)
+    np.save(tmp_path / "img_emb/img_emb_00.npy", np.ones((2, 4), np.float16))
+    with pytest.raises(embed.EmbeddingsError, match=r"img_emb_00.npy: img_emb_0.npy has the same"):
         embed.load(tmp_path)
 
 
@@ -226,9 +263,9 @@ def test_no_file_of_a_folder_stays_open(tmp_path):
         np.save(tmp_path / f"img_emb/img_emb_{i}.npy", rows[[i % 4]])
     code = (
         "import resource, sys, numpy; resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))\n"
-        "from mclip.data import embedded\n"
-        "assert embedded.load(sys.argv[1]).image.argmax(1).tolist() == [i % 4 for i in range(400)]\n"
-        "assert len(embedded.index(sys.argv[1]).image) == 400"
+        "from mclip.data.stores import embeddings\n"
+        "assert embeddings.load(sys.argv[1]).image.argmax(1).tolist() == [i % 4 for i in range(400)]\n"
+        "assert len(embeddings.index(sys.argv[1]).image) == 400"
     )
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], check=True, cwd=Path(__file__).parents[1]

@@ -152,7 +152,8 @@ def prepare(
     cell: int | None = None,
     device: str | None = None,
 ) -> Prepared:
-    """Read all rows once: norms, short rows, cells. RowsError names a row without a direction.
+    """Read all rows once: norms, short rows, cells. EmbeddingsError names a row without
+    a direction.
 
     axes : leading coordinates; None: by the width, at most AXES.
     cell : rows a cell, on average; None: CELL, more where that were more than CELLS cells.

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mclip.data.stores import lookup
+from mclip.data.stores.lookup import as_keys
 from mclip.system.files import whole
 
 METRICS = ("l2", "sql2", "cosine")
@@ -163,9 +164,3 @@ def table(folder: str | Path) -> Path:
 
 def _other(path: Path, err: Exception) -> BalanceError:
     return BalanceError(f"{path} is no file of mclip.balance: run `dvc repro -f balance` ({err})")
-
-
-def as_keys(keys) -> np.ndarray:
-    """Keys as an array of integers or strings."""
-    keys = np.asarray(keys)
-    return keys if keys.dtype.kind in "iu" else keys.astype(str)

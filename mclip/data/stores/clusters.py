@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mclip.data.stores.balance import as_keys
+from mclip.data.stores.lookup import as_keys
 from mclip.system.files import whole
 
 ABOUT = b"mclip.cluster"  # of the table's metadata

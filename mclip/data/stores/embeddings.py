@@ -5,15 +5,18 @@
     FOLDER/metadata/metadata_0000.parquet    key, image_path (= key), caption
     FOLDER/meta.json                         which model and weights, which input shards
 
-Of clip-retrieval's: no zero padding or any, files in natural order, metadata and text optional,
-rows normalised if they are not. Apart from how embeddings are made, so that who only reads them is
-not made anew when a model's code changes.
+Of clip-retrieval's: no zero padding or any, files in the order of their numbers, metadata and text
+optional, rows normalised if they are not. A sample's name is what the metadata has in the first of
+the columns `key`, `uid` and `image_path` that there is (so DataComp's uid where nothing else names
+a sample), or in the column that the caller asks for; without metadata it is the row's number in
+nine digits.
 
     embeddings = mclip.data.stores.embeddings.load("data/embeddings/large")
     embeddings.image        # (n, d) fp16
 
 Web sets are too large for that: `index` has their keys and files and reads no row, `load_shard`
-reads one shard.
+reads one shard. Kept separate from `mclip.embed`, so that readers of embeddings do not rerun when
+the code that makes them changes.
 """
 
 import json
@@ -22,13 +25,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from mclip.data.stores.lookup import as_keys
+
+NAMES = ("key", "uid", "image_path")  # metadata columns that name a sample, the first there is
 PARTS = {"img_emb": ".npy", "text_emb": ".npy", "metadata": ".parquet"}
 
 
 class EmbeddingsError(ValueError):
-    """A folder of embeddings is missing or broken; the message names the file, and the row."""
+    """Embeddings or their keys are missing or broken; the message names the file, the row or the
+    key.
+    """
 
 
 @dataclass(frozen=True)
@@ -57,11 +66,15 @@ class Index:
     """A folder without its rows: row i of the files in `image`, one after the other, belongs to
     `keys[i]` and comes from the file numbered `shard[i]`. What takes a list of files
     (`mclip.data.stores.rows.Rows`) reads them block by block.
+
+    keys : (n,) strings, or integers where the metadata has integers. has_metadata : False where
+        they are row numbers.
     """
 
     keys: np.ndarray
     image: list[Path]
     shard: np.ndarray
+    has_metadata: bool = True
 
 
 def load(folder: str | Path, limit: int | None = None) -> Embeddings:
@@ -72,7 +85,7 @@ def load(folder: str | Path, limit: int | None = None) -> Embeddings:
     """
     folder = Path(folder)
     files, meta = _image_files(folder)
-    rows = [len(_rows(path)) for path in files.values()]
+    rows = [len(open_rows(path)) for path in files.values()]
     if limit is not None and sum(rows) > limit:
         few = max(1, int(limit / (sum(rows) / len(rows))))
         places = np.unique(np.linspace(0, len(rows) - 1, few).round().astype(int))
@@ -81,37 +94,45 @@ def load(folder: str | Path, limit: int | None = None) -> Embeddings:
             [rows[i] for i in places],
         )
     image = _stack(list(files.values()))
-    text_files = _numbered(folder, "text_emb")
-    if limit is not None:
-        text_files = {number: path for number, path in text_files.items() if number in files}
-    text = _stack(list(text_files.values())) if text_files else None
-    if text is not None and len(text) != len(image):
-        raise EmbeddingsError(f"{folder}: {len(image)} image rows but {len(text)} text rows")
-    keys, captions = _keys(folder, files, len(image), _numbered(folder, "metadata"))
-    scale = float(meta.get("logit_scale", 100.0))
+    texts = _numbered(folder, "text_emb")
+    if texts:
+        texts = {n: _text_file(folder, texts.get(n), files[n]) for n in files}
+    text = _stack(list(texts.values())) if texts else None
+    keys, captions = _metadata(folder, files, rows)
     return Embeddings(
-        keys, image, text, scale, meta.get("model", ""), captions, np.repeat(list(files), rows)
+        keys.astype(str).tolist(),
+        image,
+        text,
+        float(meta.get("logit_scale", 100.0)),
+        meta.get("model", ""),
+        captions,
+        np.repeat(list(files), rows),
     )
 
 
-def index(folder: str | Path) -> Index:
-    """Keys and image files of a folder; EmbeddingsError as in `load`, but for what only the rows
-    would tell.
+def index(folder: str | Path, key: str | None = None) -> Index:
+    """Keys and image files of a folder, ours or clip-retrieval's; no row is read.
+
+    Parameters
+    ----------
+    folder : with img_emb/ and, unless rows shall be named by their numbers, metadata/.
+    key : the metadata column that names a sample; None: the first there is of `NAMES`.
+
+    Raises
+    ------
+    EmbeddingsError : one line: no image files, a file that is not whole, no metadata for an image
+        file or not as many rows, no such column, a row without a key.
     """
     folder = Path(folder)
     files, _ = _image_files(folder)
-    tables = _numbered(folder, "metadata")
-    rows = [len(_rows(path)) for path in files.values()]
-    shard = np.repeat(list(files), rows)
-    if not tables:
-        return Index(
-            np.array([f"{i:09d}" for i in range(len(shard))], str), list(files.values()), shard
-        )
-    keys = [
-        np.array(_keys(folder, {number: path}, n, tables)[0], str)
-        for (number, path), n in zip(files.items(), rows, strict=True)
-    ]
-    return Index(np.concatenate(keys), list(files.values()), shard)
+    rows = [len(open_rows(path)) for path in files.values()]
+    keys, _ = _metadata(folder, files, rows, key)
+    return Index(
+        keys,
+        list(files.values()),
+        np.repeat(list(files), rows),
+        has_metadata=bool(_numbered(folder, "metadata")),
+    )
 
 
 def load_shard(folder: str | Path, number: int) -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -124,11 +145,9 @@ def load_shard(folder: str | Path, number: int) -> tuple[list[str], np.ndarray, 
     for path in files.values():
         if not path.is_file():
             raise EmbeddingsError(f"{path} is missing: run `dvc repro embed` first")
-    image, text = (_rows(files[part]) for part in ("img_emb", "text_emb"))
-    keys, _ = _keys(
-        Path(folder), {number: files["img_emb"]}, len(image), {number: files["metadata"]}
-    )
-    return keys, image, text
+    image, text = (open_rows(files[part]) for part in ("img_emb", "text_emb"))
+    keys, _ = _read_table(files["metadata"], files["img_emb"], len(image), None)
+    return keys.astype(str).tolist(), image, text
 
 
 def part_file(folder: Path, part: str, number: int) -> Path:
@@ -152,7 +171,8 @@ def _image_files(folder: Path) -> tuple[dict[int, Path], dict]:
     files = _numbered(folder, "img_emb")
     if not files:
         ours = folder.parts[-3:-1] == ("data", "embeddings")
-        todo = ": run `dvc repro embed` first" if ours else " (expected img_emb/img_emb_0.npy, ...)"
+        layout = " (clip-retrieval's layout is expected: img_emb/img_emb_0.npy, ...)"
+        todo = ": run `dvc repro embed` first" if ours else layout
         raise EmbeddingsError(f"{folder}/img_emb is missing{todo}")
     meta = read_meta(folder)
     if meta and len(meta["shards"]) > len(files):
@@ -165,21 +185,37 @@ def _image_files(folder: Path) -> tuple[dict[int, Path], dict]:
 
 def _numbered(folder: Path, part: str) -> dict[int, Path]:
     """The files PART/PART_<number>.* of a folder by their number, in its order."""
-    found = {}
-    for path in (folder / part).glob(f"*{PARTS[part]}"):
-        if not path.name.startswith(".") and (number := re.search(r"(\d+)$", path.stem)):
-            found[int(number[1])] = path
+    found: dict[int, Path] = {}
+    for path in sorted((folder / part).glob(f"*{PARTS[part]}")):
+        if not path.name.startswith(".") and (match := re.search(r"(\d+)$", path.stem)):
+            number = int(match[1])
+            if number in found:
+                raise EmbeddingsError(f"{path}: {found[number].name} has the same number")
+            found[number] = path
     return dict(sorted(found.items()))
 
 
-def _rows(path: Path) -> np.ndarray:
-    """A .npy file of (n, d) floats, memory-mapped."""
+def open_rows(path: str | Path) -> np.ndarray:
+    """A .npy file of (n, d) floats, memory-mapped; EmbeddingsError in one line where it is
+    missing, cut short, pickled or something else.
+    """
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as err:
-        raise EmbeddingsError(f"{path}: not a whole .npy file ({err})") from err
-    if rows.ndim != 2 or rows.dtype.kind != "f":
-        raise EmbeddingsError(f"{path}: expected (n, d) floats, found {rows.dtype} {rows.shape}")
+    except FileNotFoundError:
+        raise EmbeddingsError(f"{path}: no such file") from None
+    except (ValueError, EOFError, OSError) as err:
+        raise EmbeddingsError(f"{path}: not a whole .npy file of numbers ({err})") from None
+    return check_rows(rows, path)
+
+
+def check_rows(rows: np.ndarray, name: str | Path) -> np.ndarray:
+    """The rows, unless they are no (n, d) floats; an empty file of a shard without samples may have
+    no columns.
+    """
+    if rows.ndim != 2 or rows.dtype.kind != "f" or (len(rows) and not rows.shape[1]):
+        raise EmbeddingsError(
+            f"{name}: expected floats of shape (n, d), found {rows.dtype} {rows.shape}"
+        )
     return rows
 
 
@@ -187,13 +223,13 @@ def _stack(files: list[Path]) -> np.ndarray:
     """Rows of all files, (n, d) fp16 and unit norm; a single fp16 file stays memory-mapped."""
     # no file stays open: there may be more than a process may open; an empty shard has no columns
     # either
-    counts = {path: len(rows) for path in files if len(rows := _rows(path))}
+    counts = {path: len(rows) for path in files if len(rows := open_rows(path))}
     if not counts:
         raise EmbeddingsError(f"{files[0].parent}: no rows")
     first, at = next(iter(counts)), 0
     if len(counts) == 1:
         return _unit(first)
-    out = np.empty((sum(counts.values()), _rows(first).shape[1]), np.float16)
+    out = np.empty((sum(counts.values()), open_rows(first).shape[1]), np.float16)
     for path, count in counts.items():
         rows = _unit(path)
         if rows.shape[1] != out.shape[1]:
@@ -207,7 +243,7 @@ def _stack(files: list[Path]) -> np.ndarray:
 
 def _unit(path: Path) -> np.ndarray:
     """A file's rows, (n, d) fp16 and unit norm; memory-mapped where they are so already."""
-    rows = _rows(path)
+    rows = open_rows(path)
     norm = np.concatenate(
         [
             np.linalg.norm(rows[i : i + 65536].astype(np.float32), axis=1)
@@ -223,18 +259,56 @@ def _unit(path: Path) -> np.ndarray:
     return rows if rows.dtype == np.float16 else rows.astype(np.float16)
 
 
-def _keys(
-    folder: Path, files: dict[int, Path], n: int, tables: dict[int, Path]
-) -> tuple[list[str], list[str] | None]:
-    """Keys and captions of the files' n rows from the metadata, or row numbers where there is none."""
+def _text_file(folder: Path, text: Path | None, image: Path) -> Path:
+    """The text rows that belong to an image file."""
+    count = 0 if text is None else len(open_rows(text))
+    if text is None or count != (wanted := len(open_rows(image))):
+        found = f"{text}: {count} text rows" if text else f"{folder}/text_emb: no text rows"
+        of = f", {image.name} has {wanted}" if text else f" for {image.name}"
+        raise EmbeddingsError(found + of)
+    return text
+
+
+def _metadata(
+    folder: Path, files: dict[int, Path], rows: list[int], key: str | None = None
+) -> tuple[np.ndarray, list[str] | None]:
+    """Keys, and captions where there are any, of image files with so many rows each."""
+    tables = _numbered(folder, "metadata")
     if not tables:
-        return [f"{i:09d}" for i in range(n)], None
+        return np.array([f"{i:09d}" for i in range(sum(rows))], str), None
     if missing := sorted(set(files) - set(tables)):
-        raise EmbeddingsError(f"{folder}/metadata: no file for {files[missing[0]].name}")
-    table = pd.concat([pd.read_parquet(tables[i]) for i in files], ignore_index=True)
-    if len(table) != n:
-        where = folder if len(files) > 1 else next(iter(files.values()))
-        raise EmbeddingsError(f"{where}: {n} image rows but {len(table)} rows of metadata")
-    column = next((c for c in ("key", "uid", "image_path") if c in table), None)
-    keys = table[column].astype(str).tolist() if column else [f"{i:09d}" for i in range(n)]
-    return keys, table["caption"].tolist() if "caption" in table else None
+        raise EmbeddingsError(
+            f"{folder}/metadata: there is no parquet file for {files[missing[0]].name}"
+        )
+    found = []
+    for (number, image), count in zip(files.items(), rows, strict=True):
+        found.append(_read_table(tables[number], image, count, key))
+    keys = np.concatenate([keys for keys, _ in found])
+    if any(captions is None for _, captions in found):
+        return keys, None
+    return keys, [caption for _, captions in found for caption in captions]
+
+
+def _read_table(
+    path: Path, image: Path, rows: int, key: str | None
+) -> tuple[np.ndarray, list[str] | None]:
+    """Keys and captions of one metadata file, which has as many rows as its image file."""
+    try:
+        columns = pq.read_schema(path).names
+        column = key or next((name for name in NAMES if name in columns), None)
+        if column not in columns:
+            raise EmbeddingsError(
+                f"{path}: no column {key or ', '.join(NAMES)} to name samples "
+                f"(there are {', '.join(columns)})"
+            )
+        wanted = [column, *({"caption"} & set(columns) - {column})]
+        table = pq.read_table(path, columns=wanted)
+    except (pa.ArrowException, OSError) as err:
+        raise EmbeddingsError(f"{path}: not a whole parquet file ({err})") from None
+    if len(table) != rows:
+        raise EmbeddingsError(f"{path} has {len(table)} rows, {image.name} has {rows}")
+    if table[column].null_count:
+        row = table[column].is_null().to_pylist().index(True)
+        raise EmbeddingsError(f"{path}: row {row} has no {column}")
+    captions = table["caption"].to_pylist() if "caption" in columns else None
+    return as_keys(table[column].to_numpy()), captions

@@ -78,3 +78,9 @@ def make(cache: str | Path, name: str, source: str | Path, pieces: Callable[[], 
 def hashes(keys: Iterable[str]) -> np.ndarray:
     """(n,) uint64: 64 bits of each key, the same in every process."""
     return pd.util.hash_array(np.array([str(key) for key in keys], object), categorize=False)
+
+
+def as_keys(keys) -> np.ndarray:
+    """Keys as an array of integers or strings."""
+    keys = np.asarray(keys)
+    return keys if keys.dtype.kind in "iu" else keys.astype(str)

@@ -1,25 +1,19 @@
-"""Embedding rows wherever they lie: an array, a memmap, many .npy files as one; clip-retrieval
-folders.
+"""Embedding rows wherever they lie: an array, a memmap, many .npy files as one.
 
 Nothing is read before it is asked for, so sets larger than memory can be worked on block by block.
 """
 
-import re
 import resource
 import warnings
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
-from mclip.data.stores.balance import as_keys
+from mclip.data.stores.embeddings import EmbeddingsError, check_rows, open_rows
+from mclip.data.stores.lookup import as_keys
 
 SPARE = 256  # descriptors for everything else
-
-
-class RowsError(ValueError):
-    """Embeddings or keys that can't be used; the message names the file, the row or the key."""
 
 
 class Rows:
@@ -36,19 +30,16 @@ class Rows:
         )
         if self.in_files:
             _allow_open(len(embeddings))
-            named = [(str(path), open_npy(path)) for path in embeddings]
+            named = [(str(path), open_rows(path)) for path in embeddings]
         else:
             named = [("embeddings", np.asanyarray(embeddings))]
         named = [(name, array) for name, array in named if array.ndim != 2 or len(array)]
         if not named:
-            raise RowsError("embeddings: there are no rows")
+            raise EmbeddingsError("embeddings: there are no rows")
         for name, array in named:
-            if array.ndim != 2 or array.dtype.kind != "f" or array.shape[1] == 0:
-                raise RowsError(
-                    f"{name}: expected floats of shape (n, d), found {array.dtype} {array.shape}"
-                )
+            check_rows(array, name)
             if array.shape[1] != named[0][1].shape[1]:
-                raise RowsError(
+                raise EmbeddingsError(
                     f"{name}: rows are {array.shape[1]} wide, "
                     f"those of {named[0][0]} {named[0][1].shape[1]}"
                 )
@@ -104,7 +95,7 @@ class Rows:
             what = "all zeros" if norm[bad[0]] == 0 else "not finite (NaN or infinity)"
             row = int(index[bad[0]])
             k = int(np.searchsorted(self.starts, row, side="right")) - 1
-            raise RowsError(f"{self.names[k]}: row {row - self.starts[k]} is {what}")
+            raise EmbeddingsError(f"{self.names[k]}: row {row - self.starts[k]} is {what}")
         return norm
 
     def unit32(self, index: np.ndarray, inverse: np.ndarray) -> torch.Tensor:
@@ -138,76 +129,23 @@ def _allow_open(files: int) -> None:
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return
     if hard != resource.RLIM_INFINITY and hard < wanted:
-        raise RowsError(
+        raise EmbeddingsError(
             f"embeddings: {files:,} files, but this process may open {hard:,}: raise `ulimit -n`, "
             "or write larger files"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def open_npy(path: str | Path) -> np.ndarray:
-    """A .npy file as a memmap; RowsError in one line where it is missing, cut short or pickled."""
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise RowsError(f"{path}: no such file") from None
-    except (ValueError, EOFError, OSError) as err:
-        raise RowsError(f"{path}: not a whole .npy file of numbers ({err})") from None
-
-
 def check_keys(keys, rows: int) -> np.ndarray:
     """One different key a row, as an array; None: the rows' numbers."""
     keys = as_keys(np.arange(rows) if keys is None else keys)
     if keys.shape != (rows,):
-        raise RowsError(f"keys: {len(keys)} for {rows} embeddings")
+        raise EmbeddingsError(f"keys: {len(keys)} for {rows} embeddings")
     values, count = np.unique(keys, return_counts=True)
     if len(values) < len(keys):
         twice = values[count > 1]
-        raise RowsError(
+        raise EmbeddingsError(
             f"keys: {twice[0]!s} occurs {count[count > 1][0]} times, {len(twice)} keys are not "
             "unique; every sample needs its own"
         )
     return keys
-
-
-def read_folder(folder: str | Path, key: str | None = None) -> tuple[list[Path], np.ndarray | None]:
-    """A clip-retrieval folder: its img_emb/*.npy in numeric order, and the keys of
-    metadata/*.parquet.
-
-    key : the column that names a sample; None: the first there is of uid, key, image_path.
-    The keys are None where there is no metadata at all.
-    """
-    folder = Path(folder)
-    files = _numbered(folder / "img_emb", ".npy")
-    if not files:
-        raise RowsError(
-            f"{folder}/img_emb: no img_emb_*.npy files (clip-retrieval's layout is expected)"
-        )
-    tables = _numbered(folder / "metadata", ".parquet")
-    if not tables:
-        return list(files.values()), None
-    if missing := sorted(set(files) - set(tables)):
-        raise RowsError(f"{folder}/metadata: there is no parquet file for {files[missing[0]].name}")
-    keys = []
-    for number, file in files.items():
-        columns = pq.read_schema(tables[number]).names
-        column = key or next((c for c in ("uid", "key", "image_path") if c in columns), None)
-        if column not in columns:
-            raise RowsError(
-                f"{tables[number]}: no column {key or 'uid, key or image_path'} to name samples "
-                f"(there are {', '.join(columns)})"
-            )
-        keys.append(as_keys(pq.read_table(tables[number], columns=[column])[column].to_numpy()))
-        if len(keys[-1]) != (rows := len(open_npy(file))):
-            raise RowsError(f"{tables[number]} has {len(keys[-1])} rows, {file.name} has {rows}")
-    return list(files.values()), np.concatenate(keys)
-
-
-def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
-    """A folder's files by the number that their names end in, ascending."""
-    found = {
-        int(m[1]): file
-        for file in folder.glob(f"*{suffix}")
-        if not file.name.startswith(".") and (m := re.search(r"(\d+)$", file.stem))
-    }
-    return dict(sorted(found.items()))
