@@ -28,6 +28,8 @@ from timm.models.fastvit import FastVit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mclip.models.small import arguments, describe
+
 FEW = 8  # input channels from which on oneDNN is right
 
 
@@ -38,11 +40,7 @@ def mclip_mci_s16(pretrained: bool = False, **kwargs) -> FastVit:
 
     pretrained : there are no weights; ValueError if they are asked for.
     """
-    if pretrained:
-        raise ValueError("mclip_mci_s16 has no pretrained weights")
-    kwargs = {
-        k: v for k, v in kwargs.items() if not k.startswith("pretrained_") and k != "cache_dir"
-    }
+    kwargs = arguments("mclip_mci_s16", pretrained, kwargs)
     # timm's layer scale begins at 1e-5: at a few hundred steps a block would hardly be there
     model = FastVit(
         layers=(1, 1, 1),
@@ -58,14 +56,7 @@ def mclip_mci_s16(pretrained: bool = False, **kwargs) -> FastVit:
         layer_scale_init_value=0.1,
         **kwargs,
     )
-    model.default_cfg = {
-        "architecture": "mclip_mci_s16",
-        "input_size": (3, 32, 32),
-        "pool_size": (2, 2),
-        "num_classes": model.num_classes,
-        "first_conv": "stem.0",
-        "classifier": "head.fc",
-    }
+    describe(model, "mclip_mci_s16", first_conv="stem.0", classifier="head.fc")
     return model
 
 

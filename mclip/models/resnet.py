@@ -27,6 +27,8 @@ from timm.models import register_model
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
+from mclip.models.small import arguments, describe
+
 FEW = 4  # positions of the output up to which one matrix product each is faster
 
 
@@ -92,11 +94,7 @@ def mclip_resnet_s16(pretrained: bool = False, **kwargs) -> ResNet:
 
     pretrained : there are no weights; ValueError if they are asked for.
     """
-    if pretrained:
-        raise ValueError("mclip_resnet_s16 has no pretrained weights")
-    kwargs = {
-        k: v for k, v in kwargs.items() if not k.startswith("pretrained_") and k != "cache_dir"
-    }
+    kwargs = arguments("mclip_resnet_s16", pretrained, kwargs)
     model = ResNet(
         BasicBlock,
         [1, 1, 1, 0],
@@ -109,12 +107,5 @@ def mclip_resnet_s16(pretrained: bool = False, **kwargs) -> ResNet:
     for name in ("conv1", "conv2"):
         block = model.layer3[0]
         setattr(block, name, FewPositions.of(getattr(block, name)))
-    model.default_cfg = {
-        "architecture": "mclip_resnet_s16",
-        "input_size": (3, 32, 32),
-        "pool_size": (2, 2),
-        "num_classes": model.num_classes,
-        "first_conv": "conv1.0",
-        "classifier": "fc",
-    }
+    describe(model, "mclip_resnet_s16", first_conv="conv1.0", classifier="fc")
     return model
