@@ -5,12 +5,14 @@ layout is read.
 import gzip
 import io
 import json
+import types
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
-from mclip.data.stores import reinforced
+from mclip.data.stores import codecs, reinforced
 
 
 def shard(n=3):
@@ -38,6 +40,42 @@ def test_round_trip_and_equal_bytes(tmp_path):
         reinforced.paths(tmp_path / "a", 7), reinforced.paths(tmp_path / "b", 7), strict=True
     ):
         assert a.read_bytes() == b.read_bytes()
+
+
+def test_bf16_is_stored_as_it_always_was(tmp_path):
+    written = shard()
+    reinforced.write_shard(tmp_path, 0, written)
+    content = {
+        "augment": torch.from_numpy(written.augment),
+        "image_emb": written.image_emb,
+        "text_emb": written.text_emb,
+    }
+    assert reinforced.paths(tmp_path, 0)[0].read_bytes() == save(content)
+    codec, rows = codecs.get("bf16"), torch.randn(5, 7)
+    stored = codec.encode(rows)
+    assert torch.equal(codec.decode(stored), rows.bfloat16())
+    assert sum(t.nbytes for t in stored.values()) == 5 * codec.bytes_a_row(7)
+
+
+def test_another_codec_is_named_in_the_file(tmp_path, monkeypatch):
+    """One that stores a scale a row beside the numbers, as int8 needs it."""
+    halves = types.SimpleNamespace(
+        encode=lambda rows: {"": (2 * rows.float()).half(), "_scale": torch.full(rows.shape, 0.5)},
+        decode=lambda stored: stored[""].float() * stored["_scale"],
+    )
+    get = codecs.get
+    monkeypatch.setattr(codecs, "get", lambda name: halves if name == "halves" else get(name))
+    written = shard()
+    reinforced.write_shard(tmp_path, 0, written, "halves")
+    read = reinforced.read_shard(tmp_path, 0)
+    assert torch.equal(read.image_emb, written.image_emb.float())
+    assert torch.equal(read.text_emb, written.text_emb.float())
+
+
+def test_an_unknown_codec_is_refused(tmp_path):
+    assert "bf16" in codecs.names()
+    with pytest.raises(ValueError, match="codec: expected one of .*bf16.*, found 'zip'"):
+        reinforced.write_shard(tmp_path, 0, shard(), "zip")
 
 
 def test_missing_and_unequal_parts(tmp_path):

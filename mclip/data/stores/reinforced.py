@@ -7,7 +7,8 @@
     data/reinforced/reinforced_0000.parquet        key, caption, syn_text (list of n_syn)
 
 Shard i belongs to shard i of the pairs. D is the sum of the teachers' widths; each teacher's slice
-has unit norm by itself. `from_published_sample` reads a sample of Apple's published layout
+has unit norm by itself. Embeddings are stored by a codec (mclip.data.stores.codecs): bf16, unless
+the tensors' file names another in its metadata. `from_published_sample` reads a sample of Apple's published layout
 (papers.md 2.6).
 """
 
@@ -21,11 +22,15 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from mclip.data.augment import from_published
+from mclip.data.stores import codecs
 from mclip.system.files import whole, write_json
 
+CODEC = "bf16"  # of files that name none
+EMBEDDINGS = ("image_emb", "text_emb")
 Plain = Callable[[list[str], list[str]], tuple[np.ndarray, torch.Tensor]]
 
 
@@ -37,8 +42,8 @@ class Shard:
     captions: list[str]
     syn_text: list[list[str]]
     augment: np.ndarray  # (n, n_aug, 4 + 2 ops) float32
-    image_emb: torch.Tensor  # (n, n_aug, D) bfloat16
-    text_emb: torch.Tensor  # (n, 1 + n_syn, D) bfloat16
+    image_emb: torch.Tensor  # (n, n_aug, D), bfloat16 where the codec is bf16
+    text_emb: torch.Tensor  # (n, 1 + n_syn, D), the same
 
 
 def paths(folder: str | Path, index: int) -> tuple[Path, Path]:
@@ -47,19 +52,18 @@ def paths(folder: str | Path, index: int) -> tuple[Path, Path]:
     return stem.with_suffix(".safetensors"), stem.with_suffix(".parquet")
 
 
-def write_shard(folder: str | Path, index: int, shard: Shard) -> None:
+def write_shard(folder: str | Path, index: int, shard: Shard, codec: str = CODEC) -> None:
     """Write a shard; the tensors appear last, so a shard with tensors is whole."""
     tensors, table = paths(folder, index)
     frame = pd.DataFrame({"key": shard.keys, "caption": shard.captions, "syn_text": shard.syn_text})
     with whole(table) as draft:
         frame.to_parquet(draft, index=False)
-    content = {
-        "augment": torch.from_numpy(np.ascontiguousarray(shard.augment)),
-        "image_emb": shard.image_emb.contiguous(),
-        "text_emb": shard.text_emb.contiguous(),
-    }
+    content = {"augment": torch.from_numpy(np.ascontiguousarray(shard.augment))}
+    for name in EMBEDDINGS:
+        stored = codecs.get(codec).encode(getattr(shard, name))
+        content |= {f"{name}{suffix}": tensor for suffix, tensor in stored.items()}
     with whole(tensors) as draft:
-        save_file(content, draft)
+        save_file(content, draft, metadata=None if codec == CODEC else {"codec": codec})
 
 
 def read_keys(folder: str | Path, index: int) -> list[str]:
@@ -82,7 +86,14 @@ def _there(folder: str | Path, index: int) -> tuple[Path, Path]:
 def read_shard(folder: str | Path, index: int) -> Shard:
     """Read a shard. Raises FileNotFoundError naming the missing file and the stage that writes it."""
     tensors, table = _there(folder, index)
-    frame, data = pd.read_parquet(table), load_file(tensors)
+    frame = pd.read_parquet(table)
+    with safe_open(tensors, "pt") as file:
+        data = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        codec = codecs.get((file.metadata() or {}).get("codec", CODEC))
+    image_emb, text_emb = (
+        codec.decode({name.removeprefix(own): data[name] for name in data if name.startswith(own)})
+        for own in EMBEDDINGS
+    )
     if len(frame) != len(data["augment"]):
         raise ValueError(
             f"{table}: {len(frame)} rows, but {tensors.name} has {len(data['augment'])}"
@@ -92,8 +103,8 @@ def read_shard(folder: str | Path, index: int) -> Shard:
         captions=frame["caption"].tolist(),
         syn_text=[list(s) for s in frame["syn_text"]],
         augment=data["augment"].numpy(),
-        image_emb=data["image_emb"],
-        text_emb=data["text_emb"],
+        image_emb=image_emb,
+        text_emb=text_emb,
     )
 
 
