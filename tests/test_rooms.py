@@ -48,10 +48,7 @@ def test_no_import_runs_upward(imports):
     floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
     assert len(imports) > 20  # the graph has been read
     upward = [
-        line
-        for (low, high), lines in imports.items()
-        if floor[high] > floor[low]
-        for line in lines
+        line for (low, high), lines in imports.items() if floor[high] > floor[low] for line in lines
     ]
     assert upward == []
 

@@ -28,8 +28,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mclip.data.stores.lookup import as_keys
-
 NAMES = ("key", "uid", "image_path")  # metadata columns that name a sample, the first there is
 PARTS = {"img_emb": ".npy", "text_emb": ".npy", "metadata": ".parquet"}
 
@@ -67,8 +65,7 @@ class Index:
     `keys[i]` and comes from the file numbered `shard[i]`. What takes a list of files
     (`mclip.data.stores.rows.Rows`) reads them block by block.
 
-    keys : (n,) strings, or integers where the metadata has integers. has_metadata : False where
-        they are row numbers.
+    keys : (n,) strings. has_metadata : False where they are row numbers.
     """
 
     keys: np.ndarray
@@ -100,7 +97,7 @@ def load(folder: str | Path, limit: int | None = None) -> Embeddings:
     text = _stack(list(texts.values())) if texts else None
     keys, captions = _metadata(folder, files, rows)
     return Embeddings(
-        keys.astype(str).tolist(),
+        keys.tolist(),
         image,
         text,
         float(meta.get("logit_scale", 100.0)),
@@ -147,7 +144,7 @@ def load_shard(folder: str | Path, number: int) -> tuple[list[str], np.ndarray, 
             raise EmbeddingsError(f"{path} is missing: run `dvc repro embed` first")
     image, text = (open_rows(files[part]) for part in ("img_emb", "text_emb"))
     keys, _ = _read_table(files["metadata"], files["img_emb"], len(image), None)
-    return keys.astype(str).tolist(), image, text
+    return keys.tolist(), image, text
 
 
 def part_file(folder: Path, part: str, number: int) -> Path:
@@ -311,4 +308,4 @@ def _read_table(
         row = table[column].is_null().to_pylist().index(True)
         raise EmbeddingsError(f"{path}: row {row} has no {column}")
     captions = table["caption"].to_pylist() if "caption" in columns else None
-    return as_keys(table[column].to_numpy()), captions
+    return table[column].to_numpy().astype(str), captions
