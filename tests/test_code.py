@@ -530,6 +530,7 @@ EVALUATING = {
     "ablations/pca",
     "ablations/search",
 } | STUDIES
+ALIGNED = {"teachers", "reinforce"}  # with the loss of mclip.losses, and what imports them
 SCALE = ("scale: PositiveFloat = 20.0", "scale: PositiveFloat = 40.0")
 
 
@@ -554,11 +555,12 @@ SCALE = ("scale: PositiveFloat = 20.0", "scale: PositiveFloat = 40.0")
             {"distill/terms/cluster.py": SCALE},
             DISTILL
             | STUDIES
+            | ALIGNED
             | {"ablations/epoch", "ablations/search", "ablations/weights", "report"},
         ),
         (
             {"losses/cluster.py": ("scale: float = 20.0", "scale: float = 40.0")},
-            DISTILL | STUDIES | {"ablations/epoch"},
+            DISTILL | STUDIES | ALIGNED | {"ablations/epoch"},
         ),
         ({"evaluate/metrics.py": ("def ", "LIMIT = 1\n\n\ndef ")}, EVALUATING),
         # found by its name
