@@ -50,7 +50,7 @@ def test_no_import_runs_upward(imports):
     upward = [
         line for (low, high), lines in imports.items() if floor[high] > floor[low] for line in lines
     ]
-    assert upward == []
+    assert not upward, "\n".join(upward)
 
 
 def test_no_rooms_import_each_other_in_a_circle(imports):

@@ -8,7 +8,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,38 +27,40 @@ class StateError(ValueError):
     """The file of an earlier run can't be read; the message names it."""
 
 
+class How(NamedTuple):
+    """What changes time and memory of a search and never its result: arguments of
+    `mclip.balance.balance`.
+    """
+
+    tile: int | None = None
+    device: str | None = None
+    workers: int = 1
+    backend: str = "processes"
+    scratch: str | Path | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Does this process search by itself?"""
+        return is_alone(self.workers, self.backend)
+
+    def prepare(self, rows: Rows) -> Prepared:
+        """The rows, in tiles enough for all workers to share."""
+        return prepare(rows, tile=self.tile, parts=PARTS * max(1, self.workers), device=self.device)
+
+
 def components(
-    rows: Rows,
-    limit: float,
-    *,
-    tile: int | None = None,
-    device: str | None = None,
-    state: str | Path | None = None,
-    workers: int = 1,
-    backend: str = "processes",
-    scratch: str | Path | None = None,
+    rows: Rows, limit: float, how: How, *, state: str | Path | None = None
 ) -> np.ndarray:
     """(n,) label of each row's component in the graph of squared distances <= limit: its lowest
-    row.
-
-    The other arguments are those of `mclip.balance.balance`.
+    row. state : see `mclip.balance.balance`.
     """
-    prepared = prepare(rows, tile=tile, parts=parts_of(workers), device=device)
+    prepared = how.prepare(rows)
     sets = Sets(len(rows))
     known = _State(state, prepared, limit, sets)
-    if is_alone(workers, backend):
+    if how.alone:
         _search(prepared, limit, sets, tiles=known.todo, done=known.done)
     else:
-        for lot, roots in spread(
-            _search_lot,
-            prepared,
-            limit,
-            known.todo,
-            workers=workers,
-            backend=backend,
-            scratch=scratch,
-            desc="balance",
-        ):
+        for lot, roots in spread(_search_lot, prepared, limit, known.todo, how, desc="balance"):
             moved = np.flatnonzero(roots != np.arange(len(roots)))
             sets.join(moved, roots[moved])
             for number in lot:
@@ -93,20 +95,13 @@ def _search_lot(
 # --- many workers -------------------------------------------------------------------------------------------------
 
 
-def parts_of(workers: int) -> int:
-    """Tiles, at least, for so many workers to share."""
-    return PARTS * max(1, workers)
-
-
 def spread(
     search_lot: Callable,
     prepared: Prepared,
     limit: float,
     tiles: Sequence[int],
+    how: How,
     *,
-    workers: int,
-    backend: str,
-    scratch: str | Path | None,
     desc: str,
 ) -> Iterator[tuple[list[int], Any]]:
     """search_lot(files, folder, limit, lot) by workers, for lots that `tiles` are dealt out to, as
@@ -115,21 +110,21 @@ def spread(
     search_lot : a module's function, of what `given` makes of its first two arguments; it returns
         the lot and more.
     """
-    if scratch is not None:
-        Path(scratch).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".balance-", dir=scratch) as folder:
+    if how.scratch is not None:
+        Path(how.scratch).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".balance-", dir=how.scratch) as folder:
         save(prepared, folder)
         files = list(prepared.rows.names)
         if not prepared.rows.in_files:
             files = [f"{folder}/rows.npy"]
             np.save(files[0], prepared.rows.arrays[0])
         # a tile is compared with all later ones: dealt out like this, lots cost about the same
-        parts = 8 * workers
+        parts = 8 * how.workers
         tasks = [
             (files, folder, limit, lot) for k in range(parts) if (lot := list(tiles[k::parts]))
         ]
         with progress.bar(desc=desc, unit="tile", total=len(tiles)) as bar:
-            for found in run_tasks(search_lot, tasks, workers=workers, backend=backend):
+            for found in run_tasks(search_lot, tasks, workers=how.workers, backend=how.backend):
                 yield found
                 bar.update(len(found[0]))
 

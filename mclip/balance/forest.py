@@ -7,16 +7,14 @@ that has to be held and merged.
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 
 from mclip.balance import links
-from mclip.balance.components import given, parts_of, spread
-from mclip.balance.prepared import Prepared, prepare
+from mclip.balance.components import How, given, spread
+from mclip.balance.prepared import Prepared
 from mclip.balance.unionfind import Sets, minimum_forest
 from mclip.data.stores.rows import Rows
-from mclip.system.workers import is_alone
 
 LINKS = 2_000_000  # links of a forest collected before they are merged
 STEPS = 15  # thresholds on the way to the largest at which it is known what is joined already
@@ -26,35 +24,16 @@ Edges = tuple[
 ]  # rows i < j, (m,) int64 each; squared L2 distances, (m,) float64
 
 
-def forest(
-    rows: Rows,
-    limit: float,
-    *,
-    tile: int | None = None,
-    device: str | None = None,
-    workers: int = 1,
-    backend: str = "processes",
-    scratch: str | Path | None = None,
-) -> Edges:
+def forest(rows: Rows, limit: float, how: How) -> Edges:
     """Edges of the minimum spanning forest of the links of squared distance <= limit, ascending; of
-    equally long edges those between the lowest rows come first. The other arguments are those of
-    `mclip.balance.balance`.
+    equally long edges those between the lowest rows come first.
     """
-    prepared = prepare(rows, tile=tile, parts=parts_of(workers), device=device)
+    prepared = how.prepare(rows)
     desc = "balance: curve"
-    if is_alone(workers, backend):
+    if how.alone:
         return _search(prepared, limit, desc=desc)
     found = none()
-    for _, edges in spread(
-        _search_lot,
-        prepared,
-        limit,
-        range(prepared.count),
-        workers=workers,
-        backend=backend,
-        scratch=scratch,
-        desc=desc,
-    ):
+    for _, edges in spread(_search_lot, prepared, limit, range(prepared.count), how, desc=desc):
         found = merged([found, edges], len(rows))
     return found
 

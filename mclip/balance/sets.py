@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from mclip.balance import forest
-from mclip.balance.components import components
+from mclip.balance.components import How, components
 from mclip.data.stores.balance import Balance, BalanceError, convert
 from mclip.data.stores.rows import Rows, check_keys
 from mclip.system.threads import side_by_side
@@ -75,17 +75,8 @@ def balance(
     limit = convert(threshold, metric)["sql2"]
     rows = Rows(embeddings)
     keys = check_keys(keys, len(rows))
-    _check_tile(tile)
-    label = components(
-        rows,
-        limit,
-        tile=tile,
-        device=device,
-        state=state,
-        workers=workers,
-        backend=backend,
-        scratch=scratch,
-    )
+    how = _how(tile, device, workers, backend, scratch)
+    label = components(rows, limit, how, state=state)
     order = np.argsort(keys, kind="stable")
     # sets are numbered by their lowest key: by first appearance in key order
     _, first, number = np.unique(label[order], return_index=True, return_inverse=True)
@@ -118,18 +109,10 @@ def removed_curve(
     """
     if len(thresholds) == 0:
         return np.empty(0)
-    limits = [convert(t, metric)["sql2"] for t in thresholds]
-    _, _, square = spanning_forest(
-        embeddings,
-        max(thresholds),
-        metric=metric,
-        tile=tile,
-        device=device,
-        workers=workers,
-        backend=backend,
-        scratch=scratch,
-    )
-    return np.searchsorted(np.sort(square), limits, side="right") / len(Rows(embeddings))
+    limits, rows = [convert(t, metric)["sql2"] for t in thresholds], Rows(embeddings)
+    how = _how(tile, device, workers, backend, scratch)
+    _, _, square = forest.forest(rows, max(limits), how)
+    return np.searchsorted(np.sort(square), limits, side="right") / len(rows)
 
 
 def spanning_forest(
@@ -148,16 +131,7 @@ def spanning_forest(
     other arguments are those of `balance`.
     """
     limit = convert(threshold, metric)["sql2"]
-    _check_tile(tile)
-    return forest.forest(
-        Rows(embeddings),
-        limit,
-        tile=tile,
-        device=device,
-        workers=workers,
-        backend=backend,
-        scratch=scratch,
-    )
+    return forest.forest(Rows(embeddings), limit, _how(tile, device, workers, backend, scratch))
 
 
 def representative_distance(embeddings, result: Balance, *, chunk: int = CHUNK) -> np.ndarray:
@@ -176,9 +150,10 @@ def representative_distance(embeddings, result: Balance, *, chunk: int = CHUNK) 
     return out
 
 
-def _check_tile(tile: int | None) -> None:
+def _how(tile: int | None, *options) -> How:
     if tile is not None and tile < 1:
         raise BalanceError(f"tile: expected at least 1 row, found {tile}")
+    return How(tile, *options)
 
 
 def _centroid_distance(
