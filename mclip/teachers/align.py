@@ -253,7 +253,7 @@ def align(
         u = F.normalize(image_head(x[pick]), dim=-1)
         v = F.normalize(text[caption] @ text_head.T, dim=-1)
         # the scale goes to the rows first: in another order the last bit differs
-        loss = clip_loss(scale.exp() * u, v, 1.0, ids=caption)
+        loss = clip_loss(scale.exp() * u, v, 1.0, ids=caption, backend="plain")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -121,7 +121,7 @@ def fit(
         )
         # the scale goes to the rows first: in another order the last bit differs
         scaled = out["logit_scale"] * out["image_features"]
-        clip = clip_loss(scaled, out["text_features"], 1.0, ids=caption_of[pick])
+        clip = clip_loss(scaled, out["text_features"], 1.0, ids=caption_of[pick], backend="plain")
         optimizer.zero_grad()
         (2 * caption + clip).backward()
         nn.utils.clip_grad_norm_(decay + plain, 1.0)
