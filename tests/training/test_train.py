@@ -3,10 +3,13 @@ splits without changing.
 """
 
 import dataclasses
+import itertools
+import multiprocessing
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -435,12 +438,35 @@ def test_a_loss_that_is_not_finite_stops_the_run(student, training_set, tmp_path
         trainer.train(make_run(student, training_set, tmp_path))
 
 
-def test_a_failing_run_is_told_with_its_log(student, training_set, tmp_path):
+def test_a_failing_run_is_told_with_its_log_and_the_others_are_stopped(
+    student, training_set, tmp_path
+):
+    long = make_run(student, training_set, tmp_path / "long", samples=10**7)
     run = make_run("local-dir:/nowhere", training_set, tmp_path)
     with pytest.raises(
         plan.TrainingError, match=r"(?s)clip seed 0 ended with exit status 1.*log\.txt.*nowhere"
     ):
-        plan.run_recipe([run])
+        plan.train_all([long, run], side_by_side=2)
+    assert not multiprocessing.active_children() and not Path(long.out).exists()
+
+
+def test_a_killed_training_is_told(student, training_set, tmp_path):
+    def kill():
+        while not multiprocessing.active_children():
+            time.sleep(0.05)
+        multiprocessing.active_children()[0].kill()
+
+    threading.Thread(target=kill).start()
+    with pytest.raises(plan.TrainingError, match="clip seed 0 ended with exit status -9"):
+        plan.train_all([make_run(student, training_set, tmp_path, samples=10**7)])
+
+
+def test_a_process_of_its_own_trains_the_same_bytes(student, training_set, tmp_path):
+    runs = [make_run(student, training_set, tmp_path / name, "combined") for name in "ab"]
+    trainer.train(runs[0])
+    plan.train_all(runs[1:])
+    a, b = ({path.name: path.read_bytes() for path in Path(run.out).iterdir()} for run in runs)
+    assert a == b
 
 
 def test_finished_seeds_are_not_trained_again(student, training_set, tmp_path):
