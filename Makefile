@@ -10,8 +10,8 @@ help:    ## list these commands
 	@sed -n 's/^\([a-z]*\):[^#]*## */make \1\t/p' Makefile
 
 repro: $(STAMP)    ## run what is missing or changed, data to report; OVERLAY=smoke: with params/smoke.yaml
-	@if [ -n "$(OVERLAY)" ]; then python -m mclip params apply params/$(OVERLAY).yaml; fi
-	python -m mclip.pipeline.warm dvc repro
+	@if [ -n "$(OVERLAY)" ]; then python -m mclip.params apply params/$(OVERLAY).yaml; fi
+	dvc repro
 	@echo "The report: $(CURDIR)/reports/site/index.html"
 
 test: $(STAMP)    ## ruff and all tests, the small pipeline included

@@ -134,9 +134,8 @@ MODULES = {
     "report/__init__": "",
     "report/plots/__init__": "from mclip import unseen",
     "unseen": "",
-    "alone": "from mclip.pipeline.needs import check",
-    "pipeline/__init__": "",
-    "pipeline/needs": "from mclip.unseen import x",
+    "alone": "from mclip.report.pages import body",
+    "report/pages": "from mclip.unseen import x",
     "cycle": "from . import cycle_back",
     "cycle_back": "from . import cycle",
     "pack/__init__": "from mclip.pack.seen import x",
@@ -259,7 +258,7 @@ EDITS = [  # one after the other: the file, the line that is added to it, the st
     ("mclip/top.py", "# x = 1", set()),
     ("mclip/top.py", '"""Doc."""', set()),
     ("mclip/report/plots/__init__.py", "x = 1", set()),
-    ("mclip/pipeline/needs.py", "x = 1", set()),
+    ("mclip/report/pages.py", "x = 1", set()),
     ("mclip/unseen.py", "x = 1", set()),
     ("mclip/__init__.py", "x = 1", set()),
     ("notebooks/first.ipynb", " ", set()),
@@ -646,7 +645,7 @@ def used(tree: ast.Module, *packages: str) -> set[tuple[str, str]]:
     return found
 
 
-SHOWING = ("pipeline.needs", "report.pages", "report.plots", "report.build")
+SHOWING = ("report.pages", "report.plots", "report.build")
 SECTIONS = {
     name: value
     for name, value in vars(params).items()
@@ -700,9 +699,9 @@ def test_a_bar_hands_on_what_it_counts(capsys):
 
 
 def test_notebooks_give_nothing_that_was_drawn_to_code_that_counts():
-    """Answers and checks are statements; figures go into nothing but figures."""
+    """Answers are statements; figures go into nothing but figures."""
     for name, tree in sources():
-        shown = {("report.build", "answer"), ("needs", "check")}
+        shown = {("report.build", "answer")}
         statements = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         drawn = {
             target.id

@@ -3,62 +3,54 @@ are stripped.
 """
 
 import re
-import shlex
 import subprocess
-from itertools import pairwise
 from pathlib import Path
 
 import nbformat
 import pytest
 
 from mclip import params
-from mclip.pipeline import code, needs, run, strip
+from mclip.pipeline import code, run, stages, strip
 
 ROOT = Path(__file__).parents[1]
-STAGES = needs.stages(ROOT)
+STAGES = stages.resolved(ROOT)
 NOTEBOOKS = [name for name in STAGES if name != "code"]
 OVERLAYS = sorted(ROOT.glob("params/*.yaml"))
 
 
-def call(entry) -> list[str]:
-    first = entry["cmd"] if isinstance(entry["cmd"], str) else entry["cmd"][0]
-    words = shlex.split(first)
-    assert words[:3] == ["python", "-m", "mclip.pipeline.run"]
-    return words[3:]
-
-
-def option(words: list[str], flag: str) -> list[str]:
-    return [value for name, value in pairwise(words) if name == flag]
-
-
-@pytest.mark.parametrize("name", NOTEBOOKS)
-def test_a_stage_sees_exactly_its_params(name):
-    words = call(STAGES[name])
-    assert sorted(option(words, "-p")) == sorted(STAGES[name].get("params", []))
+def titled(name: str) -> run.Stage:
+    return run.Stage(*stages.call(STAGES[name]))
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_stage_depends_on_its_notebook_and_keeps_the_report(name):
-    words, entry = call(STAGES[name]), STAGES[name]
-    assert f"notebooks/{words[0]}.ipynb" in entry["deps"]
-    assert (ROOT / f"notebooks/{words[0]}.ipynb").exists()
-    values = [setting.split("=", 1)[1] for setting in option(words, "-s")]
-    report = f"reports/{'/'.join([words[0], *values])}.ipynb"
-    outs = [o for kind in ("outs", "metrics", "plots") for o in entry.get(kind, [])]
-    assert {report: {"cache": False}} in outs
+    stage, entry = titled(name), STAGES[name]
+    assert stage.notebook.as_posix() in entry["deps"] and (ROOT / stage.notebook).exists()
+    assert {stage.report().as_posix(): {"cache": False}} in entry["outs"]
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_stage_depends_on_the_code_of_its_notebook(name):
-    words, deps = call(STAGES[name]), STAGES[name]["deps"]
-    values = [setting.split("=", 1)[1] for setting in option(words, "-s")]
-    assert [d for d in deps if d.startswith("data/code")] == [
-        f"data/code/{'/'.join([words[0], *values])}"
-    ]
+    deps = stages.paths(STAGES[name], "deps")
+    assert [d for d in deps if d.startswith("data/code")] == [f"data/code/{titled(name).title}"]
     listed = [d for d in deps if d.startswith("mclip") and d != "mclip/report/site"]
     assert all(d.removesuffix(".py").replace("/", ".") in code.EXEMPT for d in listed), (
         "mclip.pipeline.code knows of it"
     )
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_what_a_notebook_names_is_what_its_stage_depends_on_or_writes(name):
+    known = [
+        path for kind in ("deps", "outs", "metrics") for path in stages.paths(STAGES[name], kind)
+    ]
+    nb = nbformat.read(ROOT / titled(name).notebook, as_version=4)
+    source = "\n".join(cell.source for cell in nb.cells if cell.cell_type == "code")
+    named = re.findall(r"[\"'](?:local-dir:)?((?:data|models|reports/metrics)/[\w./-]+)", source)
+    for path in (Path(path) for path in named if not path.startswith("data/cache")):
+        assert any(
+            path.is_relative_to(other) or Path(other).is_relative_to(path) for other in known
+        ), path
 
 
 def test_the_first_stage_writes_what_notebooks_stand_on():
@@ -83,7 +75,7 @@ def test_source_notebooks_are_stripped_and_take_parameters(path):
     assert path.read_text() == strip.stripped(path.read_text()), "run `mclip strip`"
     nb = nbformat.read(path, as_version=4)
     nbformat.validate(nb)
-    assert run._parameter_names(nb, path)
+    assert run.parameters(nb, path)[1]
     assert nb.cells[0].cell_type == "markdown" and nb.cells[0].source.startswith("# ")
 
 

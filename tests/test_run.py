@@ -33,7 +33,7 @@ print(os.getcwd() == os.environ["EXPECTED_CWD"], "startup" in globals())
 LIVE = """
 import sys, time
 from pathlib import Path
-from mclip import progress
+from mclip.system import progress
 for _ in progress.bar(range(3), desc="counting"): pass
 print("waiting"); print("a warning of /some/path", file=sys.stderr); print("more")
 object()
@@ -44,6 +44,16 @@ from lib import broken
 print("so far")
 broken.outer(0)
 print("never")
+"""
+DVC = """
+stages:
+  typo: {cmd: mclip run typo, params: [balance.treshold]}
+  good:
+    foreach: [a, b]
+    do:
+      cmd: python -m mclip.pipeline.run good -s recipe=${item}
+      params: [distill.train]
+  guarded: {cmd: [mclip run guarded -s recipe=g, mclip report], params: [balance]}
 """
 CHILD = """
 import subprocess
@@ -72,6 +82,7 @@ class Run:
             "EXPECTED_PYTHON": sys.executable,
             "EXPECTED_CWD": str(repo),
             "MPLBACKEND": "agg",
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PYTHONPATH": str(ROOT),
             "IPYTHONDIR": str(repo / "ipython"),
             "JUPYTER_PATH": str(repo / "jupyter"),
@@ -103,10 +114,12 @@ def repo(tmp_path_factory):
     """A repository with notebooks, and a person whose settings would spoil every run."""
     repo = tmp_path_factory.mktemp("repo")
     (repo / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    (repo / "dvc.yaml").write_text(DVC)
     write_notebook(repo / "notebooks/good.ipynb", TYPED, STATE, LIVE)
     write_notebook(repo / "notebooks/ablations/failing.ipynb", FAILING)
     write_notebook(repo / "notebooks/guarded.ipynb", LIVE)
     write_notebook(repo / "notebooks/child.ipynb", CHILD)
+    write_notebook(repo / "notebooks/typo.ipynb")
     write_notebook(repo / "notebooks/early.ipynb", "import sys; sys.exit(0)", "print('never')")
     (repo / "lib").mkdir()
     (repo / "lib/broken.py").write_text(
@@ -131,13 +144,12 @@ def repo(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(repo):
     """Every run, started at once and finished."""
-    good = ["good", "-p", "distill.train", "-s"]
     runs = {
-        "a": Run(repo, "a", *good, "recipe=a"),
-        "b": Run(repo, "b", *good, "recipe=b"),
+        "a": Run(repo, "a", "good", "-s", "recipe=a"),
+        "b": Run(repo, "b", "good", "-s", "recipe=b"),
         "failing": Run(repo, "failing", "ablations/failing"),
         "early": Run(repo, "early", "early"),
-        "guarded": Run(repo, "guarded", "guarded", "-s", "recipe=g", "-p", "balance"),
+        "guarded": Run(repo, "guarded", "guarded", "-s", "recipe=g"),
         "child": Run(repo, "child", "child"),
     }
     try:
@@ -227,11 +239,10 @@ def test_a_failure_says_where_on_one_screen_and_keeps_what_ran(repo, runs):
     assert runs["failing"].code() == 1
     said = runs["failing"].said
     kept = "reports/ablations/failing.failed.ipynb"
-    assert f"ablations/failing: FAILED in cell [3] of {kept}" in said
-    assert "--> broken.outer(0)" in said
+    assert f"ablations/failing: FAILED in cell [2] of {kept}" in said
     assert (
-        "lib/broken.py:2 in outer: return inner(x)\n  lib/broken.py:6 in inner: return 1 / x\n"
-        in said
+        "  line 3: broken.outer(0)\n  lib/broken.py:2 in outer: return inner(x)\n"
+        "  lib/broken.py:6 in inner: return 1 / x\n" in said
     )
     assert "\nZeroDivisionError: division by zero\n" in said
     assert said.endswith(f"jupyter lab {kept}\n") and len(said.splitlines()) < 25
@@ -266,30 +277,33 @@ def test_a_signal_stops_the_kernel_and_all_below_it(repo, runs):
 def test_nothing_goes_on_when_dvc_itself_is_killed(repo, tmp_path, monkeypatch):
     """Else the next `dvc repro` would run the stage beside what is left of this one."""
     monkeypatch.setenv("SHELL", "/bin/sh")  # some stay there between DVC and the stage
-    (tmp_path / "tmp").mkdir()
-    for name in ("params.yaml", "notebooks/child.ipynb"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text((repo / name).read_text())
-    (tmp_path / "dvc.yaml").write_text(
-        "stages:\n  child:\n    cmd: python -m mclip.pipeline.run child\n"
-    )
-    subprocess.run(
-        [sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=tmp_path, check=True
-    )
-    started = Run(tmp_path, "dvc", "repro", module="dvc")
-    started.wait_for("started")
-    family = psutil.Process(started.process.pid).children(recursive=True)
-    assert any("sleep" in member.cmdline() for member in family)
-    started.process.kill()
-    assert psutil.wait_procs(family, timeout=30)[1] == []
-    assert "child: stopped by SIGTERM: no report, but " in started.said
+    started = {}
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        clone = tmp_path / number.name
+        for name in ("params.yaml", "notebooks/child.ipynb"):
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            (clone / name).write_text((repo / name).read_text())
+        (clone / "tmp").mkdir()
+        (clone / ".dvc").mkdir()
+        (clone / ".dvc/config").write_text("[core]\n    no_scm = True\n    analytics = false\n")
+        (clone / "dvc.yaml").write_text(
+            "stages:\n  child:\n    cmd: python -m mclip.pipeline.run child\n"
+        )
+        started[number] = Run(clone, "dvc", "repro", module="dvc")
+    for number, dvc in started.items():
+        dvc.wait_for("started")
+        family = psutil.Process(dvc.process.pid).children(recursive=True)
+        assert any("sleep" in member.cmdline() for member in family)
+        dvc.process.send_signal(number)
+        assert psutil.wait_procs(family, timeout=30)[1] == []
+        assert "child: stopped by SIGTERM: no report, but " in dvc.said
 
 
 @pytest.mark.parametrize(
     ("args", "said"),
     [
         (["god"], "notebooks/god.ipynb: no such notebook; did you mean 'good'?"),
-        (["good", "-p", "balance.treshold"], "params.yaml has no 'balance.treshold'"),
+        (["typo"], "params.yaml has no 'balance.treshold'"),
         (
             ["good", "-s", "recipie=clip"],
             "notebooks/good.ipynb: its parameters cell has no 'recipie' (it has: sections, recipe)",
@@ -327,9 +341,9 @@ def package(tmp_path, monkeypatch):
         files[name] = ""
     files["params.yaml"] = (ROOT / "params.yaml").read_text()
     files["dvc.yaml"] = (
-        "stages:\n  y: {foreach: [1], do: {cmd: python -m mclip.pipeline.run x -s k=1,"
-        " deps: [notebooks/x.ipynb, data/code/x, mclip/shown.py, data]}}\n"
-        "  z: {cmd: python -m mclip.pipeline.run z -p x, deps: [mclip]}\n"
+        "stages:\n  y: {cmd: mclip run x, params: [balance],"
+        " deps: [notebooks/x.ipynb, data/code/x, mclip/shown.py, data]}\n"
+        "  z: {cmd: python -m mclip.pipeline.run z, deps: [mclip]}\n"
     )
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -364,7 +378,7 @@ def test_guarded_are_the_sources_that_dvc_records(package):
     ],
 )
 def test_an_edit_that_changes_what_a_stage_does_is_seen(package, file, text, counts):
-    stage = run.Stage("x", ["balance"])
+    stage = run.Stage("x")
     files = run.sources(stage, closure.Package())
     before = run.state(stage, files)
     (package / file).write_text(text)
@@ -372,7 +386,7 @@ def test_an_edit_that_changes_what_a_stage_does_is_seen(package, file, text, cou
 
 
 def test_an_edit_of_the_values_that_a_stage_picks_is_seen(package):
-    before = run.state(stage := run.Stage("x", ["balance"]), [])
+    before = run.state(stage := run.Stage("x"), [])
     text = (package / "params.yaml").read_text()
     (package / "params.yaml").write_text(text.replace("threshold: 0.15", "threshold: 0.2"))
     assert run.state(stage, []) != before
@@ -385,7 +399,7 @@ def test_an_edit_between_dvcs_stage_code_and_the_notebooks_own_stops_it(package,
     closure.write()
     (package / "mclip/models/b.py").write_text("changed = True")
     assert edited() == []  # by hand, where nothing is recorded
-    monkeypatch.setenv("DVC_STAGE", "y@1")
+    monkeypatch.setenv("DVC_STAGE", "y")
     with pytest.raises(
         run.StageError,
         match=r"^x: mclip/models/b.py was edited after DVC's stage `code`: run `dvc repro`",
@@ -400,9 +414,25 @@ def test_an_edit_between_dvcs_stage_code_and_the_notebooks_own_stops_it(package,
         run.run(run.Stage("x"))
 
 
+def test_a_stage_whose_section_is_null_is_left_out_at_once(package, capsys):
+    (package / "params.yaml").write_text("ablations: {amount: null, epoch: {rounds: 1}}")
+    (package / "dvc.yaml").write_text(
+        "stages:\n  amount:\n    cmd: mclip run ablations/amount\n    params: [ablations.amount, evaluate]\n"
+        "    outs: [reports/ablations/amount.ipynb: {cache: false}, reports/a.csv, m/amount.json]\n"
+        "  epoch: {cmd: mclip run ablations/epoch, params: [ablations.epoch, ablations.amount]}\n"
+    )
+    assert run.main(["ablations/amount"]) == 0
+    assert "left out, params.yaml has ablations.amount: null" in capsys.readouterr().err
+    report = nbformat.read("reports/ablations/amount.ipynb", as_version=4)
+    assert "`ablations.amount: null`" in report.cells[0].source
+    assert Path("reports/a.csv").read_text() == "" and Path("m/amount.json").read_text() == "{}\n"
+    assert run.left_out(run.Stage("ablations/epoch")) is None
+    assert run.left_out(run.Stage("ablations/none")) is None
+
+
 def test_injected_values_are_python_one_key_a_line():
     value = {"a": {"b": [1e-5, None, True], "c": "x" * 80, "d": {}}}
-    text = kernel.readable(value)
+    text = run.readable(value)
     assert eval(text) == value
     assert "    'a': {\n        'b': [1e-05, None, True],\n" in text
 

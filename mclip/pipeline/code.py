@@ -37,7 +37,7 @@ import grimp
 from grimp.exceptions import SourceSyntaxError
 
 from mclip import params
-from mclip.pipeline import needs
+from mclip.pipeline import stages as dvc_stages
 from mclip.system.files import digest, write_whole
 
 FOLDER = "data/code"
@@ -49,7 +49,6 @@ EXEMPT = {  # module -> why an edit of it changes no stage's data (tests/test_cl
     "mclip.__main__": "is a command of its own",
     "mclip.cli": "starts what others do",
     "mclip.pipeline.code": "says what depends on what",
-    "mclip.pipeline.needs": "stops a notebook that lacks its input",
     "mclip.report.pages": "shows executed notebooks; the stage report lists it",
     "mclip.params": _AS_VALUES,
     "mclip.params.__main__": "is a command of its own",
@@ -319,7 +318,7 @@ def stages(root: str | Path = ".") -> dict[str, Stage]:
     keys.
     """
     found: dict[str, Stage] = {}
-    for entry in needs.stages(root).values():
+    for entry in dvc_stages.resolved(root).values():
         deps = entry.get("deps", [])
         for name in (
             dep.removeprefix(f"{FOLDER}/") for dep in deps if dep.startswith(f"{FOLDER}/")

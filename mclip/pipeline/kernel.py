@@ -1,38 +1,39 @@
-"""Execute a notebook by papermill in a kernel of its own, and show in the terminal what it says.
+"""Execute a notebook in a kernel of its own, and show in the terminal what it says.
 
 The kernel runs this interpreter in this repository, whatever kernels and personal settings the
 machine has. It talks over sockets in a private folder, so that concurrent runs never meet; it and
 every process below it are stopped when the run ends, is interrupted or is terminated.
 """
 
-import asyncio
 import contextlib
-import logging
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
-import papermill
 import psutil
-import zmq
-from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
-from papermill.exceptions import PapermillExecutionError
-from papermill.translators import PythonTranslator, papermill_translators
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
-from mclip.pipeline import warm
+from mclip.system.processes import end_family
 
 SIGNALS = [
     signal.Signals[n] for n in ("SIGINT", "SIGTERM", "SIGHUP") if n in signal.Signals.__members__
 ]
+# glibc gives the memory of each large tensor back to the system and faults it in again for the next
+# one: keeping it makes encoding pictures on the CPU a tenth faster
+REUSE_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(10**9), "MALLOC_TRIM_THRESHOLD_": str(10**10)}
+# without compiled modules every kernel spends 15 s longer on its imports
+PERSONAL = ("MPLBACKEND", "PYTHONSTARTUP", "PYTHONINSPECT", "PYTHONDONTWRITEBYTECODE")
 
 
 class Terminal:
@@ -67,60 +68,55 @@ class Terminal:
                 self.shown = time.monotonic()
             self.stream.flush()
 
-    def flush(self) -> None:
-        """Part of the file-like interface that papermill wants."""
-
     def close(self) -> None:
         for source, rest in self.open.items():
             if rest.strip():
                 self.write("\n", source)
 
 
-@contextlib.contextmanager
-def follow(path: Path, terminal: Terminal, every: float = 0.1):
-    """Copy what processes append to `path` to the terminal, until the block ends."""
-    done = threading.Event()
+class Watch(threading.Thread):
+    """Beside a run: bars from the file `progress` to the terminal, and once a second a look around.
 
-    def copy() -> None:
-        with path.open(encoding="utf-8", errors="replace", newline="") as stream:
-            while True:
-                last = done.is_set()
-                if text := stream.read():
-                    terminal.write(text, "progress")
-                if last:
-                    return
-                done.wait(every)
-
-    thread = threading.Thread(target=copy, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-@contextlib.contextmanager
-def ends_with_dvc(every: float = 1.0):
-    """Under DVC: end as by SIGTERM when DVC has ended, or what goes on writes beside the next `dvc
-    repro`.
+    Under DVC the run ends as by SIGTERM when DVC has ended: what goes on would write beside the
+    next `dvc repro`. `peak_rss` is the memory of the largest process seen below this one, bytes.
     """
-    done, dvc = threading.Event(), _dvc()
 
-    def watch() -> None:
-        while not done.wait(every):
-            if not _lives(dvc):
-                signal.pthread_kill(
-                    threading.main_thread().ident, signal.SIGTERM
-                )  # to another it would not wake it
-                return
+    def __init__(self, progress: Path, terminal: Terminal):
+        super().__init__(daemon=True)
+        self.progress, self.terminal = progress, terminal
+        self.done, self.peak_rss, self.dvc = threading.Event(), 0, _dvc()
 
-    if dvc is not None:
-        threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
+    def __enter__(self) -> "Watch":
+        self.progress.touch()
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.done.set()
+        self.join()
+        self.terminal.close()
+
+    def run(self) -> None:
+        looked = time.monotonic()
+        with self.progress.open(encoding="utf-8", errors="replace", newline="") as bars:
+            last = False
+            while not last:
+                last = self.done.wait(0.1)
+                if text := bars.read():
+                    self.terminal.write(text, "progress")
+                if time.monotonic() - looked > 1 and not last:
+                    looked = time.monotonic()
+                    self._look()
+
+    def _look(self) -> None:
+        with contextlib.suppress(psutil.Error):
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    self.peak_rss = max(self.peak_rss, process.memory_info().rss)
+        if self.dvc is not None and not _lives(self.dvc):
+            self.dvc = None
+            main = threading.main_thread().ident  # a signal to another thread would not wake it
+            signal.pthread_kill(main, signal.SIGTERM)
 
 
 def _lives(process: psutil.Process) -> bool:
@@ -141,145 +137,118 @@ def _dvc() -> psutil.Process | None:
     return None
 
 
-def kernel_class(folder: Path) -> type:
-    """A kernel manager for one run; folder: private, for the connection file, sockets, IPython's
-    state.
-    """
-    env = warm.environment(folder) | {
-        "IPYTHONDIR": str(folder / "ipython"),
-        "MCLIP_PROGRESS": str(folder / "progress"),
-    }
-    (folder / "progress").touch()
-    # asked once: a warm process may become ready while a kernel starts
-    argv = warm.command("ipykernel_launcher", "-f", "{connection_file}", notes=folder)
-    forked = argv[1] != "-m"
-
-    class StageKernel(AsyncKernelManager):
-        process: psutil.Process | None = None
-
-        def __init__(self, **kwargs: Any):
-            super().__init__(**kwargs)
-            self.connection_file = str(folder / "kernel.json")
-            if (
-                zmq.has("ipc") and len(str(folder)) < 80
-            ):  # sockets' paths have 100 characters at most
-                self.transport = "ipc"
-
-        @property
-        def kernel_spec(self) -> KernelSpec:
-            return KernelSpec(argv=argv, display_name="Python 3 (ipykernel)", language="python")
-
-        async def start_kernel(self, **kwargs: Any) -> None:
-            await super().start_kernel(**kwargs | {"env": env, "cwd": str(Path.cwd())})
-            pid = self.provisioner.pid
-            while forked and psutil.pid_exists(pid):  # what was started only stands for the fork
-                if (folder / "pid").exists():
-                    pid = int((folder / "pid").read_text())
-                    break
-                await asyncio.sleep(0.05)
-            with contextlib.suppress(
-                psutil.NoSuchProcess
-            ):  # papermill says so of a kernel that died at once
-                type(self).process = psutil.Process(pid)
-
-    return StageKernel
-
-
-def peak_rss_mb(folder: Path) -> int | None:
-    """Peak memory of the kernel that has ended, or of the largest process below it."""
+def peak_rss_mb(watch: Watch) -> int | None:
+    """Peak memory of the kernel that has ended, or of the largest process seen below it."""
     try:
         import resource
     except ImportError:  # Windows
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
-    if (folder / "pid").exists():  # a fork: no child of this process
-        for _ in range(40):
-            if (folder / "peak_rss").exists():
-                peak = int((folder / "peak_rss").read_text())
-                break
-            time.sleep(0.05)
-    return round(peak / 2**20)
+    return round(max(peak, watch.peak_rss) / 2**20)
 
 
-class _Readable(PythonTranslator):
-    """papermill's injected cell with one key a line."""
+def environment(folder: Path) -> dict[str, str]:
+    """What a kernel's process is started with; folder: private, for IPython's state."""
+    env = REUSE_MEMORY | {k: v for k, v in os.environ.items() if k not in PERSONAL}
+    (folder / "matplotlibrc").touch()
+    # tqdm.auto, which others import, misses the widgets that a stage's terminal has no use for
+    ignored = [env.get("PYTHONWARNINGS"), "ignore:IProgress not found"]
+    return env | {
+        "IPYTHONDIR": str(folder / "ipython"),
+        "MATPLOTLIBRC": str(folder / "matplotlibrc"),
+        "MCLIP_PROGRESS": str(folder / "progress"),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)]),
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # else the kernel's debugger warns on each start
+        "PYTHONHASHSEED": "0",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path.cwd()), env.get("PYTHONPATH")])),
+        "PYTHONWARNINGS": ",".join(filter(None, ignored)),
+    }
 
-    @classmethod
-    def translate(cls, val: Any) -> str:
-        return readable(val)
+
+class _Client(NotebookClient):
+    """nbclient, which also shows in a terminal what the notebook prints."""
+
+    terminal: Terminal
+
+    def process_message(self, msg: dict, cell: nbformat.NotebookNode, cell_index: int) -> Any:
+        if msg["msg_type"] == "stream":
+            self.terminal.write(msg["content"]["text"])
+        return super().process_message(msg, cell, cell_index)
 
 
-def readable(value: Any, indent: int = 0) -> str:
-    """value as Python, nested maps one key a line where they don't fit on one."""
-    line = repr(value)
-    if not isinstance(value, dict) or len(line) + indent <= 88:
-        return line
-    pad = " " * (indent + 4)
-    rows = "".join(f"{pad}{key!r}: {readable(item, indent + 4)},\n" for key, item in value.items())
-    return "{\n" + rows + " " * indent + "}"
+@contextlib.contextmanager
+def _started(nb: nbformat.NotebookNode, folder: Path, terminal: Terminal) -> Iterator[_Client]:
+    """A client of a kernel that ends with the block, and all below it."""
+    manager = AsyncKernelManager(
+        kernel_name="python3",
+        kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),  # ipykernel of this interpreter
+        connection_file=str(folder / "kernel.json"),
+    )
+    if (
+        sys.platform != "win32" and len(str(folder)) < 80
+    ):  # sockets' paths have 100 characters at most
+        manager.transport = "ipc"
+    client = _Client(
+        nb,
+        manager,
+        timeout=None,
+        startup_timeout=120,
+        iopub_timeout=60,
+        raise_on_iopub_timeout=True,
+        record_timing=False,
+        shutdown_kernel="immediate",
+    )
+    client.terminal = terminal
+    try:
+        with client.setup_kernel(cleanup_kc=True, env=environment(folder), cwd=str(Path.cwd())):
+            try:
+                yield client
+            finally:
+                _end(manager)
+    finally:
+        _end(manager)  # where a signal came while it started
 
 
-def execute(
-    nb: nbformat.NotebookNode, injected: dict[str, Any], terminal: Terminal
-) -> tuple[nbformat.NotebookNode, str | None, int | None]:
-    """Run nb with parameters; the notebook as far as it ran, None or the reason why it stopped,
-    peak memory in MiB.
+def _end(manager: AsyncKernelManager) -> None:
+    if (pid := getattr(manager.provisioner, "pid", None)) is not None:
+        end_family(pid)
+
+
+def execute(nb: nbformat.NotebookNode, terminal: Terminal) -> tuple[str | None, int | None]:
+    """Run a notebook's cells, whose outputs go into it.
 
     A signal stops the kernel and all below it and then raises KeyboardInterrupt(number of the
     signal).
-    """
-    folder = Path(tempfile.mkdtemp(prefix="mclip-"))
-    kernel = kernel_class(folder)
-    source, executed = folder / "source.ipynb", folder / "executed.ipynb"
-    source.write_text(nbformat.writes(nb))
-    papermill_translators.register("python3", _Readable)
-    logging.getLogger("papermill").setLevel(logging.ERROR)
 
-    def heading(cell: nbformat.NotebookNode, cell_index: int) -> None:
-        if cell.cell_type == "markdown" and (
-            match := re.search(r"^#+ +(.+)$", cell.source, re.MULTILINE)
-        ):
-            terminal.write(f"  {match[1].strip()}\n")
+    Returns
+    -------
+    None or the reason why it stopped, and peak memory in MiB.
+    """
 
     def stop(signum: int, frame: Any) -> None:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        warm.end_family(kernel.process)
         raise KeyboardInterrupt(signum)
 
-    former = {number: signal.signal(number, stop) for number in SIGNALS}
     reason = None
+    former = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
-        with ends_with_dvc(), follow(folder / "progress", terminal):
-            papermill.execute_notebook(
-                str(source),
-                str(executed),
-                injected,
-                kernel_name="python3",
-                kernel_manager_class=kernel,
-                cwd=str(Path.cwd()),
-                start_timeout=120,
-                record_timing=False,
-                progress_bar=False,
-                stdout_file=terminal,
-                stderr_file=terminal,
-                on_cell_start=heading,
-                shutdown_kernel="immediate",
-            )  # its results are in the notebook and in files
-        result = nbformat.read(executed, as_version=4)
-        if any(o.output_type == "error" for c in result.cells for o in c.get("outputs", [])):
-            reason = "a cell ended early"  # sys.exit(0), which papermill lets pass
-    except PapermillExecutionError as err:
+        with (
+            tempfile.TemporaryDirectory(prefix="mclip-", ignore_cleanup_errors=True) as folder,
+            Watch(Path(folder, "progress"), terminal) as watch,
+            _started(nb, Path(folder), terminal) as client,
+        ):
+            for index, cell in enumerate(nb.cells):
+                heading = re.search(r"^#+ +(.+)$", cell.source, re.MULTILINE)
+                if cell.cell_type == "markdown" and heading:
+                    terminal.write(f"  {heading[1].strip()}\n")
+                client.execute_cell(cell, index)
+    except CellExecutionError as err:
         reason = f"{err.ename}: {err.evalue}"
     except RuntimeError as err:  # nbclient's DeadKernelError, and a kernel that doesn't start
         reason = f"the kernel died ({err}); was the machine short of memory?"
     finally:
-        warm.end_family(kernel.process)
-        terminal.close()
         for number, handler in former.items():
             signal.signal(number, handler)
-        result = nbformat.read(executed, as_version=4) if executed.exists() else nb
-        peak = peak_rss_mb(folder)
-        shutil.rmtree(folder, ignore_errors=True)
-    return result, reason, peak
+    return reason, peak_rss_mb(watch)

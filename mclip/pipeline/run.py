@@ -1,26 +1,23 @@
-"""Run a notebook as a stage: typed parameters in, a byte-stable executed notebook out.
+"""Run a notebook as a stage: its parameters in, a byte-stable executed notebook out.
 
-    python -m mclip.pipeline.run balance -p balance
-    python -m mclip.pipeline.run distill -s recipe=clip -p distill.train -p distill.recipes.clip
-    python -m mclip.pipeline.run ablations/threshold -p balance
+    python -m mclip.pipeline.run balance
+    python -m mclip.pipeline.run distill -s recipe=clip
 
-STAGE       executes notebooks/STAGE.ipynb and writes reports/STAGE[/value...].ipynb
--p KEY      a part of params.yaml that the notebook may see (what the stage lists under `params:` in dvc.yaml)
+NOTEBOOK    executes notebooks/NOTEBOOK.ipynb and writes reports/NOTEBOOK[/value...].ipynb
 -s NAME=V   sets a further name of the notebook's parameters cell; V is read as YAML
 
+The notebook sees of params.yaml what the stage of dvc.yaml that runs it lists under `params:`; one
+that no stage runs sees all. A stage whose own section is null (`ablations.amount: null`) is left
+out: a page that says so takes the report's place, and nothing runs.
+
 While it runs, the terminal shows the notebook's headings, prints, warnings and progress bars. If a
-cell fails, what ran is kept as reports/STAGE.failed.ipynb and a former good report stays as it is.
-Two runs of the same notebook with the same parameters write the same bytes: no times, no paths,
+cell fails, what ran is kept as reports/NOTEBOOK.failed.ipynb and a former good report stays as it
+is. Two runs of the same notebook with the same parameters write the same bytes: no times, no paths,
 ordinal ids; the notebook must add none. Wall time and peak memory go to
-reports/times/STAGE[/value...].json.
+reports/times/NOTEBOOK[/value...].json.
 
 Exit codes: 0 done, 1 the notebook failed, 2 wrong call or parameters, 128 + n stopped by signal n.
 """
-
-from mclip.pipeline import warm
-
-if __name__ == "__main__":
-    warm.hand_over("mclip.pipeline.run")
 
 import argparse
 import ast
@@ -32,27 +29,28 @@ import signal
 import sys
 import time
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import nbformat
+from nbformat import v4
 
 from mclip import params
 from mclip.params import ParamsError
 from mclip.pipeline import code as closure
-from mclip.pipeline import strip
+from mclip.pipeline import stages, strip
 from mclip.system.files import write_whole
 
 SOURCE_SUFFIXES = {".py", ".ipynb", ".json", ".css", ".cu", ".cpp"}
+LEFT_OUT = "left-out"  # tags the only cell of what stands for a report
 
 
 @dataclass
 class Stage:
-    """One run: the notebook, where its report goes, and what is injected."""
+    """One run: the notebook, what is set of its parameters, and where its report goes."""
 
     name: str  # "balance", "ablations/threshold"
-    keys: list[str] = field(default_factory=list)  # dotted keys of params.yaml
     values: dict[str, Any] = field(default_factory=dict)  # further parameters, by name
 
     @property
@@ -66,6 +64,16 @@ class Stage:
     def report(self, suffix: str = ".ipynb", folder: str = "reports") -> Path:
         return Path(folder) / f"{self.title}{suffix}"
 
+    @cached_property
+    def entry(self) -> dict[str, Any]:
+        """The stage of dvc.yaml that runs the notebook so; empty where there is none."""
+        return stages.running(self.name, self.values)
+
+    @property
+    def keys(self) -> list[str]:
+        """The parts of params.yaml that the notebook sees, dotted."""
+        return self.entry.get("params", [])
+
 
 class StageError(Exception):
     """What the person who called sees; `code` is the exit code."""
@@ -75,11 +83,11 @@ class StageError(Exception):
         self.code = code
 
 
-# --- before -----------------------------------------------------------------------------------------------
+# --- before ---------------------------------------------------------------------------------------
 
 
-def prepare(stage: Stage) -> tuple[nbformat.NotebookNode, dict[str, Any]]:
-    """The source notebook and its parameters; StageError (code 2) says what is wrong with the call."""
+def prepare(stage: Stage) -> nbformat.NotebookNode:
+    """The notebook with its parameters; StageError (code 2) says what is wrong with the call."""
     if not stage.notebook.exists():
         if not Path("notebooks").is_dir():
             raise StageError("no notebooks/ here: run from the repository's root", 2)
@@ -93,19 +101,30 @@ def prepare(stage: Stage) -> tuple[nbformat.NotebookNode, dict[str, Any]]:
         raise StageError(
             f"{stage.notebook}: not a notebook ({str(err).splitlines()[0]})", 2
         ) from None
-    names = _parameter_names(nb, stage.notebook)
-    injected: dict[str, Any] = {**stage.values}
-    if "sections" in names or stage.keys:
-        injected = {"sections": picked(stage.keys), **injected}
-    else:
-        params.load()
+    at, names = parameters(nb, stage.notebook)
+    values = picked(stage.keys)
+    injected = ({"sections": values} if stage.keys else {}) | stage.values
     if unknown := [name for name in injected if name not in names]:
         raise StageError(
             f"{stage.notebook}: its parameters cell has no {unknown[0]!r} "
             f"(it has: {', '.join(names) or 'none'})",
             2,
         )
-    return nb, injected
+    if injected:
+        lines = ["# Parameters", *(f"{k} = {readable(v)}" for k, v in injected.items())]
+        cell = v4.new_code_cell("\n".join(lines) + "\n", metadata={"tags": ["injected-parameters"]})
+        nb.cells.insert(at + 1, cell)
+    return nb
+
+
+def parameters(nb: nbformat.NotebookNode, path: Path) -> tuple[int, list[str]]:
+    """The index of the cell tagged "parameters", and the names that it assigns."""
+    for index, cell in enumerate(nb.cells):
+        if "parameters" in cell.metadata.get("tags", []):
+            code = ast.walk(ast.parse(cell.source))
+            names = [n.id for n in code if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+            return index, names
+    raise StageError(f"{path}: no cell is tagged 'parameters'", 2)
 
 
 def picked(keys: list[str]) -> dict[str, Any]:
@@ -113,13 +132,14 @@ def picked(keys: list[str]) -> dict[str, Any]:
     return params.pick(params.load().model_dump(by_alias=True, mode="json"), keys)
 
 
-def _parameter_names(nb: nbformat.NotebookNode, path: Path) -> list[str]:
-    """The names that the cell tagged "parameters" assigns."""
-    for cell in nb.cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            code = ast.walk(ast.parse(cell.source))
-            return [n.id for n in code if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
-    raise StageError(f"{path}: no cell is tagged 'parameters'", 2)
+def readable(value: Any, indent: int = 0) -> str:
+    """value as Python, nested maps one key a line where they don't fit on one."""
+    line = repr(value)
+    if not isinstance(value, dict) or len(line) + indent <= 88:
+        return line
+    pad = " " * (indent + 4)
+    rows = "".join(f"{pad}{key!r}: {readable(item, indent + 4)},\n" for key, item in value.items())
+    return "{\n" + rows + " " * indent + "}"
 
 
 def sources(stage: Stage, package: closure.Package) -> list[Path]:
@@ -129,40 +149,20 @@ def sources(stage: Stage, package: closure.Package) -> list[Path]:
     what produced the outputs. They are the notebook, the code that it depends on
     (mclip.pipeline.code), and what dvc.yaml names of mclip beside that.
     """
-    deps = [stage.notebook, *_dependencies(stage)]
-    paths = {
-        p
-        for d in deps
-        for p in (d.rglob("*") if d.is_dir() else [d])
-        if p.suffix in SOURCE_SUFFIXES
-    }
-    return sorted({*paths, *package.notebook(stage.notebook)})
+    listed = [Path(dep) for dep in stages.paths(stage.entry, "deps")]
+    own = [path for path in listed if path.parts[0] in ("mclip", "notebooks")]
+    files = {p for path in own for p in (path.rglob("*") if path.is_dir() else [path])}
+    files = {path for path in files if path.suffix in SOURCE_SUFFIXES}
+    return sorted({*files, stage.notebook, *package.notebook(stage.notebook)})
 
 
 def state(stage: Stage, files: list[Path]) -> dict[str, str]:
-    """What each file does now, comments and docstrings aside, and the values that the stage picks."""
+    """What each file does now, comments and docstrings aside, and the values that it picks."""
     found = {str(path): closure.file_digest(path) for path in files}
     try:
         return found | {"params.yaml": json.dumps(picked(stage.keys))}
     except ParamsError as err:
         return found | {"params.yaml": str(err)}
-
-
-def _dependencies(stage: Stage) -> list[Path]:
-    """The files and folders of mclip/ and notebooks/ that dvc.yaml says the notebook depends on."""
-    try:
-        stages = params.read_yaml("dvc.yaml").get("stages", {})
-    except ParamsError:
-        stages = {}
-    for entry in stages.values():
-        entry = entry.get("do", entry)
-        words = str(entry.get("cmd", "")).replace("${key}", stage.name.rpartition("/")[2]).split()
-        if ("mclip.pipeline.run", stage.name) in pairwise(words):
-            deps = [
-                Path(next(iter(d)) if isinstance(d, dict) else d) for d in entry.get("deps", [])
-            ]
-            return [d for d in deps if d.parts[0] in ("mclip", "notebooks") and d.exists()]
-    return []
 
 
 def edited_before(stage: Stage, package: closure.Package) -> list[str]:
@@ -176,7 +176,19 @@ def edited_before(stage: Stage, package: closure.Package) -> list[str]:
     return sorted(p for p in before | now if before.get(p) != now.get(p))
 
 
-# --- after ------------------------------------------------------------------------------------------------
+def left_out(stage: Stage) -> str | None:
+    """The stage's own section (`ablations.amount` of ablations/amount) if params.yaml has null."""
+    key = stage.name.replace("/", ".")
+    if key not in stage.keys:
+        return None
+    *parents, last = key.split(".")
+    section: Any = params.read_yaml("params.yaml")
+    for part in parents:
+        section = section.get(part) or {}
+    return key if last in section and section[last] is None else None
+
+
+# --- after ----------------------------------------------------------------------------------------
 
 ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,}")
 
@@ -185,7 +197,6 @@ def cleaned(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """An executed notebook with nothing in it that differs between two runs, or that is the
     machine's.
     """
-    nb.cells = [c for c in nb.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
     strip.bare(nb)
     nb.metadata.language_info = nbformat.from_dict({"name": "python", "pygments_lexer": "ipython3"})
     for cell in nb.cells:
@@ -217,70 +228,47 @@ def save(nb: nbformat.NotebookNode, path: Path) -> None:
 
 
 def describe(nb: nbformat.NotebookNode, stage: Stage, kept: Path, reason: str) -> str:
-    """One screen about a failed run: which cell, its line, the exception, how to open it."""
-    place = next(
-        (
-            (c, o)
-            for c in nb.cells
-            if c.cell_type == "code"
-            for o in c.outputs
-            if o.output_type == "error"
-        ),
-        None,
-    )
+    """One screen about a failed run: which cell, which lines, the exception, how to open it."""
     lines = [f"{stage.title}: FAILED", reason]
-    if place:
-        cell, error = place
-        traceback = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
-        message = str(error.evalue).strip().splitlines() or [""]
-        lines = [
-            f"{stage.title}: FAILED in cell [{cell.execution_count}] of {kept}",
-            *_around_error(cell, traceback),
-            *_own_frames(traceback),
-            f"{error.ename}: {message[0]}",
-            *message[1:12],
-        ]
+    for cell in nb.cells:
+        for error in (o for o in cell.get("outputs", []) if o.output_type == "error"):
+            message = str(error.evalue).strip().splitlines() or [""]
+            lines = [
+                f"{stage.title}: FAILED in cell [{cell.execution_count}] of {kept}",
+                *_own_frames(re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))),
+                f"{error.ename}: {message[0]}",
+                *message[1:12],
+            ]
     return "\n".join([*lines, f"to see all of it: jupyter lab {kept}"])
 
 
-def _around_error(cell: nbformat.NotebookNode, traceback: str, lines: int = 8) -> list[str]:
-    """The last lines of a cell up to the one that failed, which is marked; none where no line is
-    named.
-    """
-    match = re.search(rf"^Cell In\[{cell.execution_count}\], line (\d+)", traceback, re.MULTILINE)
-    source = cell.source.rstrip().splitlines()
-    if match is None:  # an error that shows no traceback, its message says all
-        return []
-    bad = int(match[1])
-    return [
-        f"{'--> ' if n == bad else '    '}{line[:100]}"
-        for n, line in enumerate(source, 1)
-        if bad - lines < n <= bad
-    ]
-
-
-def _own_frames(traceback: str, last: int = 2) -> list[str]:
-    """The last frames of an IPython traceback in this repository's files, as "file:line in
-    function".
+def _own_frames(traceback: str, last: int = 4) -> list[str]:
+    """The last frames of an IPython traceback that are in the notebook or in this repository's
+    files, as "file:line in function: code".
     """
     root, frames = Path.cwd().resolve(), []
-    head = re.compile(r"^File (.+?):(\d+)(?:, in ([^\n(]+))?", re.MULTILINE)
-    for match, following in pairwise([*head.finditer(traceback), None]):
-        path = Path(match[1]).expanduser().resolve()
-        if not path.is_relative_to(root) or "site-packages" in path.parts:
+    for block in re.split(r"^(?=Cell In\[|File )", traceback, flags=re.MULTILINE):
+        if match := re.match(r"Cell In\[\d+\], line (\d+)", block):
+            where = f"line {match[1]}"
+        elif match := re.match(r"File (.+?):(\d+)(?:, in ([^\n(]+))?", block):
+            path = Path(match[1]).expanduser().resolve()
+            if not path.is_relative_to(root) or "site-packages" in path.parts:
+                continue
+            where = f"{path.relative_to(root)}:{match[2]} in {(match[3] or '<module>').strip()}"
+        else:
             continue
-        body = traceback[match.end() : following.start() if following else None]
-        arrow = re.search(r"^-+> *\d+ (.*)$", body, re.MULTILINE)
-        where = f"{path.relative_to(root)}:{match[2]} in {(match[3] or '<module>').strip()}"
+        arrow = re.search(r"^-+> *\d+ (.*)$", block, re.MULTILINE)
         frames.append(f"  {where}{': ' + arrow[1].strip() if arrow else ''}"[:110])
     return frames[-last:]
 
 
-# --- all of it --------------------------------------------------------------------------------------------
+# --- all of it ------------------------------------------------------------------------------------
 
 
 def run(stage: Stage) -> Path:
     """Execute the stage's notebook and write its report; StageError says why there is none."""
+    if key := left_out(stage):
+        return leave_out(stage, key)
     try:
         package = closure.Package()
     except closure.CodeError as err:
@@ -291,32 +279,41 @@ def run(stage: Stage) -> Path:
         )
     files = sources(stage, package)
     before = state(stage, files)
-    nb, injected = prepare(stage)
-    # here: importing papermill takes seconds, in which files change
-    from mclip.pipeline.kernel import (
-        Terminal,
-        execute,
-    )
+    nb = prepare(stage)
+    from mclip.pipeline.kernel import Terminal, execute  # here: it takes a second
 
     terminal = Terminal()
     terminal.write(f"{stage.title}: running {stage.notebook}\n")
     start = time.perf_counter()
-    result, reason, peak = execute(nb, injected, terminal)
+    reason, peak = execute(nb, terminal)
     seconds = time.perf_counter() - start
     failed = stage.report(".failed.ipynb")
     if reason is not None:
-        save(cleaned(result), failed)
-        raise StageError(describe(result, stage, failed, reason))
+        save(cleaned(nb), failed)
+        raise StageError(describe(nb, stage, failed, reason))
     after = state(stage, files)
     if edited := sorted(p for p in before | after if before.get(p) != after.get(p)):
         raise StageError(
             f"{stage.title}: {edited[0]} was edited while it ran; nothing is kept, run it again"
         )
-    save(cleaned(result), stage.report())
+    save(cleaned(nb), stage.report())
     failed.unlink(missing_ok=True)
     times = {"stage": stage.name, **stage.values, "seconds": round(seconds, 2), "peak_rss_mb": peak}
     write_whole(stage.report(".json", "reports/times"), json.dumps(times, indent=1) + "\n")
     terminal.write(f"{stage.title}: {stage.report()} written, {seconds:.1f} s\n")
+    return stage.report()
+
+
+def leave_out(stage: Stage, key: str) -> Path:
+    """Write what DVC expects of a stage that params.yaml leaves out; the report's site skips it."""
+    text = f"# {stage.title}\n\nLeft out: params.yaml has `{key}: null`."
+    cell = v4.new_markdown_cell(text, metadata={"tags": [LEFT_OUT]})
+    save(cleaned(v4.new_notebook(cells=[cell])), stage.report())
+    for out in stages.paths(stage.entry, "outs"):
+        if Path(out) != stage.report():
+            write_whole(out, "{}\n" if out.endswith(".json") else "")
+    stage.report(".json", "reports/times").unlink(missing_ok=True)
+    print(f"{stage.title}: left out, params.yaml has {key}: null", file=sys.stderr)
     return stage.report()
 
 
@@ -326,13 +323,12 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("stage")
-    parser.add_argument("-p", dest="keys", metavar="KEY", action="append", default=[])
+    parser.add_argument("notebook")
     parser.add_argument("-s", dest="values", metavar="NAME=V", action="append", default=[])
     args = parser.parse_args(argv)
+    name = args.notebook.removesuffix(".ipynb").removeprefix("notebooks/")
     try:
-        values = dict(_setting(text) for text in args.values)
-        run(Stage(args.stage.removesuffix(".ipynb").removeprefix("notebooks/"), args.keys, values))
+        run(Stage(name, dict(map(stages.setting, args.values))))
     except ParamsError as err:
         print(err, file=sys.stderr)
         return 2
@@ -342,21 +338,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as err:
         number = err.args[0] if err.args else signal.SIGINT
         print(
-            f"{args.stage}: stopped by {signal.Signals(number).name}: no report, but finished shards and checkpoints "
-            "are kept, the next run goes on there",
+            f"{name}: stopped by {signal.Signals(number).name}: no report, but finished shards and "
+            "checkpoints are kept, the next run goes on there",
             file=sys.stderr,
         )
         return 128 + number
     return 0
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    from ruamel.yaml import YAML
-
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise StageError(f"-s {text}: expected NAME=VALUE", 2)
-    return name, YAML(typ="safe").load(value)
 
 
 if __name__ == "__main__":

@@ -84,8 +84,11 @@ def read_pages(reports: Path, titles: dict[str, str], asked: Collection[str]) ->
         ]
         return list(GROUPS).index(_group([stage, *rest], asked)), known, stage, of
 
-    return [
+    pages = [
         _page(path, reports, titles, asked) for path in sorted(filter(wanted, paths), key=order)
+    ]
+    return [
+        page for page in pages if "left-out" not in page.notebook.cells[0].metadata.get("tags", [])
     ]
 
 
