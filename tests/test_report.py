@@ -214,6 +214,16 @@ def test_an_ablation_of_another_run_is_shown_as_such(reports):
     assert index.count("another answer") == 1 and "12.5 s" not in index and "3.5 s" in index
 
 
+def test_an_ablation_that_is_left_out_has_no_page(reports):
+    nb = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_markdown_cell("# amount", metadata={"tags": ["left-out"]})]
+    )
+    nbformat.write(nb, reports / "ablations" / "amount.ipynb")
+    index = build(reports) / "index.html"
+    assert "ablations-amount.html" not in index.read_text()
+    assert not (index.parent / "ablations-amount.html").exists()
+
+
 def test_nothing_to_report_on(tmp_path):
     with pytest.raises(report.ReportError, match="run `dvc repro` first"):
         report.build(tmp_path, tmp_path / "site", ROOT / "params.yaml")

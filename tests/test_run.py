@@ -422,10 +422,10 @@ def test_a_stage_whose_section_is_null_is_left_out_at_once(package, capsys):
         "  epoch: {cmd: mclip run ablations/epoch, params: [ablations.epoch, ablations.amount]}\n"
     )
     assert run.main(["ablations/amount"]) == 0
-    assert "left out, params.yaml has ablations.amount: null" in capsys.readouterr().err
+    assert "left out, ablations.amount is empty in params.yaml" in capsys.readouterr().err
     report = nbformat.read("reports/ablations/amount.ipynb", as_version=4)
-    assert "`ablations.amount: null`" in report.cells[0].source
-    assert Path("reports/a.csv").read_text() == "" and Path("m/amount.json").read_text() == "{}\n"
+    assert "`ablations.amount` is empty" in report.cells[0].source
+    assert Path("reports/a.csv").read_text() == "\n" and Path("m/amount.json").read_text() == "{}\n"
     assert run.left_out(run.Stage("ablations/epoch")) is None
     assert run.left_out(run.Stage("ablations/none")) is None
 

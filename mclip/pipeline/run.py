@@ -7,7 +7,7 @@ NOTEBOOK    executes notebooks/NOTEBOOK.ipynb and writes reports/NOTEBOOK[/value
 -s NAME=V   sets a further name of the notebook's parameters cell; V is read as YAML
 
 The notebook sees of params.yaml what the stage of dvc.yaml that runs it lists under `params:`; one
-that no stage runs sees all. A stage whose own section is null (`ablations.amount: null`) is left
+that no stage runs sees all. A stage whose own section is empty (`ablations.amount: null`) is left
 out: a page that says so takes the report's place, and nothing runs.
 
 While it runs, the terminal shows the notebook's headings, prints, warnings and progress bars. If a
@@ -177,7 +177,7 @@ def edited_before(stage: Stage, package: closure.Package) -> list[str]:
 
 
 def left_out(stage: Stage) -> str | None:
-    """The stage's own section (`ablations.amount` of ablations/amount) if params.yaml has null."""
+    """The stage's own section, `ablations.amount` of ablations/amount, where it has nothing."""
     key = stage.name.replace("/", ".")
     if key not in stage.keys:
         return None
@@ -185,7 +185,7 @@ def left_out(stage: Stage) -> str | None:
     section: Any = params.read_yaml("params.yaml")
     for part in parents:
         section = section.get(part) or {}
-    return key if last in section and section[last] is None else None
+    return key if last in section and not section[last] else None
 
 
 # --- after ----------------------------------------------------------------------------------------
@@ -306,14 +306,14 @@ def run(stage: Stage) -> Path:
 
 def leave_out(stage: Stage, key: str) -> Path:
     """Write what DVC expects of a stage that params.yaml leaves out; the report's site skips it."""
-    text = f"# {stage.title}\n\nLeft out: params.yaml has `{key}: null`."
+    text = f"# {stage.title}\n\nLeft out: `{key}` is empty in params.yaml."
     cell = v4.new_markdown_cell(text, metadata={"tags": [LEFT_OUT]})
     save(cleaned(v4.new_notebook(cells=[cell])), stage.report())
     for out in stages.paths(stage.entry, "outs"):
         if Path(out) != stage.report():
-            write_whole(out, "{}\n" if out.endswith(".json") else "")
+            write_whole(out, "{}\n" if out.endswith(".json") else "\n")
     stage.report(".json", "reports/times").unlink(missing_ok=True)
-    print(f"{stage.title}: left out, params.yaml has {key}: null", file=sys.stderr)
+    print(f"{stage.title}: left out, {key} is empty in params.yaml", file=sys.stderr)
     return stage.report()
 
 

@@ -87,9 +87,12 @@ def read_pages(reports: Path, titles: dict[str, str], asked: Collection[str]) ->
     pages = [
         _page(path, reports, titles, asked) for path in sorted(filter(wanted, paths), key=order)
     ]
-    return [
-        page for page in pages if "left-out" not in page.notebook.cells[0].metadata.get("tags", [])
-    ]
+    return [page for page in pages if not _left_out(page.notebook)]
+
+
+def _left_out(notebook: nbformat.NotebookNode) -> bool:
+    """Does it only say that params.yaml leaves its stage out (mclip.pipeline.run)?"""
+    return any("left-out" in cell.metadata.get("tags", []) for cell in notebook.cells)
 
 
 def _group(parts: Sequence[str], asked: Collection[str]) -> str:
