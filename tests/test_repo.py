@@ -57,7 +57,7 @@ def test_the_first_stage_writes_what_notebooks_stand_on():
     name, entry = next(iter(STAGES.items()))
     assert (name, entry["cmd"], entry["deps"], entry["outs"]) == (
         "code",
-        "python -m mclip.pipeline.code",
+        "python -m mclip code",
         ["mclip", "notebooks", "params.yaml"],
         [code.FOLDER],
     )

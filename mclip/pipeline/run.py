@@ -1,7 +1,7 @@
 """Run a notebook as a stage: its parameters in, a byte-stable executed notebook out.
 
-    python -m mclip.pipeline.run balance
-    python -m mclip.pipeline.run distill -s recipe=clip
+    mclip run balance
+    mclip run distill -s recipe=clip
 
 NOTEBOOK    executes notebooks/NOTEBOOK.ipynb and writes reports/NOTEBOOK[/value...].ipynb
 -s NAME=V   sets a further name of the notebook's parameters cell; V is read as YAML
@@ -319,7 +319,7 @@ def leave_out(stage: Stage, key: str) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m mclip.pipeline.run",
+        prog="mclip run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
