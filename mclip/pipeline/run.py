@@ -33,6 +33,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+# jsonschema, below nbformat, builds a grammar with it for a format that notebooks have none of: 1.3
+# of the 2.2 CPU seconds that a stage takes to start
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
+
 import nbformat
 from nbformat import v4
 
