@@ -197,7 +197,7 @@ def at_hand(name: str, sets: Mapping[str, Any], task: str | None = None) -> str:
         raise EvalError(
             f"{name} is not here ({sets[name].path}), nor is any other"
             f"{f' {task}' if task else ''} set of evaluate.sets: "
-            "`mclip sets` tells where to get them"
+            "`dvc repro data` makes the demo's, `mclip sets` tells where to get others"
         )
     other = next((n for n in fits if sets[n].task == sets[name].task), fits[0])
     print(f"{name} is not here ({sets[name].path}), {other} takes its place")
