@@ -3,7 +3,6 @@ splits without changing.
 """
 
 import dataclasses
-import itertools
 import multiprocessing
 import shutil
 import signal
