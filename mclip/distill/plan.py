@@ -163,6 +163,7 @@ def _start(run: Run) -> BaseProcess:
 def _train(run: Run, environment: dict[str, str]) -> None:
     """The process of a training; its log takes what it prints, its bar goes to MCLIP_PROGRESS."""
     end_with_parent()
+    multiprocessing.set_start_method(None, force=True)  # decoders start as in any other process
     scratch = Path(run.scratch)
     with open(scratch / "log.txt", "a") as log:
         os.dup2(log.fileno(), 1)

@@ -461,7 +461,14 @@ def test_a_killed_training_is_told(student, training_set, tmp_path):
 
 
 def test_a_process_of_its_own_trains_the_same_bytes(student, training_set, tmp_path):
-    runs = [make_run(student, training_set, tmp_path / name, "combined") for name in "ab"]
+    """With processes below it that decode: two runs, each with a cache of its own."""
+    runs = [
+        make_run(student, training_set, tmp_path / name, "combined", workers=workers)
+        for name, workers in (("a", 0), ("b", 2))
+    ]
+    runs[1] = dataclasses.replace(
+        runs[1], data=dataclasses.replace(runs[1].data, cache=str(tmp_path / "cache"))
+    )
     trainer.train(runs[0])
     plan.train_all(runs[1:])
     a, b = ({path.name: path.read_bytes() for path in Path(run.out).iterdir()} for run in runs)
