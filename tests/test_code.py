@@ -554,7 +554,6 @@ SCALE = ("scale: PositiveFloat = 20.0", "scale: PositiveFloat = 40.0")
             {"distill/terms/cluster.py": SCALE},
             DISTILL
             | STUDIES
-            | ALIGNED
             | {"ablations/epoch", "ablations/search", "ablations/weights", "report"},
         ),
         (
