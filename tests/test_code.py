@@ -19,6 +19,7 @@ import mclip
 from mclip import params
 from mclip.params.tree import Section
 from mclip.pipeline import code, strip
+from mclip.system import source
 from mclip.system.progress import bar
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +69,7 @@ def test_the_canonical_text_is_the_same_under_every_python():
     """The digest was made with Python 3.11, 3.12 and 3.13; a test run with another one proves that
     it agrees.
     """
-    assert hashlib.sha256(code.canonical(TRICKY).encode()).hexdigest()[:16] == "8b2ea834fc17c13a"
+    assert hashlib.sha256(source.canonical(TRICKY).encode()).hexdigest()[:16] == "8b2ea834fc17c13a"
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_the_canonical_text_is_the_same_under_every_python():
     ],
 )
 def test_what_does_the_same_has_one_canonical_text(one, other):
-    assert code.canonical(one) == code.canonical(other)
+    assert source.canonical(one) == source.canonical(other)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_what_does_the_same_has_one_canonical_text(one, other):
     ],
 )
 def test_what_does_something_else_has_another(one, other):
-    assert code.canonical(one) != code.canonical(other)
+    assert source.canonical(one) != source.canonical(other)
 
 
 # --- a small package --------------------------------------------------------------------------------------------
@@ -344,7 +345,7 @@ def test_a_module_that_is_not_python_is_named(root, monkeypatch, capsys):
 
 
 def test_the_package_that_this_process_runs_stays_imported(root):
-    code.Package(root)
+    source.Package(root)
     assert sys.modules["mclip"] is mclip and str(root) not in sys.path
 
 
@@ -353,7 +354,7 @@ def test_the_package_that_this_process_runs_stays_imported(root):
 
 @pytest.fixture(scope="module")
 def here():
-    package = code.Package(ROOT)
+    package = source.Package(ROOT)
     return {
         str(path.relative_to(ROOT / "notebooks").with_suffix("")): {
             file.as_posix().removeprefix("mclip/")
@@ -425,12 +426,12 @@ def test_a_module_that_another_names_is_imported_by_it():
     alone.
     """
     graph = grimp.build_graph("mclip", cache_dir=None)
-    for module in graph.modules - code.EXEMPT.keys():
+    for module in graph.modules - source.EXEMPT.keys():
         spec = ROOT.joinpath(*module.split("."))
-        source = (spec / "__init__.py" if spec.is_dir() else spec.with_suffix(".py")).read_text()
+        text = (spec / "__init__.py" if spec.is_dir() else spec.with_suffix(".py")).read_text()
         named = {
             node.value
-            for node in ast.walk(ast.parse(source))
+            for node in ast.walk(ast.parse(text))
             if isinstance(node, ast.Constant) and isinstance(node.value, str)
         }
         assert named & graph.modules - {"mclip", module} <= graph.find_modules_directly_imported_by(
@@ -439,7 +440,7 @@ def test_a_module_that_another_names_is_imported_by_it():
 
 
 def test_the_names_of_cached_runs_have_all_the_code_that_makes_them():
-    package = code.Package(ROOT)
+    package = source.Package(ROOT)
 
     def below(module):
         return {file.as_posix().removeprefix("mclip/") for file in package.files([module])}
@@ -466,7 +467,7 @@ def test_the_names_of_cached_runs_have_all_the_code_that_makes_them():
     assert (
         len(
             {
-                code.code(f"mclip.{name}")
+                source.code_digest(f"mclip.{name}")
                 for name in ("distill.trainer", "studies.derive", "evaluate")
             }
         )
@@ -600,7 +601,7 @@ def sources():
     """Name -> syntax tree of the modules that count and, by path, of the notebooks."""
     for path in sorted((ROOT / "mclip").rglob("*.py")):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        if name not in code.EXEMPT:
+        if name not in source.EXEMPT:
             yield name, ast.parse(path.read_text())
     for path in strip.notebooks(ROOT / "notebooks"):
         cells = json.loads(path.read_text())["cells"]
@@ -608,7 +609,7 @@ def sources():
             path.stem,
             ast.parse(
                 "\n".join(
-                    code._plain("".join(c["source"])) for c in cells if c["cell_type"] == "code"
+                    source._plain("".join(c["source"])) for c in cells if c["cell_type"] == "code"
                 )
             ),
         )
@@ -653,7 +654,7 @@ SECTIONS = {
 
 
 def test_every_exempt_module_exists_and_has_its_reason():
-    for name, reason in code.EXEMPT.items():
+    for name, reason in source.EXEMPT.items():
         path = ROOT.joinpath(*name.split("."))
         assert path.with_suffix(".py").is_file() or (path / "__init__.py").is_file(), name
         assert reason
@@ -671,9 +672,10 @@ def test_code_that_counts_takes_nothing_from_what_shows():
     graph = grimp.build_graph("mclip", cache_dir=None)
     for name in {f"mclip.{part}" for part in SHOWING} & graph.modules:
         importers = graph.find_modules_that_directly_import(name, as_package=True)
-        assert importers <= code.EXEMPT.keys() | {"mclip.pipeline.run", "mclip.pipeline.kernel"}, (
-            name
-        )
+        assert importers <= source.EXEMPT.keys() | {
+            "mclip.pipeline.run",
+            "mclip.pipeline.kernel",
+        }, name
     for name, tree in sources():
         assert used(tree, "progress") <= {("progress", "bar")}, name
         assert used(tree, "closure") <= {

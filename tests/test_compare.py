@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from mclip.data.stores import metrics
 from mclip.params import EvalSet
 from mclip.report import compare
 
@@ -63,7 +64,7 @@ def rows(recipe: str, gain: float) -> list[tuple]:
 @pytest.fixture
 def folder(tmp_path):
     for recipe, gain in (("clip", 0.0), ("more", 0.1)):
-        frame = pd.DataFrame(rows(recipe, gain), columns=compare.COLUMNS)
+        frame = pd.DataFrame(rows(recipe, gain), columns=metrics.COLUMNS)
         frame.to_csv(tmp_path / f"{recipe}.csv", index=False)
     tree = {
         "more": {
@@ -79,7 +80,7 @@ def folder(tmp_path):
 
 
 def test_main_metric_and_held_out_mean(folder):
-    frame, missing = compare.read_seeds(["clip", "more", "gone"], folder)
+    frame, missing = metrics.read_seeds(["clip", "more", "gone"], folder)
     assert missing == [f"{folder}/gone.csv is missing: run `dvc repro evaluate@gone` first"]
     main = compare.main_metric(frame)
     assert (
@@ -91,7 +92,7 @@ def test_main_metric_and_held_out_mean(folder):
 
 
 def test_spreads(folder):
-    main = compare.main_metric(compare.read_seeds(["clip", "more"], folder)[0])
+    main = compare.main_metric(metrics.read_seeds(["clip", "more"], folder)[0])
     one = main[(main["recipe"] == "clip") | (main["seed"] == 1)]
     one = one[(one["recipe"] == "clip") | (one["set"] != "away")]
     said = compare.spreads(one, {"clip": "CLIP", "more": "better", "none": "not run"})
@@ -102,7 +103,7 @@ def test_spreads(folder):
 
 
 def test_verdicts_are_welch_intervals(folder):
-    main = compare.main_metric(compare.read_seeds(["clip", "more"], folder)[0])
+    main = compare.main_metric(metrics.read_seeds(["clip", "more"], folder)[0])
     said = compare.verdicts(main, "clip").set_index("set")
     assert said["verdict"].to_dict() == {
         compare.HELD_OUT: "better",
@@ -128,17 +129,17 @@ def test_one_seed_allows_no_verdict():
 
 
 def test_rows_of_recipes_teachers_and_chance(folder):
-    found = compare.main_rows(compare.read_metrics(folder), SETS)
+    found = compare.main_rows(metrics.read_metrics(folder), SETS)
     means = {(r.name, r.set): r.mean for r in found}
     assert means["large", compare.HELD_OUT] == pytest.approx(0.5) and means["more", "away"] == 0.3
     assert {r.group for r in found} == {"recipe", "teacher"} and ("more", "home") not in means
-    chance = compare.chance_rows(compare.read_seeds(["clip"], folder)[0])
+    chance = compare.chance_rows(metrics.read_seeds(["clip"], folder)[0])
     assert {r.set: r.mean for r in chance}["home"] == 0.1
-    assert compare.chance_rows(compare.read_seeds([], folder)[0]) == []
+    assert compare.chance_rows(metrics.read_seeds([], folder)[0]) == []
 
 
 def test_headlines_have_a_file_each_with_the_same_keys(folder, tmp_path):
-    found = compare.main_rows(compare.read_metrics(folder), SETS)
+    found = compare.main_rows(metrics.read_metrics(folder), SETS)
     compare.write_headlines(found, tmp_path / "headline")
     assert {f.name: json.loads(f.read_text()) for f in (tmp_path / "headline").iterdir()} == {
         "more.json": {"away": 30.0, "held-out mean": 30.0, "held-out std": 1.0},

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from mclip import params
+from mclip.data.stores import metrics
 from mclip.report import compare
 from mclip.studies import ablate
 
@@ -55,9 +56,9 @@ def shown(main: pd.DataFrame) -> dict[str, list[str]]:
 
 def test_the_recipes_and_their_teachers():
     p = params.load(ROOT / "params.yaml")
-    frame, missing = compare.read_seeds(p.distill.recipes, ROOT / "reports/metrics")
+    frame, missing = metrics.read_seeds(p.distill.recipes, ROOT / "reports/metrics")
     found = shown(compare.main_metric(frame))
-    for row in compare.main_rows(compare.read_metrics(ROOT / "reports/metrics"), p.evaluate.sets):
+    for row in compare.main_rows(metrics.read_metrics(ROOT / "reports/metrics"), p.evaluate.sets):
         if row.group == "teacher":
             found.setdefault(f"teacher {row.name}", [""] * len(SETS))[SETS.index(row.set)] = (
                 f"{100 * row.mean:.1f}"

@@ -11,6 +11,7 @@ import pytest
 
 from mclip import params
 from mclip.pipeline import code, run, stages, strip
+from mclip.system import source
 
 ROOT = Path(__file__).parents[1]
 STAGES = stages.resolved(ROOT)
@@ -34,7 +35,7 @@ def test_a_stage_depends_on_the_code_of_its_notebook(name):
     deps = stages.paths(STAGES[name], "deps")
     assert [d for d in deps if d.startswith("data/code")] == [f"data/code/{titled(name).title}"]
     listed = [d for d in deps if d.startswith("mclip") and d != "mclip/report/site"]
-    assert all(d.removesuffix(".py").replace("/", ".") in code.EXEMPT for d in listed), (
+    assert all(d.removesuffix(".py").replace("/", ".") in source.EXEMPT for d in listed), (
         "mclip.pipeline.code knows of it"
     )
 

@@ -15,8 +15,8 @@ import psutil
 import pytest
 from nbformat import v4
 
-from mclip.pipeline import code as closure
-from mclip.pipeline import kernel, run, strip
+from mclip.pipeline import code, kernel, run, strip
+from mclip.system import source
 
 ROOT = Path(__file__).parents[1]
 PARAMETERS = "sections = None\nrecipe = 'none'"
@@ -353,7 +353,7 @@ def package(tmp_path, monkeypatch):
 
 def test_guarded_are_the_sources_that_dvc_records(package):
     def files(name):
-        return {path.as_posix() for path in run.sources(run.Stage(name), closure.Package())}
+        return {path.as_posix() for path in run.sources(run.Stage(name), source.Package())}
 
     assert files("x") == {
         "notebooks/x.ipynb",
@@ -379,7 +379,7 @@ def test_guarded_are_the_sources_that_dvc_records(package):
 )
 def test_an_edit_that_changes_what_a_stage_does_is_seen(package, file, text, counts):
     stage = run.Stage("x")
-    files = run.sources(stage, closure.Package())
+    files = run.sources(stage, source.Package())
     before = run.state(stage, files)
     (package / file).write_text(text)
     assert (run.state(stage, files) != before) == counts
@@ -394,9 +394,9 @@ def test_an_edit_of_the_values_that_a_stage_picks_is_seen(package):
 
 def test_an_edit_between_dvcs_stage_code_and_the_notebooks_own_stops_it(package, monkeypatch):
     def edited():
-        return run.edited_before(run.Stage("x"), closure.Package())
+        return run.edited_before(run.Stage("x"), source.Package())
 
-    closure.write()
+    code.write()
     (package / "mclip/models/b.py").write_text("changed = True")
     assert edited() == []  # by hand, where nothing is recorded
     monkeypatch.setenv("DVC_STAGE", "y")
@@ -405,7 +405,7 @@ def test_an_edit_between_dvcs_stage_code_and_the_notebooks_own_stops_it(package,
         match=r"^x: mclip/models/b.py was edited after DVC's stage `code`: run `dvc repro`",
     ):
         run.run(run.Stage("x"))
-    closure.write()
+    code.write()
     assert edited() == []
     (package / "mclip/models/b.py").write_text("changed = True  # said why")
     assert edited() == []

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from mclip.data.stores import contents
 from mclip.distill.pairs import FOLDERS, open_pairs
 from mclip.distill.runs import Run
-from mclip.pipeline import code
 from mclip.system.files import digest
+from mclip.system.source import code_digest
 
 if TYPE_CHECKING:  # the code that an identity holds
     from mclip.distill import trainer  # noqa: F401
@@ -48,7 +48,7 @@ def identity(run: Run) -> str:
             "seed": run.seed,
             "set": spec,
             "data": {name: contents.fingerprint(folder) for name, folder in folders.items()},
-            "code": code.code("mclip.distill.trainer"),
+            "code": code_digest("mclip.distill.trainer"),
             "versions": {name: version(name) for name in PACKAGES},
         }
     )

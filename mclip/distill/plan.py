@@ -28,10 +28,10 @@ from mclip.distill.identity import identity
 from mclip.distill.pairs import TrainingSet
 from mclip.distill.runs import Run
 from mclip.params import Recipe, Train
-from mclip.pipeline import code
 from mclip.system.processes import end_family, end_with_parent
+from mclip.system.source import code_digest
 
-if TYPE_CHECKING:  # named by identity: an edit of it is one of this module (pipeline.code)
+if TYPE_CHECKING:  # named by identity: an edit of it is one of this module (mclip.system.source)
     from mclip.distill import pixels  # noqa: F401
 
 SCRATCH = Path("data/cache/runs")
@@ -73,7 +73,7 @@ def runs_of(
         synthetic=recipe.synthetic,
         light_scale_min=train.light_scale_min,
         light_views=train.light_views,
-        pictures_code=code.code("mclip.distill.pixels"),
+        pictures_code=code_digest("mclip.distill.pixels"),
         **(data or {}),
     )
     runs = [

@@ -12,8 +12,9 @@ import pandas as pd
 from torch import Tensor
 
 from mclip.data.evalsets import Split
+from mclip.data.stores.metrics import COLUMNS
 from mclip.params import EvalSet
-from mclip.report.compare import COLUMNS, IN_DOMAIN
+from mclip.params.registry import IN_DOMAIN
 from mclip.system.files import write_whole
 
 
@@ -102,7 +103,7 @@ def write_all(
 
     Returns
     -------
-    what the CSV file holds: compare.COLUMNS.
+    what the CSV file holds: stores.metrics.COLUMNS.
     """
     rows = [
         (

@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # where copies of the hub lie unless params.yaml says otherwise: a folder or a link to one
+IN_DOMAIN = "in domain"  # the kind of a set whose like was trained on; any other kind is held out
 ROOT = "data/sets"
 MADE = "data/eval"  # the demo's, an output of the stage `data`
 

@@ -42,9 +42,9 @@ from nbformat import v4
 
 from mclip import params
 from mclip.params import ParamsError
-from mclip.pipeline import code as closure
-from mclip.pipeline import stages, strip
+from mclip.pipeline import code, stages, strip
 from mclip.system.files import write_whole
+from mclip.system.source import CodeError, Package, file_digest
 
 SOURCE_SUFFIXES = {".py", ".ipynb", ".json", ".css", ".cu", ".cpp"}
 LEFT_OUT = "left-out"  # tags the only cell of what stands for a report
@@ -146,7 +146,7 @@ def readable(value: Any, indent: int = 0) -> str:
     return "{\n" + rows + " " * indent + "}"
 
 
-def sources(stage: Stage, package: closure.Package) -> list[Path]:
+def sources(stage: Stage, package: Package) -> list[Path]:
     """The files that must not change while the stage runs.
 
     DVC records its dependencies as they are after a stage, so an edit during it would go down as
@@ -162,21 +162,21 @@ def sources(stage: Stage, package: closure.Package) -> list[Path]:
 
 def state(stage: Stage, files: list[Path]) -> dict[str, str]:
     """What each file does now, comments and docstrings aside, and the values that it picks."""
-    found = {str(path): closure.file_digest(path) for path in files}
+    found = {str(path): file_digest(path) for path in files}
     try:
         return found | {"params.yaml": json.dumps(picked(stage.keys))}
     except ParamsError as err:
         return found | {"params.yaml": str(err)}
 
 
-def edited_before(stage: Stage, package: closure.Package) -> list[str]:
+def edited_before(stage: Stage, package: Package) -> list[str]:
     """Under DVC, what changed since its stage `code` ran: it would take the outputs for those of
     the code before.
     """
-    if "DVC_STAGE" not in os.environ or not Path(closure.FOLDER, stage.title).is_file():
+    if "DVC_STAGE" not in os.environ or not Path(code.FOLDER, stage.title).is_file():
         return []
-    before = closure.recorded(stage.title)
-    now = closure.depends_on(package, [stage.title]).get(stage.title, {})
+    before = code.recorded(stage.title)
+    now = code.depends_on(package, [stage.title]).get(stage.title, {})
     return sorted(p for p in before | now if before.get(p) != now.get(p))
 
 
@@ -274,8 +274,8 @@ def run(stage: Stage) -> Path:
     if key := left_out(stage):
         return leave_out(stage, key)
     try:
-        package = closure.Package()
-    except closure.CodeError as err:
+        package = Package()
+    except CodeError as err:
         raise StageError(f"{stage.title}: {err}") from None
     if edited := edited_before(stage, package):
         raise StageError(

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from mclip import params
-from mclip.report.compare import HELD_OUT, Row, chance_rows, main_rows, read_metrics, read_seeds
+from mclip.data.stores.metrics import read_metrics, read_seeds
+from mclip.report.compare import HELD_OUT, Row, chance_rows, main_rows
 from mclip.report.pages import (
     ABLATIONS,
     GROUPS,

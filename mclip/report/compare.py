@@ -1,11 +1,10 @@
 """Recipes side by side: the metrics files of all stages as one table, and which differences are
 more than noise.
 
-frame = compare.read_seeds(["clip", "combined"])        # a row a recipe, set, metric and seed
-compare.verdicts(compare.main_metric(frame), baseline="clip")
+    frame, _ = metrics.read_seeds(["clip", "combined"])     # mclip.data.stores.metrics
+    compare.verdicts(compare.main_metric(frame), baseline="clip")
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,21 +13,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from mclip.params import EvalSet
+from mclip.params.registry import IN_DOMAIN
 from mclip.system.files import write_json
 
-IN_DOMAIN = "in domain"  # the kind of a set whose like was trained on; every other kind is held out
 HELD_OUT = "held-out mean"
-COLUMNS = [
-    "recipe",
-    "set",
-    "kind",
-    "task",
-    "metric",
-    "seed",
-    "value",
-    "chance",
-    "main",
-]  # main: the set's own metric
 
 
 class Row(NamedTuple):
@@ -40,38 +28,6 @@ class Row(NamedTuple):
     kind: str
     mean: float
     std: float | None
-
-
-def read_metrics(folder: str | Path = "reports/metrics") -> dict[str, dict[str, Any]]:
-    """{"recipe" | "teacher": {name: {set: {metric: number or {"mean", "std"}}}}} of every JSON file
-    in a folder.
-    """
-    out: dict[str, dict[str, Any]] = {"recipe": {}, "teacher": {}}
-    for path in sorted(Path(folder).glob("*.json")):
-        tree = json.loads(path.read_text())
-        if path.stem == "teachers":
-            out["teacher"] |= tree.get("teachers", tree)
-        else:
-            out["recipe"] |= {name: sets for name, sets in tree.items() if isinstance(sets, dict)}
-    return out
-
-
-def read_seeds(
-    recipes: Iterable[str], folder: str | Path = "reports/metrics"
-) -> tuple[pd.DataFrame, list[str]]:
-    """Every seed's metrics (columns COLUMNS) of reports/metrics/RECIPE.csv, and what is missing, a
-    line each.
-    """
-    frames, missing = [], []
-    for recipe in recipes:
-        path = Path(folder) / f"{recipe}.csv"
-        if path.exists():
-            frames.append(pd.read_csv(path))
-        else:
-            missing.append(f"{path} is missing: run `dvc repro evaluate@{recipe}` first")
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(
-        columns=COLUMNS
-    ), missing
 
 
 def main_metric(frame: pd.DataFrame) -> pd.DataFrame:

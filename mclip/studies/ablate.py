@@ -30,10 +30,10 @@ from mclip.distill.runs import Run
 from mclip.evaluate import scores as tables
 from mclip.params import Balance, Cluster, EvalSet, Learning, Recipe, Study, Train
 from mclip.params.tree import varied
-from mclip.pipeline import code
 from mclip.report import compare
 from mclip.studies import derive
 from mclip.system.files import digest, write_whole
+from mclip.system.source import code_digest
 
 if TYPE_CHECKING:  # a run is named by its code (`identity`), which `distill` starts as a process
     import mclip.distill.trainer  # noqa: F401
@@ -228,7 +228,7 @@ def scores(
     asked = [
         batch_size,
         [(name, spec.model_dump(), _test_files(spec.path)) for name, spec in sets.items()],
-        code.code("mclip.evaluate"),
+        code_digest("mclip.evaluate"),
         [version(name) for name in (*PACKAGES, "torchvision", "pillow")],
     ]
     files = {}
@@ -280,7 +280,7 @@ def score(
 
     Returns
     -------
-    compare.COLUMNS; `recipe` holds the variant.
+    stores.metrics.COLUMNS; `recipe` holds the variant.
     """
     found = scores(
         (run for own in runs.values() for run in own), sets, batch_size=batch_size, cache=cache

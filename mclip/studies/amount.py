@@ -101,8 +101,8 @@ def reinforced_part(
     """
     from mclip import models, reinforce
     from mclip.data.stores.contents import fingerprint
-    from mclip.pipeline import code
     from mclip.studies import ablate, derive
+    from mclip.system.source import code_digest
 
     cache = Path(cache or ablate.CACHE)
     own, wanted = derive.FOLDERS | (data or {}), stored(study, settings)
@@ -117,7 +117,7 @@ def reinforced_part(
         study.fraction,
         fingerprint(own["pairs"]),
         fingerprint(own["balance"]),
-        code.code("mclip.reinforce"),
+        code_digest("mclip.reinforce"),
     ]
     folder = cache / "data" / f"reinforced-{digest(made_of)}"
     if not folder.exists():

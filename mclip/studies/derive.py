@@ -21,8 +21,8 @@ from mclip.data.stores import reinforced
 from mclip.data.stores.contents import fingerprint
 from mclip.distill import terms
 from mclip.params import Balance, Cluster, KeptPairs, Recipe, Selection, Variant
-from mclip.pipeline import code
 from mclip.system.files import digest, whole_folder
+from mclip.system.source import code_digest
 
 FOLDERS = {
     name: f"data/{name}" for name in ("pairs", "balance", "clusters", "embeddings", "reinforced")
@@ -215,4 +215,4 @@ def _plain_pictures(data: dict[str, str]) -> reinforced.Plain:
 
 
 def _named(cache: Path, kind: str, made_of: list) -> Path:
-    return cache / "data" / f"{kind}-{digest([made_of, code.code(__name__)])}"
+    return cache / "data" / f"{kind}-{digest([made_of, code_digest(__name__)])}"

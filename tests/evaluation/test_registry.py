@@ -265,9 +265,10 @@ def test_groups_f1_and_a_missing_train_split(tmp_path):
     assert found["b"]["f1_macro"] == pytest.approx((2 * 4 / (5 + 6) + 2 * 3 / (5 + 4)) / 2)
     assert evaluate.headline(found, sets) == pytest.approx((1 / 3 + found["b"]["f1_macro"]) / 2)
     evaluate.write("r", result, sets, [0], tmp_path)
+    from mclip.data.stores import metrics
     from mclip.report import compare
 
-    main = compare.main_metric(compare.read_seeds(["r"], tmp_path)[0]).set_index("set")["value"]
+    main = compare.main_metric(metrics.read_seeds(["r"], tmp_path)[0]).set_index("set")["value"]
     assert main["a"] == pytest.approx(1 / 3, abs=1e-5) and main["b"] == pytest.approx(
         found["b"]["f1_macro"], abs=1e-5
     )

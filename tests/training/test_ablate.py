@@ -15,8 +15,8 @@ from mclip.distill import plan as distill
 from mclip.distill import targets
 from mclip.distill.pairs import TrainingSet, open_pairs
 from mclip.params import Balance, Cluster, EvalSet, Learning, Study, Variant, varied
-from mclip.pipeline import code as closure
 from mclip.studies import ablate, derive
+from mclip.system import source
 
 from .conftest import PX, RECIPES, TRAIN, WIDTHS
 
@@ -97,11 +97,10 @@ def test_seed_settings_data_and_code_are_part_of_a_run(shared, world, tmp_path, 
     assert plan(moved, a={})["a"][0].out != base[0].out
     clip = plan(shared, "clip", a={})["a"][0].out
     assert plan(moved, "clip", a={})["a"][0].out == clip  # which reads no embeddings
-    code = closure.code
+    before = source.code_digest
     monkeypatch.setattr(
-        closure,
-        "code",
-        lambda module: code(module) + "edited" * (module == "mclip.distill.trainer"),
+        "mclip.distill.identity.code_digest",
+        lambda module: before(module) + "edited" * (module == "mclip.distill.trainer"),
     )
     assert plan(shared, a={})["a"][0].out != base[0].out
 
