@@ -165,7 +165,7 @@ def _train(run: Run, environment: dict[str, str]) -> None:
     end_with_parent()
     multiprocessing.set_start_method(None, force=True)  # decoders start as in any other process
     scratch = Path(run.scratch)
-    with open(scratch / "log.txt", "a") as log:
+    with open(scratch / "log.txt", "w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     os.environ.clear()  # a fork has what was there when the first one was started
