@@ -76,7 +76,7 @@ def test_source_notebooks_are_stripped_and_take_parameters(path):
     assert path.read_text() == strip.stripped(path.read_text()), "run `mclip strip`"
     nb = nbformat.read(path, as_version=4)
     nbformat.validate(nb)
-    assert run.parameters(nb, path)[1]
+    assert run.parameter_names(nb, path)
     assert nb.cells[0].cell_type == "markdown" and nb.cells[0].source.startswith("# ")
 
 

@@ -432,7 +432,7 @@ def test_a_stage_whose_section_is_null_is_left_out_at_once(package, capsys):
 
 def test_injected_values_are_python_one_key_a_line():
     value = {"a": {"b": [1e-5, None, True], "c": "x" * 80, "d": {}}}
-    text = run.readable(value)
+    text = kernel.readable(value)
     assert eval(text) == value
     assert "    'a': {\n        'b': [1e-05, None, True],\n" in text
 

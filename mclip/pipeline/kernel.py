@@ -1,4 +1,4 @@
-"""Execute a notebook in a kernel of its own, and show in the terminal what it says.
+"""Execute a notebook by papermill in a kernel of its own, and show in the terminal what it says.
 
 The kernel runs this interpreter in this repository, whatever kernels and personal settings the
 machine has. It talks over sockets in a private folder, so that concurrent runs never meet; it and
@@ -18,11 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import papermill
 import psutil
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from papermill.engines import Engine, NotebookExecutionManager, papermill_engines
+from papermill.exceptions import PapermillExecutionError
+from papermill.translators import PythonTranslator, papermill_translators
 
 from mclip.system.processes import end_family
 
@@ -215,15 +219,70 @@ def _end(manager: AsyncKernelManager) -> None:
         end_family(pid)
 
 
-def execute(nb: nbformat.NotebookNode, terminal: Terminal) -> tuple[str | None, int | None]:
-    """Run a notebook's cells, whose outputs go into it.
+class ShownInTerminal(Engine):
+    """papermill's engine "mclip": cells run in this module's kernel and are shown in a terminal."""
+
+    @classmethod
+    def execute_managed_notebook(
+        cls,
+        nb_man: NotebookExecutionManager,
+        kernel_name: str,
+        *,
+        terminal: Terminal,
+        folder: Path,
+        errors: list[CellExecutionError],
+        **options: Any,
+    ) -> None:
+        with _started(nb_man.nb, folder, terminal) as client:
+            for index, cell in enumerate(nb_man.nb.cells):
+                heading = re.search(r"^#+ +(.+)$", cell.source, re.MULTILINE)
+                if cell.cell_type == "markdown" and heading:
+                    terminal.write(f"  {heading[1].strip()}\n")
+                nb_man.cell_start(cell, index)
+                try:
+                    client.execute_cell(cell, index)
+                except CellExecutionError as err:
+                    errors.append(err)
+                    nb_man.cell_exception(cell, index, exception=err)
+                    break
+                finally:
+                    nb_man.cell_complete(cell, index)
+
+
+class ReadableParameters(PythonTranslator):
+    """Parameters as papermill injects them, nested maps one key a line."""
+
+    @classmethod
+    def codify(cls, parameters: dict[str, Any], comment: str = "Parameters") -> str:
+        lines = (f"{name} = {readable(value)}\n" for name, value in parameters.items())
+        return "".join([f"# {comment}\n", *lines])
+
+
+papermill_engines.register("mclip", ShownInTerminal)
+papermill_translators.register("python", ReadableParameters)
+
+
+def readable(value: Any, indent: int = 0) -> str:
+    """value as Python, nested maps one key a line where they don't fit on one."""
+    line = repr(value)
+    if not isinstance(value, dict) or len(line) + indent <= 88:
+        return line
+    pad = " " * (indent + 4)
+    rows = "".join(f"{pad}{key!r}: {readable(item, indent + 4)},\n" for key, item in value.items())
+    return "{\n" + rows + " " * indent + "}"
+
+
+def execute(
+    notebook: Path, parameters: dict[str, Any], terminal: Terminal
+) -> tuple[nbformat.NotebookNode, str | None, int | None]:
+    """Run a notebook's cells with parameters injected.
 
     A signal stops the kernel and all below it and then raises KeyboardInterrupt(number of the
     signal).
 
     Returns
     -------
-    None or the reason why it stopped, and peak memory in MiB.
+    The notebook with its outputs, None or the reason why it stopped, and peak memory in MiB.
     """
 
     def stop(signum: int, frame: Any) -> None:
@@ -231,24 +290,31 @@ def execute(nb: nbformat.NotebookNode, terminal: Terminal) -> tuple[str | None, 
             signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt(signum)
 
-    reason = None
+    reason, errors = None, []
     former = {number: signal.signal(number, stop) for number in SIGNALS}
-    try:
-        with (
-            tempfile.TemporaryDirectory(prefix="mclip-", ignore_cleanup_errors=True) as folder,
-            Watch(Path(folder, "progress"), terminal) as watch,
-            _started(nb, Path(folder), terminal) as client,
-        ):
-            for index, cell in enumerate(nb.cells):
-                heading = re.search(r"^#+ +(.+)$", cell.source, re.MULTILINE)
-                if cell.cell_type == "markdown" and heading:
-                    terminal.write(f"  {heading[1].strip()}\n")
-                client.execute_cell(cell, index)
-    except CellExecutionError as err:
-        reason = f"{err.ename}: {err.evalue}"
-    except RuntimeError as err:  # nbclient's DeadKernelError, and a kernel that doesn't start
-        reason = f"the kernel died ({err}); was the machine short of memory?"
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-    return reason, peak_rss_mb(watch)
+    with tempfile.TemporaryDirectory(prefix="mclip-", ignore_cleanup_errors=True) as folder:
+        out = Path(folder, "executed.ipynb")
+        try:
+            with Watch(Path(folder, "progress"), terminal) as watch:
+                papermill.execute_notebook(
+                    notebook,
+                    out,
+                    parameters,
+                    engine_name="mclip",
+                    kernel_name="python3",
+                    language="python",
+                    progress_bar=False,
+                    terminal=terminal,
+                    folder=Path(folder),
+                    errors=errors,
+                )
+        except PapermillExecutionError:
+            pass  # one of `errors`, which also have a notebook that exits early, by SystemExit(0)
+        except RuntimeError as err:  # nbclient's DeadKernelError, and a kernel that doesn't start
+            reason = f"the kernel died ({err}); was the machine short of memory?"
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+        if errors:
+            reason = f"{errors[0].ename}: {errors[0].evalue}"
+        return nbformat.read(out, as_version=4), reason, peak_rss_mb(watch)

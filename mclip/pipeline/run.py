@@ -90,8 +90,10 @@ class StageError(Exception):
 # --- before ---------------------------------------------------------------------------------------
 
 
-def prepare(stage: Stage) -> nbformat.NotebookNode:
-    """The notebook with its parameters; StageError (code 2) says what is wrong with the call."""
+def parameters(stage: Stage) -> dict[str, Any]:
+    """What the notebook's parameters are set to; StageError (code 2) says what is wrong with the
+    call.
+    """
     if not stage.notebook.exists():
         if not Path("notebooks").is_dir():
             raise StageError("no notebooks/ here: run from the repository's root", 2)
@@ -105,7 +107,7 @@ def prepare(stage: Stage) -> nbformat.NotebookNode:
         raise StageError(
             f"{stage.notebook}: not a notebook ({str(err).splitlines()[0]})", 2
         ) from None
-    at, names = parameters(nb, stage.notebook)
+    names = parameter_names(nb, stage.notebook)
     values = picked(stage.keys)
     injected = ({"sections": values} if stage.keys else {}) | stage.values
     if unknown := [name for name in injected if name not in names]:
@@ -114,36 +116,21 @@ def prepare(stage: Stage) -> nbformat.NotebookNode:
             f"(it has: {', '.join(names) or 'none'})",
             2,
         )
-    if injected:
-        lines = ["# Parameters", *(f"{k} = {readable(v)}" for k, v in injected.items())]
-        cell = v4.new_code_cell("\n".join(lines) + "\n", metadata={"tags": ["injected-parameters"]})
-        nb.cells.insert(at + 1, cell)
-    return nb
+    return injected
 
 
-def parameters(nb: nbformat.NotebookNode, path: Path) -> tuple[int, list[str]]:
-    """The index of the cell tagged "parameters", and the names that it assigns."""
-    for index, cell in enumerate(nb.cells):
+def parameter_names(nb: nbformat.NotebookNode, path: Path) -> list[str]:
+    """The names that the cell tagged "parameters" assigns."""
+    for cell in nb.cells:
         if "parameters" in cell.metadata.get("tags", []):
-            code = ast.walk(ast.parse(cell.source))
-            names = [n.id for n in code if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
-            return index, names
+            nodes = ast.walk(ast.parse(cell.source))
+            return [n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
     raise StageError(f"{path}: no cell is tagged 'parameters'", 2)
 
 
 def picked(keys: list[str]) -> dict[str, Any]:
     """The named parts of params.yaml, the whole of which is checked; defaults are spelled out."""
     return params.pick(params.load().model_dump(by_alias=True, mode="json"), keys)
-
-
-def readable(value: Any, indent: int = 0) -> str:
-    """value as Python, nested maps one key a line where they don't fit on one."""
-    line = repr(value)
-    if not isinstance(value, dict) or len(line) + indent <= 88:
-        return line
-    pad = " " * (indent + 4)
-    rows = "".join(f"{pad}{key!r}: {readable(item, indent + 4)},\n" for key, item in value.items())
-    return "{\n" + rows + " " * indent + "}"
 
 
 def sources(stage: Stage, package: Package) -> list[Path]:
@@ -201,6 +188,8 @@ def cleaned(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """An executed notebook with nothing in it that differs between two runs, or that is the
     machine's.
     """
+    marks = "papermill-error-cell-tag"  # cells that say where the error is, as `describe` does
+    nb.cells = [cell for cell in nb.cells if marks not in cell.metadata.get("tags", [])]
     strip.bare(nb)
     nb.metadata.language_info = nbformat.from_dict({"name": "python", "pygments_lexer": "ipython3"})
     for cell in nb.cells:
@@ -283,13 +272,13 @@ def run(stage: Stage) -> Path:
         )
     files = sources(stage, package)
     before = state(stage, files)
-    nb = prepare(stage)
+    injected = parameters(stage)
     from mclip.pipeline.kernel import Terminal, execute  # here: it takes a second
 
     terminal = Terminal()
     terminal.write(f"{stage.title}: running {stage.notebook}\n")
     start = time.perf_counter()
-    reason, peak = execute(nb, terminal)
+    nb, reason, peak = execute(stage.notebook, injected, terminal)
     seconds = time.perf_counter() - start
     failed = stage.report(".failed.ipynb")
     if reason is not None:
