@@ -29,6 +29,9 @@ lint: $(STAMP)    ## ruff, and are the source notebooks stripped?
 	ruff check .
 	python -m mclip strip --check
 
+types: $(STAMP)    ## mypy
+	python -m mypy
+
 bench: $(STAMP)    ## every benchmark, one after the other
 	@for script in benchmarks/*.py; do echo "== $$script"; python "$$script" || exit 1; done
 	@echo "== mclip latency"; python -m mclip latency
@@ -57,4 +60,4 @@ $(STAMP): requirements.txt pyproject.toml tests/peers.txt
 	  python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/peers.txt --editable . ; }
 	@touch $@
 
-.PHONY: help repro test lab report lint bench hooks setup
+.PHONY: help repro test lab report lint types bench hooks setup

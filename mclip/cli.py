@@ -38,8 +38,8 @@ class WrongUse(Exception):
 class Parser(argparse.ArgumentParser):
     """argparse's, with one line for an error, and without abbreviated options."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
         raise WrongUse(f"{message} (see `{self.prog} --help`)")
@@ -62,7 +62,7 @@ class Command:
 
     @property
     def summary(self) -> str:
-        return inspect.getdoc(self.function).split("\n")[0]
+        return (inspect.getdoc(self.function) or "").split("\n")[0]
 
     def __call__(self, argv: Sequence[str]) -> int:
         if self.parses_itself:
@@ -71,7 +71,8 @@ class Command:
         return work(parser.parse_args(argv))
 
     def parser(self) -> tuple[Parser, Run]:
-        description, _, examples = inspect.getdoc(self.function).partition("\n\nExamples:\n")
+        said = inspect.getdoc(self.function) or ""
+        description, _, examples = said.partition("\n\nExamples:\n")
         parser = Parser(
             prog=f"mclip {self.function.__name__}",
             description=description,
@@ -156,7 +157,7 @@ def _reported(prog: str) -> Iterator[_Outcome]:
         yield outcome
         sys.stdout.flush()
     except SystemExit as stop:  # argparse printed its help or the version
-        outcome.code = stop.code or 0
+        outcome.code = stop.code or 0  # type: ignore[assignment]
     except KeyboardInterrupt:
         print(f"{prog}: stopped", file=sys.stderr)
         outcome.code = 130

@@ -79,7 +79,8 @@ def cluster(
     )
     kmeans.train(unit)
     # faiss leaves rows that are unit norm to its own rounding
-    centres = kmeans.centroids / np.linalg.norm(kmeans.centroids, axis=1, keepdims=True)
+    centres = np.asarray(kmeans.centroids)
+    centres = centres / np.linalg.norm(centres, axis=1, keepdims=True)
     labels, similarity = assign(rows, centres, index)
     few = len(index) / k
     warning = (
@@ -113,7 +114,7 @@ def assign(
             f"embeddings are {rows.width} wide, the cluster centres {centres.shape[1]}: "
             "are they of the same teacher (cluster.teacher)?"
         )
-    flat = faiss.IndexFlatIP(rows.width)
+    flat: faiss.Index = faiss.IndexFlatIP(rows.width)
     flat.add(np.ascontiguousarray(centres, np.float32))
     if faiss.get_num_gpus() > 0:
         flat = faiss.index_cpu_to_all_gpus(flat)

@@ -76,14 +76,18 @@ def run(
         i: [teacher for teacher in own if i in teacher.todo]
         for i in sorted({i for t in own for i in t.todo})
     }
-    options = {"batch_size": batch_size, "precision": precision, "decoders": decoders}
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "precision": precision,
+        "decoders": decoders,
+    }
     total = sum(manifest["shards"][i]["samples"] * len(wanted) for i, wanted in todo.items())
     with progress.bar(desc="embed", unit="embedding", total=total, hidden=not total) as bar:
         if alone:
             for i, wanted in todo.items():
                 _embed_shard(
                     i,
-                    [(t.loaded, t.folder) for t in wanted],
+                    [(t.loaded, t.folder) for t in wanted],  # type: ignore[misc]
                     Path(pairs),
                     done=bar.update,
                     device=device,
@@ -223,8 +227,8 @@ def _embed_shard(
         precision=precision,
     )
     for (teacher, folder), text in zip(teachers, texts, strict=True):
-        loader = DataLoader(
-            shards.Pictures(samples, teacher.preprocess),
+        loader: DataLoader = DataLoader(
+            shards.Pictures(samples, teacher.preprocess),  # type: ignore[arg-type]
             batch_size=batch_size,
             num_workers=decoding_processes(device, decoders),
             pin_memory=device.startswith("cuda"),

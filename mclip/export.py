@@ -87,6 +87,8 @@ def read_pictures(folder: Path, limit: int = 64) -> list[Image.Image]:
     """Up to `limit` pictures, evenly spread: of a folder, or of an evaluation set in
     CLIP_benchmark's layout.
     """
+    found: list[Any]
+    read: Any
     if (folder / "test" / "nshards.txt").is_file():
         found, read = evalsets.read_split(folder, answer=None).places, evalsets.read_image
     else:

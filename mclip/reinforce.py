@@ -190,7 +190,7 @@ def run(
     _forget_others(job.out, identity)
     todo = [i for i in range(len(manifest["shards"])) if not reinforced.paths(out, i)[0].exists()]
     passes = 2 if settings.n_syn else 1
-    with bar(desc="reinforce", unit="pass", total=passes * kept.count) as progress:
+    with bar(desc="reinforce", unit="pass", total=passes * kept.pairs) as progress:
         for index in set(range(len(manifest["shards"]))).difference(todo):
             progress.update(passes * reinforced.count(out, index))
         if alone:
@@ -214,7 +214,7 @@ def run(
 
 class _Kept(NamedTuple):
     digest: str
-    count: int
+    pairs: int
 
 
 def _kept(balance: str | Path, fraction: float) -> _Kept:
@@ -282,7 +282,7 @@ def reinforce_samples(
         batch_size=max(1, settings.batch_size // settings.n_aug),
         num_workers=decoding_processes(device, decoders),
     )
-    encoders = [
+    encoders: list[tuple] = [
         (models.image_encoder(m, settings.precision), models.image_size(m), *_normalisation(m))
         for m, _ in ensemble
     ]
@@ -303,7 +303,7 @@ def reinforce_samples(
     for part in side_by_side(embed, views(), device):
         image_emb.append(part)
         done(len(part))
-    captions = [[] for _ in samples]
+    captions: list[list[str]] = [[] for _ in samples]
     if writer is not None:
         from mclip.teachers.captioner import generate
 
@@ -351,7 +351,7 @@ def _nothing(settings: Reinforce, ensemble: Sequence[tuple]) -> Shard:
 
 
 def _normalisation(model: torch.nn.Module) -> tuple[tuple, tuple]:
-    cfg = model.visual.preprocess_cfg
+    cfg: Any = model.get_submodule("visual").preprocess_cfg
     return tuple(cfg["mean"]), tuple(cfg["std"])
 
 

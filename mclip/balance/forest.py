@@ -84,7 +84,7 @@ def _search(
         if count > LINKS:
             kept, batch, count = merged([kept, *batch], n), [], 0
 
-    links.search(prepared, limit, wanted, found, squares=True, tiles=tiles, desc=desc)
+    links.search(prepared, limit, wanted, found, squares=True, tiles=tiles, desc=desc)  # type: ignore[arg-type]
     return merged([kept, *batch], n)
 
 

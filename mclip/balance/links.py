@@ -227,7 +227,7 @@ class _Search:
                 return (left if len(left[0]) else None), measured
             self.failed += dense
         full = self.prepared.unit(np.arange(low, high)).T
-        if dense:
+        if whole is not None:
             product = _some(whole(), rows - begin) @ full
         else:
             parts = np.split(rows, range(PIECE, len(rows), PIECE))
@@ -309,7 +309,7 @@ class _Search:
             hit &= sets[0][some][:, None] != sets[1]
         if len(a) and a[-1] >= low:  # a pair once, and no row with itself
             hit &= np.arange(low, low + part.shape[1]) > a[:, None]
-        if sets is not None and few is not None:
+        if self.labels is not None and sets is not None and few is not None:
             for _ in range(3):
                 if np.count_nonzero(hit) <= few:
                     break
@@ -357,10 +357,10 @@ class _Search:
             for at in range(0, len(now), BATCH):
                 x, y = a[now[at : at + BATCH]], b[now[at : at + BATCH]]
                 square = prepared.rows.squares(x, y) if self.squares else None
-                good = square <= self.limit if self.squares else prepared.within(x, y, self.limit)
+                good = prepared.within(x, y, self.limit) if square is None else square <= self.limit
                 with self.lock:
                     self.measured += len(good)
-                    self.linked += np.count_nonzero(good)
+                    self.linked += int(np.count_nonzero(good))
                     if good.any():
                         self.found(x[good], y[good], None if square is None else square[good])
             a, b, lower = a[later], b[later], lower[later]

@@ -186,12 +186,12 @@ def _centroid_distance(
             mean /= torch.from_numpy(sizes)[:, None]
             distance[index] = torch.linalg.vector_norm(unit.sub_(mean[number]), dim=1).numpy()
             return
-        mean = np.zeros(rows.width)
+        centre = np.zeros(rows.width)
         for k in range(0, len(index), chunk):
-            mean += rows.unit(index[k : k + chunk]).sum(0)
-        mean /= len(index)
+            centre += rows.unit(index[k : k + chunk]).sum(0)
+        centre /= len(index)
         for k in range(0, len(index), chunk):
-            difference = rows.unit(index[k : k + chunk]) - mean
+            difference = rows.unit(index[k : k + chunk]) - centre
             distance[index[k : k + chunk]] = np.sqrt(np.einsum("nd,nd->n", difference, difference))
 
     for _ in side_by_side(sets, pairwise(cuts), ahead=None):

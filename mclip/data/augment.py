@@ -13,6 +13,7 @@ published reinforced sets replay translations of 224 px unscaled at other sizes.
 
 import functools
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -107,7 +108,7 @@ def replay(image: Image.Image, row: np.ndarray, image_px: int) -> Image.Image:
     return image
 
 
-def replay_all(image: Image.Image, rows: np.ndarray, image_px: int) -> np.ndarray:
+def replay_all(image: Image.Image, rows: Iterable[np.ndarray], image_px: int) -> np.ndarray:
     """Every augmentation of an image: (n, 3, image_px, image_px) uint8."""
     pictures = [np.asarray(replay(image, row, image_px)) for row in rows]
     return np.ascontiguousarray(np.stack(pictures).transpose(0, 3, 1, 2))

@@ -204,7 +204,8 @@ def _check_shard(source: str, result: Path) -> None:
 
 
 def _look_through(source: str) -> _Found:
-    good, skipped = [], []
+    good: list[tuple[int, str]] = []
+    skipped: list[dict[str, Any]] = []
     try:
         with tars.open_source(source) as file:
             stream = tars.Recorder(file)

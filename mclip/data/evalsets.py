@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mclip.data import tars
 from mclip.data.shards import decode
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
@@ -116,9 +118,9 @@ def read_split(
                 out.problems.append(f"{path}: {key}: {err}")
                 continue
             out.keys.append(key)
-            out.places.append(sample.place)
+            out.places.append(sample.place)  # type: ignore[arg-type]
             out.answers.extend([right] if answer else [])
-            out.groups.extend([] if groups is None else [sample.group])
+            out.groups.extend([] if groups is None else [sample.group])  # type: ignore[list-item]
     return out
 
 
@@ -137,7 +139,7 @@ def _members(
         for member in tar:
             if member.isfile():
                 key, _, extension = member.name.rpartition("/")[2].partition(".")
-                yield key, extension, member, lambda m=member: tar.extractfile(m).read()
+                yield key, extension, member, partial(tars.content, tar, member)
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
             # tarfile passes over it

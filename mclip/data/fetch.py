@@ -189,8 +189,9 @@ def fetch(names: Iterable[str], *, parallel: int = 3) -> dict[str, Path]:
     names = list(dict.fromkeys(names))
     packages = [_package(name) for name in names]
     with ThreadPoolExecutor(parallel) as pool:  # hashing releases the GIL
-        paths = dict(zip(names, pool.map(cached, names), strict=True))
-    missing = [p for p in packages if paths[p.name] is None]
+        in_cache = dict(zip(names, pool.map(cached, names), strict=True))
+    paths = {name: path for name, path in in_cache.items() if path is not None}
+    missing = [p for p in packages if p.name not in paths]
     if not missing:
         return paths
     cache_dir().mkdir(parents=True, exist_ok=True)
@@ -211,12 +212,12 @@ def fetch(names: Iterable[str], *, parallel: int = 3) -> dict[str, Path]:
             progress.update(min(round(package.size / 1e6), total_mb - progress.n))
             progress.set_postfix_str(f"{done}/{len(missing)} packages")
     if errors:
-        kept = [name for name in names if paths[name] is not None]
+        kept = [name for name in names if name in paths]
         have = f"kept in {cache_dir()}: {', '.join(kept)}" if kept else "nothing is cached yet"
         raise FetchError(
             "; ".join(errors.values()) + f"; {have}. The same command goes on from there."
         )
-    return paths
+    return {name: paths[name] for name in names}
 
 
 def sha256(path: str | Path) -> str:

@@ -38,7 +38,7 @@ def described(folder: str | Path, keys: Iterable[str], numbers: Iterable[int]) -
     for.
     """
     wanted = pd.DataFrame({"key": keys, "shard": numbers})
-    rows = {}
+    rows: dict[str, dict] = {}
     for number, part in wanted.groupby("shard"):
         own = set(part["key"])
         rows |= {

@@ -71,7 +71,9 @@ def write_shards(
     -------
     the manifest
     """
-    shards, seen, batch = [], set(), []
+    shards: list[dict[str, Any]] = []
+    batch: list[dict[str, Any]] = []
+    seen = set()
 
     def flush() -> None:
         name = f"{prefix}-{len(shards):06d}.tar"
@@ -163,7 +165,8 @@ def _entries(folder: Path, state: Any) -> tuple[list[dict], dict[str, set[int]]]
     """The manifest's shards, and the indices that each file skips: read once, not for each shard of
     thousands.
     """
-    manifest, skip = read_manifest(folder), {}
+    manifest = read_manifest(folder)
+    skip: dict[str, set[int]] = {}
     for entry in manifest["skipped"]:
         if "index" in entry:
             skip.setdefault(entry["file"], set()).add(entry["index"])
@@ -222,7 +225,9 @@ class Pictures:
 
 def decode(sample: Sample | bytes) -> Image.Image:
     """The image as RGB; transparent pixels come out on white."""
-    image = Image.open(io.BytesIO(sample.image if isinstance(sample, Sample) else sample))
+    image: Image.Image = Image.open(
+        io.BytesIO(sample.image if isinstance(sample, Sample) else sample)
+    )
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

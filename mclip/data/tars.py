@@ -34,7 +34,14 @@ def write_tar(path: str | Path, samples: Iterable[dict[str, Any]]) -> tuple[int,
         return count, hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def groups(stream: BinaryIO) -> Iterator[tuple[str | None, dict[str, bytes], str | None]]:
+def content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """The bytes of a regular file."""
+    return tar.extractfile(member).read()  # type: ignore[union-attr]
+
+
+def groups(
+    stream: "BinaryIO | Recorder",
+) -> Iterator[tuple[str | None, dict[str, bytes], str | None]]:
     """(key, {extension: bytes}, None) for each sample of a tar, in order, as far as the tar is
     readable.
 
@@ -43,11 +50,14 @@ def groups(stream: BinaryIO) -> Iterator[tuple[str | None, dict[str, bytes], str
     is wrong with it). An extension that comes again starts a new sample, so that adjacent
     duplicates are told apart.
     """
-    key, files, damage = None, {}, None
+    key: str | None = None
+    files: dict[str, bytes] = {}
+    damage: str | None = None
     try:
-        tar = tarfile.open(fileobj=stream, mode="r|*")  # noqa: SIM115 - closing it would read what is damaged
+        # not closed: that would read what is damaged
+        tar: tarfile.TarFile = tarfile.open(fileobj=stream, mode="r|*")  # type: ignore[call-overload]  # noqa: SIM115
         for member in tar:
-            tar.members = []  # a stream of millions stays small
+            tar.members = []  # type: ignore[attr-defined]  # a stream of millions stays small
             if not member.isreg():
                 continue
             folder, slash, name = member.name.rpartition("/")
@@ -56,7 +66,7 @@ def groups(stream: BinaryIO) -> Iterator[tuple[str | None, dict[str, bytes], str
             ):  # webdataset's own entries, macOS's forks
                 continue
             base, dot, ext = name.partition(".")
-            data, ext = tar.extractfile(member).read(), ext.lower()
+            data, ext = content(tar, member), ext.lower()
             if not (base and dot):
                 yield member.name, {}, "odd extension: none"
                 continue
@@ -83,7 +93,8 @@ class Recorder:
 
     def __init__(self, file: BinaryIO):
         self.file, self.sha256 = file, hashlib.sha256()
-        self.length, self.content_end, self.plain = 0, 0, None
+        self.length, self.content_end = 0, 0
+        self.plain: bool | None = None
 
     def read(self, size: int = -1) -> bytes:
         try:

@@ -32,7 +32,7 @@ def text_encoder(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """
     causal = type(model) is open_clip.CLIP and getattr(model, "attn_mask", None) is not None
     if not causal or model.text_pool_type != "argmax":
-        return model.encode_text
+        return model.encode_text  # type: ignore[return-value]
     text = _Text(model)
 
     def encode(tokens: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """A recipe's whole loss (papers.md 1.5 and 2.2), over the batch of all processes."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -53,8 +55,8 @@ class Objective(nn.Module):
             if weight := recipe.weight[name] * term.factor(recipe):
                 self.weights[name] = weight
                 self.terms[name] = term(getattr(recipe, name, None), given)
-                if self.terms[name].learned is not None:
-                    self.learned[name] = self.terms[name].learned
+                if (learned := self.terms[name].learned) is not None:
+                    self.learned[name] = learned
 
     def forward(
         self, f: dict[str, torch.Tensor], logit_scale: torch.Tensor
@@ -69,7 +71,7 @@ class Objective(nn.Module):
             teacher_image, teacher_text, ensemble_image, ensemble_text, ensemble_syn.
         """
         f = dict(zip(f, gathered(self.gather_over, *f.values()), strict=True))
-        captions = {"": f}
+        captions: dict[str, dict[str, Any]] = {"": f}
         if self.recipe.synthetic:
             of_caption = {"text": "syn_text", "ids": "syn_ids", "ensemble_text": "ensemble_syn"}
             captions["_syn"] = f | {name: f[synthetic] for name, synthetic in of_caption.items()}

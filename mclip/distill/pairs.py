@@ -231,7 +231,7 @@ class AllPairs:
     @property
     def view_px(self) -> int:
         """The side at which crops are drawn, pixels."""
-        return self.spec.image_px
+        return self.spec.image_px  # type: ignore[return-value]
 
     @property
     def n_views(self) -> int:

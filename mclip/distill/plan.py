@@ -152,7 +152,7 @@ def _start(run: Run) -> BaseProcess:
     scratch.mkdir(parents=True, exist_ok=True)
     run.save(scratch / "run.json")
     can_fork = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if can_fork else "spawn")
+    context: Any = multiprocessing.get_context("forkserver" if can_fork else "spawn")
     if not Path("/dev/nvidiactl").exists():
         context.set_forkserver_preload([__name__, "mclip.distill.trainer"])
     process = context.Process(target=_train, args=(run, dict(os.environ)))

@@ -4,6 +4,7 @@ rank or several.
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ class Together(nn.Module):
         mean: tuple,
         std: tuple,
         precision: torch.dtype,
-        given: dict[str, torch.Tensor] | None = None,
+        given: dict[str, Any] | None = None,
         part: slice | None = None,
         encode_only: bool = False,
     ) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,7 +46,9 @@ def parameter_groups(together: Together, train: Train) -> list[dict]:
     rate of its own.
     """
     peaks = together.objective.learning_rates(train)
-    decayed, plain, apart = [], [], {}
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    apart: dict[float, list[nn.Parameter]] = {}
     for name, p in together.named_parameters():
         if (peak := peaks.get(name.removeprefix("objective."))) is not None:
             apart.setdefault(peak, []).append(p)
@@ -66,7 +68,7 @@ def train(run: Run) -> None:
         pass
 
 
-def steps(run: Run) -> Iterator[int]:
+def steps(run: Run) -> Generator[int, None, None]:
     """`train`, a step at a time: yields the number of steps done. Left early, it writes nothing."""
     rank, world = _join()
     t = run.train
@@ -226,7 +228,7 @@ def _loader(
 
 
 @contextlib.contextmanager
-def started(runs: Iterable[Run]) -> Iterator[list[Iterator[int]]]:
+def started(runs: Iterable[Run]) -> Iterator[list[Generator[int, None, None]]]:
     """`steps` of each run, to be timed: in a scratch folder that goes, nothing is trained to the
     end.
     """
@@ -255,7 +257,7 @@ def _finish(run: Run, pairs: AllPairs, student: nn.Module, history: list[dict]) 
     out = Path(run.out)
     (out / "history.csv").unlink(missing_ok=True)  # of another identity: nothing is finished yet
     models.export(student, out)
-    image = sum(p.numel() for p in student.visual.parameters())
+    image = sum(p.numel() for p in student.get_submodule("visual").parameters())
     facts = {
         "identity": run.identity,
         "pairs": pairs.count(),

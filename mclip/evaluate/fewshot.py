@@ -44,10 +44,11 @@ class Grid(NamedTuple):
     gamma: tuple[float, int] = (0.5, 5)
 
     def values(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return tuple(
+        beta, alpha, gamma = (
             first + np.arange(steps) * (end - first) / steps
             for first, (end, steps) in zip((0.1, 0.1, 0.0), self, strict=True)
         )
+        return beta, alpha, gamma
 
 
 class Cache(NamedTuple):
@@ -236,12 +237,12 @@ def search(
             added = affinity @ weighted
             for j, alpha in enumerate(alphas):
                 right[i, j, k] = ((plain + alpha * added).argmax(1) == labels).sum()
-    i, j, k = np.unravel_index(right.argmax(), right.shape)
-    return float(betas[i]), float(alphas[j]), float(gammas[k])
+    best = np.unravel_index(right.argmax(), right.shape)
+    return float(betas[best[0]]), float(alphas[best[1]]), float(gammas[best[2]])
 
 
 def draw(
-    labels: Sequence[int], shots: Sequence[int] = SHOTS, seed: int = 0
+    labels: Sequence[int] | np.ndarray, shots: Sequence[int] = SHOTS, seed: int = 0
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """Draw the validation split (20 % of the train split, as the linear probe's) and the shots.
 

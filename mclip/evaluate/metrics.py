@@ -12,7 +12,7 @@ AT_ONCE = 1 << 24  # similarities held at once: 64 MB
 
 
 def ranks(
-    queries: Tensor, gallery: Tensor, pairs: np.ndarray, *, chunk: int | None = None
+    queries: Tensor, gallery: Tensor, pairs: np.ndarray | Tensor, *, chunk: int | None = None
 ) -> Tensor:
     """How many wrong gallery rows come before each query's nearest right one.
 

@@ -35,7 +35,7 @@ def named_sets(
         key, values = _folder(Path(name)) if Path(name).is_dir() else (name, _place(name, root))
         values = registry.filled(key, values, root)
         try:
-            spec = EvalSet(**values)
+            spec = EvalSet.model_validate(values)
         except ValidationError as err:
             raise EvalError(f"{name}: {err.errors()[0]['msg']}") from None
         probed = {"probe": probe and tasks.get(spec.task).PROBE}

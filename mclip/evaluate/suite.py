@@ -108,7 +108,7 @@ def evaluate_many(
     models = [model.to(device).eval() for model in models]
     scale = [logit_scale(model) if hasattr(model, "logit_scale") else 100.0 for model in models]
     result = Result([{} for _ in models], {}, [], {}, {}, {}, {}, {}, scale, {})
-    loading = {
+    loading: dict[str, Any] = {
         "batch_size": batch_size,
         "workers": decoding_processes(device, workers),
         "precision": precision,
@@ -159,7 +159,7 @@ def evaluate_many(
         result.splits[name], result.images[name] = split, images
         scores = task.score(split, spec, images, encode)
         result.gallery[name], result.texts[name] = scores.gallery, scores.texts
-        metrics = scores.metrics
+        scored = scores.metrics
         if train:
             fits = probe.probes(
                 train_images,
@@ -171,12 +171,12 @@ def evaluate_many(
                 seed=seed,
             )
             result.probe_c[name] = [best for _, best in fits]
-            metrics = [
-                own | {"probe_top1": score} for own, (score, _) in zip(metrics, fits, strict=True)
+            scored = [
+                own | {"probe_top1": score} for own, (score, _) in zip(scored, fits, strict=True)
             ]
-        for sets_of_model, own in zip(result.metrics, metrics, strict=True):
+        for sets_of_model, own in zip(result.metrics, scored, strict=True):
             sets_of_model[name] = own
-        result.chance[name] = {metric: scores.chance[metric] for metric in metrics[0]}
+        result.chance[name] = {metric: scores.chance[metric] for metric in scored[0]}
     return result
 
 

@@ -7,6 +7,7 @@ L_Distill  = (L_I2T + L_T2I) / 2,   L_T2I swaps image and text
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -80,10 +81,10 @@ def affinity_loss(
     tensor(True)
     """
     if not is_plain(backend, len(image), group):
-        options = {"check_norm": check_norm, "backend": backend, "group": group}
+        options: dict[str, Any] = {"check_norm": check_norm, "backend": backend, "group": group}
         return pairs.affinity_loss(image, text, teachers, logit_scale, **options)
     image, text = gathered(group, image, text)
-    teachers = [(*gathered(group, u, v), g) for u, v, g in teachers]
+    teachers = [(*gathered(group, u, v), g) for u, v, g in teachers]  # type: ignore[misc]
     check_teachers(image, text, teachers, norm=check_norm)
     logits = similarity(image, text, logit_scale)
     student = F.log_softmax(logits, 1), F.log_softmax(logits.T, 1)

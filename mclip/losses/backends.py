@@ -6,12 +6,13 @@ triton   as tiled, with Triton's kernels; CUDA only
 auto     plain below `TILED_FROM` samples, else triton on CUDA where it can run, else tiled
 """
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+Rows = TypeVar("Rows", Tensor, Tensor | None)
 Backend = Literal["auto", "plain", "tiled", "triton"]
 NAMES = ("auto", "plain", "tiled", "triton")
 # samples from which tiles take less time than whole matrices (benchmarks/losses.md)
@@ -41,7 +42,7 @@ def is_plain(backend: Backend, samples: int, group: dist.ProcessGroup | None = N
     return samples * (1 if group is None else dist.get_world_size(group)) < TILED_FROM
 
 
-def gathered(group: dist.ProcessGroup | None, *rows: Tensor | None) -> list[Tensor | None]:
+def gathered(group: dist.ProcessGroup | None, *rows: Rows) -> list[Rows]:
     """Each tensor's rows of all ranks, concatenated by rank; gradients flow back to their rank.
 
     Each rank then calculates the whole batch's loss: with DDP's averaging the gradient is that of

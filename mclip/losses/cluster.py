@@ -129,7 +129,7 @@ class ClusterLoss(nn.Module):
         is_plain(backend, 0)  # refuses an unknown one
         self.weight = nn.Parameter(centres.detach().clone())
         self.clusters, self.first = len(centres), 0
-        self.group = None  # until `shard`: all rows are here
+        self.group: dist.ProcessGroup | None = None  # until `shard`: all rows are here
         width = centres.shape[1]
         self.project = (
             None if student_dim in (None, width) else nn.Linear(student_dim, width, bias=False)

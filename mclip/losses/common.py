@@ -1,6 +1,7 @@
 """What the plain and the tiled losses share: checks of arguments, and small arithmetic."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ def cross(
         raise ValueError(f"beta: expected a number from 0 to 1, found {beta}")
     check_pair(teacher_image, text, ("teacher_image", "text"), norm=check_norm)
     check_pair(image, teacher_text, ("image", "teacher_text"), norm=check_norm)
-    loss = 0.0
+    loss: Any = 0.0
     if beta > 0:
         loss = beta * nce(teacher_image.detach(), text, *args, **options)
     if beta < 1:

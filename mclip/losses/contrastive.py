@@ -4,6 +4,8 @@ build on.
 NCE(A, B) = -(1/2b) sum_i [ log softmax_j(g a_i.b_j)_i + log softmax_j(g b_i.a_j)_i ],   g = 1 / tau
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -80,10 +82,11 @@ def clip_loss(
     tensor(10.0001)
     """
     if is_plain(backend, len(image), group):
-        image, text, ids = gathered(group, image, text, ids)
+        image, text = gathered(group, image, text)
+        (ids,) = gathered(group, ids)
         return nce(image, text, logit_scale, ids=ids, check_norm=check_norm)
-    options = {"ids": ids, "check_norm": check_norm, "backend": backend, "group": group}
-    return pairs.clip_loss(image, text, logit_scale, **options)
+    options: dict[str, Any] = {"check_norm": check_norm, "backend": backend, "group": group}
+    return pairs.clip_loss(image, text, logit_scale, ids=ids, **options)
 
 
 def nce(

@@ -7,6 +7,8 @@ The paper gives beta = 0.5; on which of the two terms it stands is a reconstruct
 the same).
 """
 
+from typing import Any
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -78,9 +80,14 @@ def instance_loss(
     True
     """
     if is_plain(backend, len(image), group):
-        rows = gathered(group, image, text, teacher_image, teacher_text)
+        image, text, teacher_image, teacher_text = gathered(
+            group, image, text, teacher_image, teacher_text
+        )
         (ids,) = gathered(group, ids)
-        return cross(nce, *rows, beta, check_norm, logit_scale, ids=ids)
-    rows = image, text, teacher_image, teacher_text
-    options = {"ids": ids, "check_norm": check_norm, "backend": backend, "group": group}
-    return pairs.instance_loss(*rows, logit_scale, beta, **options)
+        return cross(
+            nce, image, text, teacher_image, teacher_text, beta, check_norm, logit_scale, ids=ids
+        )
+    options: dict[str, Any] = {"check_norm": check_norm, "backend": backend, "group": group}
+    return pairs.instance_loss(
+        image, text, teacher_image, teacher_text, logit_scale, beta, ids=ids, **options
+    )

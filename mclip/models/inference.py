@@ -186,7 +186,7 @@ def _encode_texts(
     order = torch.arange(len(distinct))
     trim = isinstance(getattr(model, "text", None), open_clip.hf_model.HFTextEncoder)
     if trim:
-        pad = model.text.config.pad_token_id
+        pad: Any = model.text.config.pad_token_id
         length = tokens.shape[1] - (tokens.flip(1) != pad).int().argmax(1)
         order = length.argsort(stable=True)
     projections = [m.text.proj for m in models] if len(models) > 1 else [nn.Identity()]
@@ -225,7 +225,7 @@ def _foldable(tower: nn.Module | None) -> bool:
     )
 
 
-def _probe(tower: nn.Module) -> Tensor:
+def _probe(tower: Any) -> Tensor:
     """An input for a tower: two noise pictures, or two rows of tokens."""
     generator = torch.Generator().manual_seed(0)
     parameter = next(tower.parameters())
@@ -283,7 +283,7 @@ def _fold(root: nn.Module, probe: Tensor) -> None:
         if conv_name not in alone:
             continue
         module, conv = root.get_submodule(name), root.get_submodule(conv_name)
-        fuse = _scaled if isinstance(module, SCALES) else fuse_conv_bn_eval
+        fuse: Callable = _scaled if isinstance(module, SCALES) else fuse_conv_bn_eval
         root.set_submodule(conv_name, fuse(conv, module))
         root.set_submodule(name, getattr(module, "act", nn.Identity()))
 

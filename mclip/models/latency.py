@@ -244,7 +244,7 @@ def _runtime(runtime: str, plain: Tower, folded: Tower, file: Path, device: str)
             )
         # all towers share one `forward`: not isolated, the ninth would quietly run uncompiled
         # (torch's recompile limit)
-        call = torch.compile(
+        call = torch.compile(  # type: ignore[call-overload]
             call, dynamic=False, fullgraph=True, isolate_recompiles=True, options={"freezing": True}
         )
     if precision != "bf16":

@@ -73,7 +73,7 @@ def resized(eye: Eye, side: int) -> Eye:
     )
 
 
-def _resize(visual: nn.Module, side: int) -> None:
+def _resize(visual: Any, side: int) -> None:
     """Have a tower take square pictures of `side` pixels, its position embeddings interpolated."""
     if hasattr(visual, "trunk"):
         if hasattr(visual.trunk, "set_input_size"):
@@ -100,7 +100,7 @@ def _resize(visual: nn.Module, side: int) -> None:
 @torch.no_grad()
 def feature_map(model: nn.Module, batch: Tensor) -> Tensor:
     """(n, 3, s, s) preprocessed pictures -> (n, h, w, c): what the image tower pools."""
-    visual = model.visual
+    visual: Any = model.visual
     if hasattr(visual, "trunk"):
         out = visual.trunk.forward_features(batch)
         if out.ndim == 4:
@@ -124,7 +124,8 @@ def feature_map(model: nn.Module, batch: Tensor) -> Tensor:
 @torch.no_grad()
 def embed_cells(model: nn.Module, maps: Tensor) -> Tensor:
     """(n, h, w, c) from `feature_map` -> (n, h, w, d): the tower's head on every cell by itself."""
-    visual, cells = model.visual, maps.flatten(0, 2)
+    visual: Any = model.visual
+    cells = maps.flatten(0, 2)
     if isinstance(visual, ModifiedResNet):  # what the attention pool does to the values
         out = visual.attnpool.c_proj(visual.attnpool.v_proj(cells))
     elif not hasattr(visual, "trunk"):

@@ -32,6 +32,7 @@ converter does it:
 """
 
 import functools
+from typing import Any
 
 import open_clip.model
 import open_clip.pretrained
@@ -153,7 +154,8 @@ class ConvFFN(nn.Module):
     def reparameterize(self) -> None:
         """Batch norm into the convolution before it, in place."""
         if isinstance(self.conv, nn.Sequential):
-            self.conv = fuse_conv_bn_eval(self.conv.conv, self.conv.bn).requires_grad_(False)
+            conv: Any = self.conv
+            self.conv = fuse_conv_bn_eval(conv.conv, conv.bn).requires_grad_(False)
 
 
 class RepMixerBlock(nn.Module):
@@ -206,7 +208,7 @@ def register() -> None:
         tower.transformer.resblocks = nn.ModuleList([first, *tower.transformer.resblocks, last])
         return tower
 
-    build.mct = True
+    build.mct = True  # type: ignore[attr-defined]
     open_clip.model._build_text_tower = build
     s1 = open_clip.pretrained._PRETRAINED["MobileCLIP-S1"]["datacompdr"]
     published = {"datacompdr": s1 | {"hf_hub": "apple/MobileCLIP-S0/mobileclip_s0.pt"}}

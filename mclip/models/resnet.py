@@ -60,7 +60,7 @@ class FewPositions(nn.Conv2d):
             x.shape[2:],
             self.kernel_size,
             self.stride,
-            self.padding,
+            self.padding,  # type: ignore[str-unpack]
         )
         steps = [(s + 2 * pad - kernel) // stride + 1 for s in size]
         if x.is_cuda or steps[0] * steps[1] > FEW:

@@ -16,7 +16,7 @@ def arguments(name: str, pretrained: bool, given: dict[str, Any]) -> dict[str, A
 
 def describe(model: nn.Module, name: str, *, first_conv: str, classifier: str) -> None:
     """Set the tower's `default_cfg`, which timm and open_clip read."""
-    model.default_cfg = {
+    model.default_cfg = {  # type: ignore[assignment]
         "architecture": name,
         "input_size": (3, 32, 32),
         "pool_size": (2, 2),

@@ -24,7 +24,7 @@ def studies() -> dict[str, type[Section]]:
     """
     found = {}
     for place, name, _ in pkgutil.iter_modules(importlib.import_module("mclip.studies").__path__):
-        file = Path(place.path, f"{name}.py")
+        file = Path(place.path, f"{name}.py")  # type: ignore[union-attr]
         # asked of the text: what has none, such as ablate.py, imports torch
         if file.is_file() and "\nclass Settings(" in file.read_text():
             found[name] = importlib.import_module(f"mclip.studies.{name}").Settings
@@ -149,7 +149,9 @@ class Ablations(Section):
     learning: dict[Name, Learning]
 
     def check(self, p: Any) -> Iterator[str]:
-        studies = {f"studies.{name}": study for name, study in self.studies.items()}
+        studies: dict[str, Section] = {
+            f"studies.{name}": study for name, study in self.studies.items()
+        }
         studies |= {f"learning.{name}": curve for name, curve in self.learning.items()}
         studies |= {name: value for name, value in self if isinstance(value, Section)}
         for key, study in studies.items():

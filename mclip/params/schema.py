@@ -46,7 +46,7 @@ class Params(Section):
 
 def check(data: dict[str, Any], source: str = "params.yaml") -> Params:
     """Validate a whole tree of parameters; ParamsError lists each bad key and what is allowed."""
-    own = {name: (settings | None, None) for name, settings in studies().items()}
+    own: dict[str, Any] = {name: (settings | None, None) for name, settings in studies().items()}
     ablations = pydantic.create_model("Ablations", __base__=Ablations, **own)
     whole = pydantic.create_model("Params", __base__=Params, ablations=ablations)
     try:

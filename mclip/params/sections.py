@@ -39,7 +39,7 @@ class DemoData(Section):
 
 
 class Data(Spread):
-    workers: PositiveInt | None = None
+    workers: PositiveInt | None = None  # type: ignore[assignment]
     source: Literal["demo", "webdataset"]
     shards: list[str]
     shard_size: PositiveInt
@@ -246,7 +246,8 @@ EVAL_METRICS = {
 def eval_tasks() -> list[str]:
     """The names of all tasks: the files of mclip/evaluate/tasks, which are not imported."""
     package = sys.modules.get("mclip.evaluate.tasks")
-    folders = find_spec("mclip.evaluate").submodule_search_locations
+    evaluate: Any = find_spec("mclip.evaluate")
+    folders = evaluate.submodule_search_locations
     paths = package.__path__ if package else [str(Path(folder) / "tasks") for folder in folders]
     return sorted(module.name for module in pkgutil.iter_modules(paths))
 

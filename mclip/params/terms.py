@@ -52,7 +52,7 @@ def options(values: Mapping[str, Any], others: Iterable[str]) -> dict[str, pydan
         except pydantic.ValidationError as err:
             for e in err.errors():
                 if e["type"] == "extra_forbidden":
-                    errors.append(_unknown(e["loc"][-1], kind.model_fields, e["input"], name))
+                    errors.append(_unknown(str(e["loc"][-1]), kind.model_fields, e["input"], name))
                 else:
                     said = PydanticCustomError(e["type"], e["msg"])
                     errors.append({"type": said, "loc": (name, *e["loc"]), "input": e["input"]})

@@ -45,7 +45,7 @@ class Section(BaseModel):
     def __getattr__(self, name: str) -> Any:
         """Only called for what is not there."""
         if name.startswith("_"):  # pydantic's own, or what IPython and pickle ask any object for
-            return super().__getattr__(name)
+            return super().__getattr__(name)  # type: ignore[misc]
         if name in (more := self.__pydantic_extra__ or {}):  # of sections that allow more keys
             return more[name]
         spelled = keys(type(self))

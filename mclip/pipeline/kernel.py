@@ -120,7 +120,7 @@ class Watch(threading.Thread):
         if self.dvc is not None and not _lives(self.dvc):
             self.dvc = None
             main = threading.main_thread().ident  # a signal to another thread would not wake it
-            signal.pthread_kill(main, signal.SIGTERM)
+            signal.pthread_kill(main, signal.SIGTERM)  # type: ignore[arg-type]
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -10,7 +10,7 @@ import re
 import struct
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import nbformat
@@ -180,7 +180,7 @@ def body(page: Page) -> str:
             cell.outputs = shown
             for output in shown:
                 if "image/png" in output.get("data", {}):
-                    shape = {"alt": _alt(output, page.title)}
+                    shape: dict[str, Any] = {"alt": _alt(output, page.title)}
                     if "Figure" in output.data.get("text/plain", ""):
                         shape["width"] = (
                             _png_width(output.data["image/png"]) * 2 // 3

@@ -74,7 +74,8 @@ def plan(
     """
     runs = {}
     for name, variant in study.variants.items():
-        changed, teacher = varied(recipe, variant.recipe), shared.cluster.teacher
+        changed = varied(recipe, variant.recipe)
+        teacher: str | None = shared.cluster.teacher
         if variant.fraction < 1:
             data = derive.part(
                 variant.fraction, changed, shared.cluster, cache=shared.cache, data=shared.data
@@ -109,7 +110,8 @@ def plan_learning(
     these stand beside the curve, as recipe "RECIPE on all pairs". Raises FileNotFoundError where
     they are missing.
     """
-    runs, full = {}, shared.train.samples
+    runs: dict[str, list[Run]] = {}
+    full = shared.train.samples
     whole = curve.fraction == 1
     for recipe in dict.fromkeys([*curve.recipes, curve.baseline]):
         lengths = dict.fromkeys(curve.samples, seeds)

@@ -96,7 +96,7 @@ def _kept(
     method.
     """
     embeddings = Path(data["embeddings"]) / settings.teacher
-    made_of = [wanted.model_dump(), settings.metric, fingerprint(embeddings)]
+    made_of: list[Any] = [wanted.model_dump(), settings.metric, fingerprint(embeddings)]
     if wanted.prune:
         made_of += [
             fingerprint(data["balance"]),
@@ -120,18 +120,19 @@ def _kept(
         )
     else:
         n, count = len(table.keys), int(balance.read(data["balance"]).keep.sum())
-        k_means = {
+        k_means: dict[str, Any] = {
             "clusters": clusters.clusters,
             "iterations": clusters.iterations,
             "seed": clusters.seed,
         }
+        method: Any = wanted.prune
         keep = {
             "semdedup": lambda: prune.semdedup(table.image, count, **k_means),
             "density": lambda: prune.density(table.image, count, **k_means),
             "random": lambda: prune.random(n, count, seed=clusters.seed),
-        }[wanted.prune]()
+        }[method]()
         # no sets, nor a threshold of ours: every pair is one of its own
-        found = balance.Balance(np.arange(n), keep, np.zeros(n), table.keys, 0.0, wanted.prune)
+        found = balance.Balance(np.arange(n), keep, np.zeros(n), table.keys, 0.0, method)
     with whole_folder(folder) as draft:
         balance.write(draft, found)
     return folder

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -99,12 +100,13 @@ def costs(runs: Mapping[str, Run], *, steps: int = 8, rounds: int = 60) -> pd.Da
     from mclip import models
 
     threads = torch.get_num_threads()
-    towers, table = {}, {}
+    towers: dict[tuple[str, str], Callable[[], object]] = {}
+    table: dict[str, dict[str, float]] = {}
     try:
         torch.set_num_threads(1)
         for name in runs:
             model, _, _, tokenizer = models.create(name)
-            image = sum(p.numel() for p in model.visual.parameters())
+            image = sum(p.numel() for p in model.get_submodule("visual").parameters())
             table[name] = {
                 "image_params": image,
                 "text_params": sum(p.numel() for p in model.parameters()) - image,
@@ -115,11 +117,11 @@ def costs(runs: Mapping[str, Run], *, steps: int = 8, rounds: int = 60) -> pd.Da
         with torch.no_grad():
             for (name, column), seconds in interleaved(towers, rounds, warm=3).items():
                 table[name][column] = 1e3 * statistics.median(seconds)
-        for name, seconds in _step_seconds(runs, steps).items():
+        for name, step_s in _step_seconds(runs, steps).items():
             table[name] |= {
                 "latency_ms": table[name]["image_ms"] + table[name]["text_ms"],
-                "step_ms": 1e3 * seconds,
-                "train_s": seconds * (runs[name].train.samples // runs[name].train.batch_size),
+                "step_ms": 1e3 * step_s,
+                "train_s": step_s * (runs[name].train.samples // runs[name].train.batch_size),
             }
     finally:
         torch.set_num_threads(threads)
@@ -132,7 +134,7 @@ def _towers(model: torch.nn.Module, tokenizer) -> dict[str, Callable]:
 
     from mclip import models
 
-    fast = models.for_inference(model)
+    fast: Any = models.for_inference(model)
     side = models.image_size(model)
     picture = torch.zeros(1, 3, side, side).contiguous(memory_format=torch.channels_last)
     caption = tokenizer(["a photo of a red apple"])
@@ -148,7 +150,7 @@ def _step_seconds(runs: Mapping[str, Run], steps: int) -> dict[str, float]:
     )  # the last one would export
     with trainer.started(runs.values()) as going:
         found = interleaved(
-            {name: lambda each=each: next(each) for name, each in zip(runs, going, strict=True)},
+            {name: partial(next, each) for name, each in zip(runs, going, strict=True)},
             max(1, min(steps, most - WARM_STEPS)),
             min(WARM_STEPS, most - 1),
         )

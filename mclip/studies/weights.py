@@ -81,7 +81,7 @@ def last_weights(
     for (recipe, seed), name in names.items():
         torch.manual_seed(seed)
         model = models.create(name)[0]
-        towers = {"image": model.visual, "text": getattr(model, "text", model)}
+        towers = {"image": model.get_submodule("visual"), "text": getattr(model, "text", model)}
         found[recipe, seed] = {kind: last_layer(tower) for kind, tower in towers.items()}
     return found
 

@@ -36,7 +36,7 @@ def end_with_parent() -> None:
     parent = multiprocessing.parent_process()
 
     def wait() -> None:
-        parent.join()
+        parent.join()  # type: ignore[union-attr]
         end_family(os.getpid())
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -87,7 +87,7 @@ def _dump(node: Any) -> str:
             value = getattr(node, name, None)
             if isinstance(value, list):
                 value = [item for item in value if not _is_text_alone(item)]
-            if name == "format_spec" and value is not None:
+            elif name == "format_spec" and value is not None:
                 value = _joined(value) and value
             if name in _UNSEEN or value is None or value == []:
                 continue
@@ -108,7 +108,7 @@ def _joined(node: ast.JoinedStr) -> list[str]:
     text = ""
     for value in node.values:
         if isinstance(value, ast.Constant):
-            text += value.value
+            text += str(value.value)
             continue
         parts += [ascii(text)] * bool(text) + [_dump(value)]
         text = ""

@@ -4,17 +4,20 @@ of them.
 
 import time
 from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 def interleaved(
-    calls: Mapping[Hashable, Callable[[], object]],
+    calls: Mapping[Key, Callable[[], object]],
     rounds: int,
     warm: int = 0,
     *,
     before: int = 0,
     clock: Callable[[], float] = time.perf_counter,
     wait: Callable[[], None] = lambda: None,
-) -> dict[Hashable, list[float]]:
+) -> dict[Key, list[float]]:
     """Seconds of `rounds` calls of each: a round calls all of them in turn, every other one
     backwards.
 
@@ -26,7 +29,7 @@ def interleaved(
     wait : called before the clock is read, such as torch.cuda.synchronize where a call only starts
         its work.
     """
-    times: dict[Hashable, list[float]] = {key: [] for key in calls}
+    times: dict[Key, list[float]] = {key: [] for key in calls}
     for turn in range(warm + rounds):
         for key in list(calls)[:: -1 if turn % 2 else 1]:
             for _ in range(before):

@@ -193,7 +193,7 @@ def image_features(
         fast = models.for_inference(model).visual
     finally:
         model.visual.head = head
-    loader = DataLoader(
+    loader: DataLoader = DataLoader(
         shards.Pictures(samples, preprocessing(size, PREPROCESS)),
         batch_size=batch_size,
         num_workers=decoding_processes("cpu", workers),
@@ -281,10 +281,11 @@ def describe(
     """
     if made is None:
         model, _, _, tokenizer = models.create(model_name)
-        made = model, model.mclip["config"], tokenizer
+        about: Any = model.mclip
+        made = model, about["config"], tokenizer
     model, config, tokenizer = made
     preprocess = model.visual.preprocess_cfg
-    image = sum(t.numel() for t in model.visual.parameters())
+    image = sum(t.numel() for t in model.get_submodule("visual").parameters())
     return {
         "model": model_name,
         "weights_sha256": models.weights_sha256(model_name),

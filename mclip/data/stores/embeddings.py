@@ -283,7 +283,7 @@ def _metadata(
     keys = np.concatenate([keys for keys, _ in found])
     if any(captions is None for _, captions in found):
         return keys, None
-    return keys, [caption for _, captions in found for caption in captions]
+    return keys, [caption for _, captions in found for caption in captions or ()]
 
 
 def _read_table(

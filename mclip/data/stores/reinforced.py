@@ -171,7 +171,7 @@ def select(
         shard = read_shard(folder, index)
         rows, image_emb = shard.augment[:, :n_aug], shard.image_emb[:, :n_aug, columns]
         if n_aug == 0:
-            crops, found = plain(shard.keys, names)
+            crops, found = plain(shard.keys, names)  # type: ignore[misc]
             rows = np.pad(crops, ((0, 0), (0, shard.augment.shape[2] - 4)))[:, None].astype(
                 np.float32
             )  # op 0: none

@@ -51,10 +51,12 @@ class Given:
     group: ProcessGroup | None
 
 
-class Options(
-    pydantic.BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
-):
+class Options(pydantic.BaseModel):
     """The keys that a recipe may give a term; a term's own is a subclass."""
+
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class Term:

@@ -40,4 +40,4 @@ class Cluster(terms.Term):
         return {"weight": train.lr_centres}
 
     def loss(self, batch, logit_scale):
-        return self.learned(batch["image"], batch["teacher_image"], batch["label"])
+        return self.learned(batch["image"], batch["teacher_image"], batch["label"])  # type: ignore[misc]

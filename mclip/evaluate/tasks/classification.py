@@ -66,7 +66,7 @@ def score(split: Split, spec: EvalSet, images: Sequence[Tensor], encode: Encode)
 def accuracy(
     images: Tensor,
     classes: Tensor,
-    labels: Sequence[int],
+    labels: Sequence[int] | np.ndarray,
     *,
     groups: Sequence[int] = (),
     f1: bool = False,
@@ -169,8 +169,11 @@ def confusion(result: Result, name: str) -> pd.DataFrame:
     split = result.splits[name]
     labels, n = np.asarray(split.answers), len(split.classes)
     counts = sum(
-        np.bincount(labels * n + nearest(images, classes), minlength=n * n)
-        for images, classes in zip(result.images[name], result.texts[name], strict=True)
+        (
+            np.bincount(labels * n + nearest(images, classes), minlength=n * n)
+            for images, classes in zip(result.images[name], result.texts[name], strict=True)
+        ),
+        start=np.zeros(n * n, np.int64),
     ).reshape(n, n)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     return pd.DataFrame(share, index=split.classes, columns=split.classes)

@@ -128,7 +128,7 @@ def recall(
     >>> retrieval.recall(torch.eye(2), torch.eye(2)[[0, 0]], pairs, ks=[1])
     {'i2t_r1': 0.5, 't2i_r1': 0.5, 'mean_r1': 0.5}
     """
-    out = {}
+    out: dict[str, float] = {}
     for name, rank in (
         ("i2t", ranks(images, texts, pairs)),
         ("t2i", ranks(texts, images, pairs[:, ::-1].copy())),

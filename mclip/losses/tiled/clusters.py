@@ -17,7 +17,7 @@ W stays where it is.
 """
 
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -149,10 +149,12 @@ class _Clusters(torch.autograd.Function):
                     position = torch.searchsorted(omega, position)
                 here = (labels_ >= loss.first) & (labels_ < loss.first + len(w))
                 for j in cuts(_count(w, omega), how.tile):
+                    norm: Any
                     centres, norm = _centres(w, omega, j, loss.normalise)
                     dcentres = torch.zeros_like(centres, dtype=lse.dtype)
                     for i in cuts(n, how.tile):
-                        x, dx = tiles.logits(a_[i], centres), None
+                        x = tiles.logits(a_[i], centres)
+                        dx: Any = None
                         if distribution:
                             factor = distribution / loss.tau
                             y = tiles.logits(t_[i], centres)

@@ -25,6 +25,7 @@ and none has the whole batch's embeddings.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -182,8 +183,8 @@ class _Pairs(torch.autograd.Function):
         stay, go, scales = [a, *teachers[::3]], [b, *teachers[1::3]], [scale, *teachers[2::3]]
         by_b = ctx.needs_input_grad[1]
         by_a = ctx.needs_input_grad[0] or not by_b  # the scale's gradient is read off either
-        da = torch.zeros_like(a, dtype=row.dtype) if by_a else None
-        db = torch.zeros_like(b, dtype=row.dtype) if by_b else None
+        da: Any = torch.zeros_like(a, dtype=row.dtype) if by_a else None
+        db: Any = torch.zeros_like(b, dtype=row.dtype) if by_b else None
         with torch.autocast(a.device.type, enabled=False):
             for owner, (column_, *there), moving in ring.turn(_some(column, *go, ids), _some(db)):
                 for i, j in product(cuts(n, how.tile), repeat=2):

@@ -62,4 +62,4 @@ def softmax(
                 if onto is None
                 else onto.add_(e, alpha=weight)
             )
-    return onto
+    return onto  # type: ignore[return-value]

@@ -96,7 +96,7 @@ def bars(
                     i - 0.46,
                     i + 0.46,
                     colors=INK,
-                    linestyles=line,
+                    linestyles=line,  # type: ignore[arg-type]
                     linewidth=1.3,
                     label=name,
                     zorder=5,
@@ -272,7 +272,7 @@ def radar(
     if len(names) < 3:
         raise ValueError(f"a radar has three axes or more, here {len(names)}")
     angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
-    ax = plt.subplots(figsize=(WIDTH, 5.4), subplot_kw={"projection": "polar"})[1]
+    ax: Any = plt.subplots(figsize=(WIDTH, 5.4), subplot_kw={"projection": "polar"})[1]
     ax.set_theta_zero_location("N")
     ax.set_theta_direction(-1)
     closed = [*angles, angles[0]]
@@ -302,7 +302,7 @@ def radar(
     ax.set_yticks([0.25, 0.5, 0.75, 1.0], [])
     ax.set_ylim(0, max(1.0, ax.get_ylim()[1]))
     for text, angle in zip(ax.get_xticklabels(), angles, strict=True):  # away from the ring
-        text.set_ha(
+        text.set_horizontalalignment(
             "center" if abs(np.sin(angle)) < 0.1 else "left" if np.sin(angle) > 0 else "right"
         )
     ax.spines["polar"].set_color(MUTED)
@@ -329,7 +329,7 @@ def _finish(
         # Under the axes: no line is ever hidden by its legend.
         ax.legend(
             unique.values(),
-            [(labels or {}).get(n, n) for n in unique],
+            [str((labels or {}).get(n, n)) for n in unique],
             loc="upper center",
             bbox_to_anchor=(0.5, -0.16),
             ncols=min(6, len(unique)),

@@ -119,7 +119,8 @@ def grid(
             pad=3,
         )
     figure.suptitle(title, x=0.01, ha="left")
-    figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
+    engine: Any = figure.get_layout_engine()
+    engine.set(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
     return figure
 
 
