@@ -151,6 +151,7 @@ def _start(run: Run) -> BaseProcess:
     scratch = Path(run.scratch)
     scratch.mkdir(parents=True, exist_ok=True)
     run.save(scratch / "run.json")
+    (scratch / "log.txt").touch()  # it may be killed before it opens it
     can_fork = "forkserver" in multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if can_fork else "spawn")
     if not Path("/dev/nvidiactl").exists():
