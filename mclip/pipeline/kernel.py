@@ -290,7 +290,8 @@ def execute(
             signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt(signum)
 
-    reason, errors = None, []
+    reason: str | None = None
+    errors: list[CellExecutionError] = []
     former = {number: signal.signal(number, stop) for number in SIGNALS}
     with tempfile.TemporaryDirectory(prefix="mclip-", ignore_cleanup_errors=True) as folder:
         out = Path(folder, "executed.ipynb")
