@@ -752,7 +752,13 @@ def test_sections_are_fields_and_validators():
     todo, seen = [Section], []
     while todo:
         todo += (below := todo.pop().__subclasses__())
-        seen += [kind for kind in below if kind.__module__.startswith("mclip.params")]
+        # not those that a check of params.yaml puts together from them
+        seen += [
+            kind
+            for kind in below
+            if kind.__module__.startswith("mclip.params")
+            and getattr(sys.modules[kind.__module__], kind.__name__, None) is kind
+        ]
     assert len(seen) > 20
     for kind in seen:
         public = {name for name in vars(kind) if not name.startswith("_")}
