@@ -3,9 +3,10 @@ in one run.
 
     python benchmarks/balance.py                                  # 25k and 50k x 1280, spectrum 1/i
     python benchmarks/balance.py --rows 200000 --peers links products semdedup --exponent 0.5
-    python benchmarks/balance.py --data sphere --threshold 1.2    # the adversary: nothing can be ruled out
+    python benchmarks/balance.py --data sphere --threshold 1.2    # the adversary: rules out nothing
     python benchmarks/balance.py --data data/embeddings/large --threshold 0.15
-    python benchmarks/balance.py --rows 200000 --peers links range_search --share 0.1   # of a tenth of the queries
+    # a tenth of the queries
+    python benchmarks/balance.py --rows 200000 --peers links range_search --share 0.1
 
 Peers: `links` is mclip.balance. `products` multiplies blocks of all rows in float32 and joins what
 is near enough: the arithmetic that CLIP-CID describes. `range_search` is faiss's flat index.
@@ -250,7 +251,8 @@ def main() -> None:
             print(
                 f"{n:>9}  {peer:<13} {one['seconds']:>8.2f} {one['cpu']:>8.2f} {one['mb']:>9.0f} "
                 f"{one['removed']:>9.0f}   {one['seconds'] / against['seconds']:.2f}, "
-                f"{one['cpu'] / against['cpu']:.2f}, {one['removed'] / max(1, against['removed']):.4f}",
+                f"{one['cpu'] / against['cpu']:.2f}, "
+                f"{one['removed'] / max(1, against['removed']):.4f}",
                 flush=True,
             )
 

@@ -4,8 +4,10 @@
 "tiled" say the backend.
 
     python benchmarks/losses.py                      # b = 1024 .. 8192, d = 512
-    python benchmarks/losses.py --sizes 32768 --repeats 1 --rounds 1 --peers "tiled clip" "tiled affinity"
-    python benchmarks/losses.py --sizes 4096 --centres 100000 --peers "plain cluster" "tiled cluster"
+    python benchmarks/losses.py --sizes 32768 --repeats 1 --rounds 1 \\
+        --peers "tiled clip" "tiled affinity"
+    python benchmarks/losses.py --sizes 4096 --centres 100000 \\
+        --peers "plain cluster" "tiled cluster"
 
 Each case runs in a process of its own; time is the median over repeats of forward and backward, the
 peers by turns. Memory on the CPU (Linux) is the growth of the peak resident size over its inputs,
@@ -173,7 +175,8 @@ def main() -> None:
             print(json.dumps({"why": str(err)}))
         return
     print(
-        "| b | loss | s | extra MB | time / plain | memory / plain |\n|---:|---|---:|---:|---:|---:|",
+        "| b | loss | s | extra MB | time / plain | memory / plain |\n"
+        "|---:|---|---:|---:|---:|---:|",
         flush=True,
     )
     for b in args.sizes:

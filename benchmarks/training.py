@@ -1,7 +1,7 @@
 """Samples a second of this trainer beside open_clip's own, on the same model and the same shards,
 in one run.
 
-    python benchmarks/training.py                            # the default student, data/pairs or made-up pictures
+    python benchmarks/training.py       # the default student, data/pairs or made-up pictures
     python benchmarks/training.py --model ViT-B-32 --batch-size 16 --steps 4 --pictures 400
     python benchmarks/training.py --pairs data/pairs --workers 2
 
@@ -235,7 +235,8 @@ def main() -> None:
                     sys.exit(f"{peer} failed:\n{done.stderr[-2000:]}")
                 found[peer].append(json.loads(done.stdout.splitlines()[-1]))
     print(
-        f"{args.model}, batch {args.batch_size}, {args.workers} decoding process(es), median of {args.rounds} rounds"
+        f"{args.model}, batch {args.batch_size}, {args.workers} decoding process(es), median "
+        f"of {args.rounds} rounds"
     )
     base = statistics.median(one["rate"] for one in found[args.peers[0]])
     for peer, rounds in found.items():
@@ -243,7 +244,8 @@ def main() -> None:
         setup = max(one["setup"] for one in rounds)  # later rounds find it
         made = f"; cache made in {setup:.1f} s" if setup else ""
         print(
-            f"{peer:<16} {statistics.median(rates):>8.1f} samples/s ({min(rates):.1f} to {max(rates):.1f})   "
+            f"{peer:<16} {statistics.median(rates):>8.1f} samples/s "
+            f"({min(rates):.1f} to {max(rates):.1f})   "
             f"{statistics.median(rates) / base:.2f} x {args.peers[0]}{made}"
         )
 

@@ -1,8 +1,8 @@
 """Spherical k-means of image embeddings by faiss (CLIP-CID, arXiv 2408.09441; papers.md 1.2).
 
     result = cluster(embeddings, 300, iterations=20, seed=0)
-    result.centres      # (k, d) float32, unit norm: the first value of W in mclip.losses.ClusterLoss
-    result.labels       # (n,) int64
+    result.centres    # (k, d) float32, unit norm: the first value of W in mclip.losses.ClusterLoss
+    result.labels     # (n,) int64
 
 On a GPU where faiss has one. All rows take part in every iteration (faiss alone would draw 256 a
 centre), or as many as memory has room for: `points` of them a centre, 4 bytes a number. Labels are
@@ -87,7 +87,8 @@ def cluster(
         ""
         if few >= FEW
         else (
-            f"cluster.clusters: {k:,} clusters of {len(index):,} images are {few:.1f} each: a centre says little that is "
+            f"cluster.clusters: {k:,} clusters of {len(index):,} images are {few:.1f} each: "
+            "a centre says little that is "
             f"common to several; take fewer clusters, say {max(1, len(index) // FEW):,}"
         )
     )

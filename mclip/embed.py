@@ -189,7 +189,7 @@ class _Teacher:
 
 
 def _embed_elsewhere(i: int, teachers: list[tuple[str, Path]], pairs: Path, options: dict) -> int:
-    """A worker's task: the shard by teachers that it loads itself; how many embeddings that were."""
+    """A worker's task: embed a shard by teachers that it loads itself; returns how many rows."""
     device = worker_device()
     counts: list[int] = []
     loaded = [(_loaded_once(model, device), folder) for model, folder in teachers]

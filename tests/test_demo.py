@@ -154,7 +154,6 @@ def test_eval_layout(tmp_path):
         "manifest.json",
         "test/0.tar",
         "test/nshards.txt",
-        # fmt: skip
         "train/0.tar",
         "train/nshards.txt",
         "zeroshot_classification_templates.txt",

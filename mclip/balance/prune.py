@@ -1,7 +1,8 @@
 """What else drops images by their embeddings: the baselines of the threshold ablation, at a size
 that is given.
 
-    keep = prune.semdedup(embeddings, count, clusters=300, seed=0)      # (n,) bool, exactly `count` True
+    # (n,) bool, exactly `count` True
+    keep = prune.semdedup(embeddings, count, clusters=300, seed=0)
 
 - `semdedup`: SemDeDup (arXiv 2303.09540): k-means; within a cluster, of two images nearer than a
   threshold one goes.

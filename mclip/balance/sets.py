@@ -159,7 +159,7 @@ def _how(tile: int | None, *options) -> How:
 def _centroid_distance(
     rows: Rows, set_id: np.ndarray, order: np.ndarray, chunk: int = CHUNK
 ) -> np.ndarray:
-    """(n,) distance of each unit row to the mean of its set; sums run in key order, not the rows'."""
+    """(n,) distance of each unit row to the mean of its set; sums run in the order of the keys."""
     distance = np.zeros(len(rows))
     size = np.bincount(set_id)
     members = order[np.argsort(set_id[order], kind="stable")]  # by set, then by key

@@ -22,15 +22,15 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import RandAugment, _apply_op
 
 OPS = (
-    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
-    "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
+    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color",
+    "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
 )  # fmt: skip
 RATIO = (3 / 4, 4 / 3)
 BINS = 31
 
 
 def rng_for(key: str, seed: int, purpose: str = "") -> np.random.Generator:
-    """A generator that depends on the sample's key, the seed and the purpose, and on nothing else."""
+    """A generator that depends only on the sample's key, the seed and the purpose."""
     digest = hashlib.sha256(f"{purpose}\0{seed}\0{key}".encode()).digest()
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 

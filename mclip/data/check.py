@@ -1,6 +1,7 @@
 """Somebody else's shards: read once, every image decoded, what can't be used listed by name.
 
-    manifest = check_shards(["/data/cc3m/{00000..00331}.tar"], "data/pairs", state="data/cache/checked")
+    shards = ["/data/cc3m/{00000..00331}.tar"]
+    manifest = check_shards(shards, "data/pairs", state="data/cache/checked")
 
 Shards are independent, so they go to as many processes as there are cores, or to a Ray cluster
 (mclip.system.workers). What was found of each lies in the state's folder until all are done: a

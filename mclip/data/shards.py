@@ -46,7 +46,7 @@ class Sample(NamedTuple):
     meta: dict[str, Any]
 
 
-# ---------------------------------------------------------------------------------------------- writing
+# --- writing --------------------------------------------------------------------------------------
 
 
 def write_shards(
@@ -105,7 +105,7 @@ def write_shards(
     return manifest
 
 
-# ---------------------------------------------------------------------------------------------- reading
+# --- reading --------------------------------------------------------------------------------------
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -148,7 +148,8 @@ def iter_samples(folder: str | Path, *, shards: list[int] | None = None) -> Iter
                     sample = as_sample(key, files)
                     if isinstance(sample, str):
                         raise ShardError(
-                            f"{source}: {key}: {sample}; not so when it was checked: run `dvc repro -f data`"
+                            f"{source}: {key}: {sample}; not so when it was checked: run "
+                            "`dvc repro -f data`"
                         )
                     count += 1
                     yield sample
@@ -156,7 +157,8 @@ def iter_samples(folder: str | Path, *, shards: list[int] | None = None) -> Iter
             raise ShardError(f"{source}: {err.strerror or err}: run `dvc repro -f data`") from None
         if count != shard["samples"]:
             raise ShardError(
-                f"{source}: {count} samples, {shard['samples']} when it was checked: run `dvc repro -f data`"
+                f"{source}: {count} samples, {shard['samples']} when it was checked: run "
+                "`dvc repro -f data`"
             )
 
 
@@ -211,7 +213,7 @@ def as_sample(key: str, files: dict[str, bytes]) -> Sample | str:
 
 
 class Pictures:
-    """Decoded, transformed images of a list of samples: a map-style dataset for torch's DataLoader."""
+    """Decoded, transformed images of a list of samples: a map-style dataset for a DataLoader."""
 
     def __init__(self, samples: list[Sample], transform: Callable[[Image.Image], Any]):
         self.samples, self.transform = samples, transform

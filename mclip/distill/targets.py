@@ -68,7 +68,8 @@ def _taught(
     position = {key: i for i, key in enumerate(table_keys)}
     if missing := [key for key in keys if key not in position]:
         raise ValueError(
-            f"{Path(spec.embeddings) / spec.teacher}: no embedding of {len(missing)} pairs, the first is "
+            f"{Path(spec.embeddings) / spec.teacher}: no embedding of {len(missing)} pairs, "
+            "the first is "
             f"{missing[0]}; run `dvc repro embed`"
         )
     rows = np.array([position[key] for key in keys], np.int64)

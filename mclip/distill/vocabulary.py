@@ -5,9 +5,9 @@ fills, clips and updates all rows' gradients and moments: a sixth of the default
 without a gradient change by weight decay alone, all by the same factor; one of them is kept to see
 by how much.
 
-    kept = vocabulary.shrink(student, [tokens, syn_tokens])    # before the optimizer is made
-    tokens = kept.tokens(tokens)                               # ids of the small table
-    kept.restore(student)                                      # after the last step: the whole table again
+    kept = vocabulary.shrink(student, [tokens, syn_tokens])  # before the optimizer is made
+    tokens = kept.tokens(tokens)                             # ids of the small table
+    kept.restore(student)                                    # after the last step: the whole table
 """
 
 from collections.abc import Sequence

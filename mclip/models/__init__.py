@@ -13,7 +13,8 @@
   (`encode_texts_with_all`: by several models, a text encoder that they share runs once).
 
     model, _, preprocess, tokenizer = mclip.models.create("local-dir:models/teachers/large")
-    text = mclip.models.encode_texts(mclip.models.for_inference(model), tokenizer, ["a red apple"])   # (1, d)
+    fast = mclip.models.for_inference(model)
+    text = mclip.models.encode_texts(fast, tokenizer, ["a red apple"])   # (1, d)
 """
 
 from mclip.models import fastvit, mct, resnet, tokens  # noqa: F401 - they register towers and encoders

@@ -13,7 +13,8 @@ What is added to `open_clip.create_model_and_transforms`:
   CLIP's. open_clip's and timm's converters rename their parameters; the names of MobileCLIP-S0's
   text encoder are in mclip/models/mct.py.
 
-    local-dir layout: open_clip_config.json (model_cfg, preprocess_cfg), open_clip_model.safetensors,
+    local-dir layout: open_clip_config.json (model_cfg, preprocess_cfg),
+                      open_clip_model.safetensors,
                       and for Hugging Face text towers config.json and the tokenizer's files
 """
 
@@ -51,7 +52,7 @@ class ModelError(ValueError):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """open_clip's and transformers' log lines kept out of notebooks (`create` raises what matters)."""
+    """Keep log lines of open_clip and transformers out of notebooks; `create` raises problems."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -193,7 +194,7 @@ def logit_scale(model: torch.nn.Module) -> float:
 
 
 def weights_sha256(name: str) -> str:
-    """sha256 of the weights file that `create(name)` loads (from open_clip's cache for hub models)."""
+    """sha256 of the weights file that `create(name)` loads (hub models: from open_clip's cache)."""
     file = weights_file(name)
     if file is None:
         raise ModelError(f"{name}: random initialisation, there is no weights file")

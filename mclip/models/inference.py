@@ -97,7 +97,7 @@ def image_encoder(model: nn.Module, precision: str = "auto") -> Callable[[Tensor
 def encode_images(
     model: nn.Module, batches: Iterable[Tensor], *, precision: str = "auto"
 ) -> Tensor:
-    """Image embeddings of preprocessed batches, e.g. of a DataLoader: (n, d), see `image_encoder`."""
+    """(n, d) image embeddings of preprocessed batches, e.g. a DataLoader's; see `image_encoder`."""
     encode = image_encoder(model, precision)
     out = list(side_by_side(encode, batches, next(model.parameters()).device))
     return torch.cat(out) if out else torch.empty(0, 0)

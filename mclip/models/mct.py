@@ -26,8 +26,9 @@ converter does it:
     transformer.{0,5}.token_mixer.layer_scale, layer_scale     (512, 1, 1)
     transformer.{0,5}.convffn.conv.conv.weight            (512, 1, 1, 11), convffn.conv.bn.*
     transformer.{0,5}.convffn.fc1.*, fc2.*                (2048, 512, 1, 1), (512, 2048, 1, 1)
-    transformer.{1..4}.pre_norm_mha.{0, 1.qkv_proj, 1.out_proj}.*    .ln_1, .attn.in_proj_*, .attn.out_proj
-    transformer.{1..4}.pre_norm_ffn.{0, 1, 4}.*                      .ln_2, .mlp.c_fc, .mlp.c_proj
+    transformer.{1..4}.pre_norm_mha.{0, 1.qkv_proj, 1.out_proj}.*
+                                                          .ln_1, .attn.in_proj_*, .attn.out_proj
+    transformer.{1..4}.pre_norm_ffn.{0, 1, 4}.*           .ln_2, .mlp.c_fc, .mlp.c_proj
     final_layer_norm.*, projection_layer (512, 512)       ln_final.*, text_projection
 """
 

@@ -70,7 +70,7 @@ def near_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
 
 
 def _compare(arch: str, state: dict[str, Tensor], overrides: dict[str, Any]) -> str:
-    """The first parameter of each kind of difference and how many there are; "" if there are none."""
+    """The first parameter of each kind of difference and how many there are; "" without any."""
     overrides = {k: v for k, v in overrides.items() if not k.startswith("image_")}
     with torch.device("meta"):
         model = open_clip.create_model(

@@ -114,7 +114,8 @@ SETS: dict[str, Entry] = {
         500,
         2_149,
         lacks=(
-            "no copy in this layout is known; write one by clip_benchmark.webdataset_builder and give its path"
+            "no copy in this layout is known; write one by clip_benchmark.webdataset_builder "
+            "and give its path"
         ),
     ),
     "sun397": _hub("sun397", "SUN397", CID + DC, 397, 108_754),
@@ -158,7 +159,8 @@ SETS: dict[str, Entry] = {
         3_563,
         "jaccard",
         lacks=(
-            "associations scored by the Jaccard index are a task of their own, which DataComp's evaluate.py has"
+            "associations scored by the Jaccard index are a task of their own, which "
+            "DataComp's evaluate.py has"
         ),
     ),
     "iwildcam": _datacomp("wilds-iwildcam", "iWildCam", 182, 42_791, "f1_macro"),

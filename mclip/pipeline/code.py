@@ -1,7 +1,7 @@
 """What each stage's result depends on besides its data and params.yaml: the code, and what the
 schema fills in.
 
-    mclip code     # data/code/NAME for each notebook executed as reports/NAME.ipynb: the stage `code`
+    mclip code     # the stage `code`: data/code/NAME for each notebook executed as reports/NAME.ipynb
 
 A line of data/code/NAME is a digest and a file: the modules that the notebook imports, at any depth
 (`mclip.system.source`). A comment, a docstring or another line break reruns nothing; any other edit

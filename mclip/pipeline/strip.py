@@ -21,7 +21,7 @@ class NotANotebook(ValueError):
 
 
 def bare(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """nb in place with ordinal cell ids and no metadata but the kernel's name and the cells' tags."""
+    """Leave nb ordinal cell ids and no metadata but the kernel's name and the cells' tags."""
     nb.metadata = nbformat.from_dict({"kernelspec": KERNELSPEC})
     nb.nbformat, nb.nbformat_minor = 4, 5
     for index, cell in enumerate(nb.cells):

@@ -131,13 +131,13 @@ def saving(saved: pd.DataFrame, titles: Mapping[str, str], baseline: str, claime
     else:
         reaches = "does not reach" if best["bound"] == ">=" else "reaches"
         target = (
-            f"its own accuracy at {best['reference']:,} samples ({seeds}), which {base} {reaches} with "
-            f"{best['reached']:,.0f}"
+            f"its own accuracy at {best['reference']:,} samples ({seeds}), which {base} "
+            f"{reaches} with {best['reached']:,.0f}"
         )
     return (
-        f"To {base}'s {HELD_OUT} at {reference:,} samples, times fewer samples: {', '.join(said)}. The largest "
-        f"on one set: {titles[best['recipe']]} {_factor(best)} on {best['set']}, to {target}; the paper's factor "
-        f"of {claimed:g} {holds}."
+        f"To {base}'s {HELD_OUT} at {reference:,} samples, times fewer samples: "
+        f"{', '.join(said)}. The largest on one set: {titles[best['recipe']]} {_factor(best)} "
+        f"on {best['set']}, to {target}; the paper's factor of {claimed:g} {holds}."
     )
 
 

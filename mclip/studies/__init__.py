@@ -1,1 +1,1 @@
-"""What the ablation notebooks compute: recipe variants, other data, costs, and what students see."""
+"""What the ablation notebooks compute: recipe variants, other data, costs, students' views."""

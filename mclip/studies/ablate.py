@@ -1,10 +1,12 @@
 """Ablations: variants of a recipe or of its data, trained alike, scored alike
 (notebooks/ablations).
 
-    study = ablate.outcome("terms", p)      # p: the stage's parameters; plans, trains, scores, in that order:
+    # p: the stage's parameters; plans, trains, scores, in that order:
+    study = ablate.outcome("terms", p)
 
     runs = ablate.plan(study, recipe, ablate.Shared.of(p), samples=7680, seeds=[0, 1])
-    main = ablate.finish("terms", runs, p)  # trains, scores, writes reports/metrics/ablations/terms.*
+    # trains, scores, writes reports/metrics/ablations/terms.*
+    main = ablate.finish("terms", runs, p)
 
 A study trains whatever no other has trained yet: finished runs lie in `CACHE`, named by all that
 their bytes depend on (`mclip.distill.identity`), and so do their scores. So a baseline that
@@ -187,7 +189,7 @@ def runs_of(
     teacher: str | None,
     data: dict[str, Any],
 ) -> list[Run]:
-    """`planned`, of the student and with the trainer that all variants share, for so many samples."""
+    """`planned` with the student and the trainer that all variants share, for so many samples."""
     train = shared.train.model_copy(update={"samples": samples})
     return planned(
         name, recipe, shared.student, train, seeds, teacher=teacher, data=data, cache=shared.cache
@@ -258,7 +260,7 @@ def scores(
 
 
 def _test_files(folder: str) -> list[tuple[str, str]]:
-    """The files of a set that zero-shot and retrieval read, by checksum; none where it is missing."""
+    """The files of a set that zero-shot and retrieval read, by checksum; none without the set."""
     files = sorted(
         path for part in ("*", "test/*") for path in Path(folder).glob(part) if path.is_file()
     )
@@ -349,7 +351,7 @@ def outcome(name: str, p: Any) -> Outcome:
 
 
 def learning(name: str, p: Any) -> Outcome:
-    """Plan, train and score a learning curve of a stage's parameters; the titles are the recipes'."""
+    """Plan, train and score a learning curve of a stage's parameters, titled as the recipes."""
     curve, recipes = p.ablations.learning[name], p.distill.recipes
     runs = plan_learning(
         curve, recipes, Shared.of(p), seeds=p.ablations.seeds, finished_seeds=p.distill.seeds

@@ -3,9 +3,9 @@ they are right.
 
     task = tasks.get("retrieval")
     split = evalsets.read_split("data/eval/emoji-unseen", task.ANSWER)
-    questions = search.questions(split, task)                 # its captions; or search.free(["a car"])
+    questions = search.questions(split, task)  # its captions; or search.free(["a car"])
     found = search.search("local-dir:models/students/clip/seed0", split, questions)
-    found[:, :5]                                                    # for each text its five best pictures' rows
+    found[:, :5]                               # for each text its five best pictures' rows
     search.precision(found, questions, 5)
 """
 

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all: written under another name, then renamed."""
+"""Files and folders that are whole or absent: written under another name, then renamed."""
 
 import hashlib
 import json

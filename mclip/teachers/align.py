@@ -1,7 +1,8 @@
 """Teachers: pinned from a hub, or assembled from registry weights and aligned on the training
 pairs.
 
-    assemble(params.load().teachers)       # writes models/teachers/<name>/ and models/teachers/teachers.json
+    # writes models/teachers/<name>/ and models/teachers/teachers.json
+    assemble(params.load().teachers)
 
 An assembled teacher is an open_clip CustomTextCLIP: an ImageNet-trained EfficientNet-Lite image
 tower and a sentence encoder (MiniLM), both frozen, with two linear heads trained contrastively. It

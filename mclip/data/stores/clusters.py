@@ -111,7 +111,8 @@ def _check(path: Path, label: np.ndarray, centres: int) -> None:
     outside = label[(label < 0) | (label >= centres)]
     if len(outside):
         raise ClusterError(
-            f"{path}: label {outside[0]}, but there are {centres} centres: run `dvc repro -f cluster`"
+            f"{path}: label {outside[0]}, but there are {centres} centres: run "
+            "`dvc repro -f cluster`"
         )
 
 

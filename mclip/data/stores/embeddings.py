@@ -1,7 +1,7 @@
 """Folders of embeddings, read: those that `mclip.embed` writes, and any that clip-retrieval wrote.
 
     FOLDER/img_emb/img_emb_0000.npy          (n, d) fp16, unit norm; one file for each input shard
-    FOLDER/text_emb/text_emb_0000.npy        (n, d) fp16, unit norm; row i belongs to row i of img_emb
+    FOLDER/text_emb/text_emb_0000.npy        (n, d) fp16, unit norm; row i: the text of image i
     FOLDER/metadata/metadata_0000.parquet    key, image_path (= key), caption
     FOLDER/meta.json                         which model and weights, which input shards
 

@@ -1,7 +1,8 @@
 """A number for each of many keys, in a mapped file: who streams a set asks for a shard's keys and
 reads nothing else.
 
-    kept = lookup.make("data/cache", "kept", "data/balance/balance.parquet", pieces)  # made once, then mapped
+    # made once, then mapped
+    kept = lookup.make("data/cache", "kept", "data/balance/balance.parquet", pieces)
     kept.find(["000000012", "000000013"])  # array([1, -1]): the second isn't there
 
 16 bytes a key on disk, shared by all processes through the page cache; making it takes about 40 in

@@ -1,15 +1,16 @@
 """The reinforced set on disk: augmentation parameters, synthetic captions, ensemble embeddings
 (papers.md 2.1).
 
-    data/reinforced/meta.json                      teachers, widths, logit scales, settings, counts
-    data/reinforced/reinforced_0000.safetensors    augment (n, n_aug, 4 + 2 ops) f32, image_emb (n, n_aug, D) bf16,
-                                                   text_emb (n, 1 + n_syn, D) bf16 (true caption first)
-    data/reinforced/reinforced_0000.parquet        key, caption, syn_text (list of n_syn)
+    FOLDER/meta.json                      teachers, widths, logit scales, settings, counts
+    FOLDER/reinforced_0000.safetensors    augment (n, n_aug, 4 + 2 ops) f32,
+                                          image_emb (n, n_aug, D) bf16,
+                                          text_emb (n, 1 + n_syn, D) bf16 (true caption first)
+    FOLDER/reinforced_0000.parquet        key, caption, syn_text (list of n_syn)
 
 Shard i belongs to shard i of the pairs. D is the sum of the teachers' widths; each teacher's slice
 has unit norm by itself. Embeddings are stored by a codec (mclip.data.stores.codecs): bf16, unless
-the tensors' file names another in its metadata. `from_published_sample` reads a sample of Apple's published layout
-(papers.md 2.6).
+the tensors' file names another in its metadata. `from_published_sample` reads a sample of Apple's
+published layout (papers.md 2.6).
 """
 
 import io
@@ -84,7 +85,7 @@ def _there(folder: str | Path, index: int) -> tuple[Path, Path]:
 
 
 def read_shard(folder: str | Path, index: int) -> Shard:
-    """Read a shard. Raises FileNotFoundError naming the missing file and the stage that writes it."""
+    """Read a shard. A FileNotFoundError names the missing file and the stage that writes it."""
     tensors, table = _there(folder, index)
     frame = pd.read_parquet(table)
     with safe_open(tensors, "pt") as file:
@@ -109,7 +110,7 @@ def read_shard(folder: str | Path, index: int) -> Shard:
 
 
 def read_meta(folder: str | Path) -> dict:
-    """meta.json: `teachers` is a list of {name, model, width, logit_scale, slice: [start, stop]}."""
+    """meta.json: `teachers` is a list of {name, model, width, logit_scale, slice: [start, end]}."""
     path = Path(folder) / "meta.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: run `dvc repro reinforce` first")

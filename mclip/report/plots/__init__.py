@@ -1,8 +1,8 @@
 """The look of every figure: one theme, one colour per recipe and teacher, and the few kinds
 notebooks draw.
 
-    from mclip import plots
-    plots.style()                                                   # once, at the head of a notebook
+    from mclip.report import plots
+    plots.style()    # once, at the head of a notebook
     plots.bars(frame, x="set", y="accuracy", hue="recipe", title="...", ylabel="top-1, %")
     plots.gallery(images, titles, title="Twelve pairs")
 

@@ -223,7 +223,7 @@ def heatmap(
     ax: Axes | None = None,
     **options: Any,
 ) -> Axes:
-    """A matrix as coloured cells with their numbers (up to 15 columns unless `annotate` says so)."""
+    """A matrix as coloured cells with their numbers (up to 15 columns, or as `annotate` says)."""
     frame = (
         matrix
         if isinstance(matrix, pd.DataFrame)

@@ -15,7 +15,7 @@ RIGHT = COLOURS["combined"]
 
 
 def wrap(text: str, width: int = 16, lines: int = 2) -> str:
-    """A caption on at most `lines` lines of about `width` characters, shortened with an ellipsis."""
+    """A caption on at most `lines` lines of about `width` characters; an ellipsis if shortened."""
     text = text.replace("$", r"\$")  # no accidental formulas
     if "\n" in text:  # its own lines, each shortened
         return "\n".join(wrap(line, width, 1) for line in text.split("\n"))

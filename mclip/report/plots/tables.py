@@ -17,7 +17,7 @@ def table(
     formats: dict[str, Callable[[Any], str]] | None = None,
     best: Iterable[str] = (),
 ) -> None:
-    """Show a data frame: numbers to the right, fixed digits; in columns `best` the highest is bold."""
+    """Show a data frame: numbers to the right, fixed digits; the highest of columns `best` bold."""
     formats, best = dict(formats or {}), set(best)
 
     def show(column: str, value: Any) -> str:
