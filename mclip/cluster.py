@@ -34,19 +34,52 @@ def cluster(
     chosen: np.ndarray | None = None,
     points: int | None = None,
 ) -> Clusters:
-    """Spherical k-means: k unit-norm centres, every row labelled with the centre of the largest
-    inner product.
+    """Cluster rows by spherical k-means: each gets the centre of the largest inner product.
 
     Parameters
     ----------
-    embeddings : (n, d) float array or memmap, or a list of .npy files; rows are normalised here
-    k : clusters, at most n (params.yaml: cluster.clusters)
-    iterations : assignments and updates of the centres
-    seed : of the first centres, a random choice of rows
-    keys : n different strings or integers to write beside the labels; None: the rows' numbers
-    chosen : (n,) bool, the rows to cluster; the result has these only. None: all
-    points : rows a centre that move the centres, a random choice by `seed` where there are more
-        (params.yaml: cluster.points_per_centre); None: all
+    embeddings : array_like or list of path
+        Floats of shape (n, d): an array, a memmap, or .npy files that follow one another. Rows are
+        normalised here.
+    k : int
+        Clusters, at most n (params.yaml: cluster.clusters).
+    iterations : int
+        Assignments and updates of the centres.
+    seed : int
+        Of the first centres, a random choice of rows.
+    keys : sequence of str or int, shape (n,), optional
+        Written beside the labels; by default the rows' numbers.
+    chosen : ndarray of bool, shape (n,), optional
+        Rows to cluster; the result has these only. By default all.
+    points : int, optional
+        Rows a centre that move the centres, a random choice by `seed` where there are more
+        (params.yaml: cluster.points_per_centre). By default all.
+
+    Returns
+    -------
+    Clusters
+        Centres, labels, and each row's cosine to its centre.
+
+    Raises
+    ------
+    ClusterError
+        If k or the number of iterations is out of range.
+    EmbeddingsError
+        If there are no rows, a row has no direction, rows differ in width, or keys repeat.
+
+    References
+    ----------
+    Yang et al., "CLIP-CID: Efficient CLIP Distillation via Cluster-Instance Discrimination",
+    arXiv 2408.09441: cluster-level distillation, which starts from these centres.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mclip.cluster import cluster
+    >>> rows = np.repeat(np.eye(2), 10, axis=0)
+    >>> result = cluster(rows, 2, iterations=5, seed=1)
+    >>> result.centres.shape, result.sizes.tolist()
+    ((2, 2), [10, 10])
     """
     rows = Rows(embeddings)
     keys = check_keys(keys, len(rows))
@@ -105,8 +138,36 @@ def cluster(
 def assign(
     embeddings, centres: np.ndarray, index: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Nearest centre of every row, or of the rows `index`: (n,) int64, and the cosine to it, (n,)
-    float32.
+    """Find the nearest centre of every row.
+
+    Parameters
+    ----------
+    embeddings : array_like, list of path or Rows
+        Floats of shape (n, d), as `cluster` takes them.
+    centres : ndarray of float32, shape (k, d)
+        Unit-norm rows.
+    index : ndarray of int64, shape (m,), optional
+        Rows to assign; by default all n.
+
+    Returns
+    -------
+    labels : ndarray of int64, shape (m,)
+        Number of the nearest centre.
+    similarity : ndarray of float32, shape (m,)
+        Cosine to it.
+
+    Raises
+    ------
+    ClusterError
+        If embeddings and centres differ in width.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mclip.cluster import assign
+    >>> labels, similarity = assign(np.array([[3.0, 4.0]]), np.eye(2, dtype=np.float32))
+    >>> labels.tolist(), similarity.round(2).tolist()
+    ([1], [0.800000011920929])
     """
     rows = embeddings if isinstance(embeddings, Rows) else Rows(embeddings)
     index = np.arange(len(rows)) if index is None else index

@@ -72,7 +72,24 @@ class NoPictures(ValueError):
 
 
 def photographs(count: int = 8) -> list[Image.Image]:
-    """Parts of the two photographs that come with scikit-learn."""
+    """Cut pictures from the two photographs that come with scikit-learn.
+
+    Parameters
+    ----------
+    count : int, default 8
+        How many.
+
+    Returns
+    -------
+    list of PIL.Image.Image
+        Square, 260 pixels a side and more.
+
+    Examples
+    --------
+    >>> from mclip import export
+    >>> [picture.size for picture in export.photographs(2)]
+    [(260, 260), (260, 260)]
+    """
     from sklearn.datasets import load_sample_images
 
     out = []
@@ -84,8 +101,36 @@ def photographs(count: int = 8) -> list[Image.Image]:
 
 
 def read_pictures(folder: Path, limit: int = 64) -> list[Image.Image]:
-    """Up to `limit` pictures, evenly spread: of a folder, or of an evaluation set in
-    CLIP_benchmark's layout.
+    """Read pictures of a folder, evenly spread over it.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        With .png, .jpg or .webp files at any depth, or an evaluation set in CLIP_benchmark's
+        layout.
+    limit : int, default 64
+        Most that are read.
+
+    Returns
+    -------
+    list of PIL.Image.Image
+        In the order of their names.
+
+    Raises
+    ------
+    NoPictures
+        If there is none.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> from mclip import export
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> Image.new("RGB", (40, 30)).save(folder / "a.png")
+    >>> [picture.size for picture in export.read_pictures(folder)]
+    [(40, 30)]
     """
     found: list[Any]
     read: Any
@@ -111,10 +156,44 @@ def run(
     pictures: Sequence[Image.Image] | None = None,
     opset: int | None = None,
 ) -> dict[str, float]:
-    """Export a model by its name; the cosine of each ONNX tower to torch.
+    """Export a model by its name: open_clip's folder, ONNX towers, a model card.
 
-    name : what `mclip.models.create` takes, or a folder. pictures : what to check the image tower
-        on.
+    Parameters
+    ----------
+    name : str
+        What `mclip.models.create` takes, or a folder.
+    out : path
+        Folder to write.
+    onnx : bool, default True
+        Write image.onnx and text.onnx, too.
+    pictures : sequence of PIL.Image.Image, optional
+        What the image tower is checked on; by default `photographs`.
+    opset : int, optional
+        Of ONNX; by default torch's.
+
+    Returns
+    -------
+    dict of str to float
+        "image" and "text" -> the lowest cosine of an ONNX tower's embeddings to torch's; empty
+        without ONNX.
+
+    Raises
+    ------
+    ExportError
+        If a cosine is below 0.9999.
+    ModelError
+        If there is no such model.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from mclip import export
+    >>> out = tempfile.mkdtemp()
+    >>> export.run("demo-student", out, onnx=False)
+    {}
+    >>> sorted(file.name for file in Path(out).iterdir())
+    ['README.md', 'open_clip_config.json', 'open_clip_model.safetensors']
     """
     model, _, preprocess, tokenizer = models.create(_named(name))
     out = models.export(model, out)
@@ -137,11 +216,29 @@ def run(
 
 
 def card(name: str, cosines: dict[str, float] | None = None) -> dict[str, Any]:
-    """What is known of a model, as `model_card` of open_clip's `push_to_hf_hub`.
+    """Describe a model, as the `model_card` of open_clip's `push_to_hf_hub`.
 
     Recipe, data and metrics are those of params.yaml, of training.json beside the weights and of
     reports/metrics, where the model is a student of this repository (models/students/RECIPE/SEED)
-    and these are there.
+    and these files exist.
+
+    Parameters
+    ----------
+    name : str
+        What `mclip.models.create` takes, or a folder.
+    cosines : dict of str to float, optional
+        What `run` returned.
+
+    Returns
+    -------
+    dict
+        With the keys tags, license, details, description and usage.
+
+    Examples
+    --------
+    >>> from mclip import export
+    >>> export.card("demo-student")["details"]["Exported from"]
+    'demo-student'
     """
     name = _named(name)
     folder = Path(name.removeprefix("local-dir:"))

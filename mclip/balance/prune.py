@@ -27,13 +27,27 @@ ORDERS = ("hard", "easy", "random")
 
 
 class PruneError(ValueError):
-    """A number or an option that can't be; the message names it."""
+    """A number or an option is impossible; the message names it."""
 
 
 class SemDeDup(NamedTuple):
-    """square : (n,) float64, squared L2 distance of each row to the nearest one of its cluster that
-    goes before it in the order of keeping, infinite for the first. At a threshold t the rows with
-    square <= t are removed.
+    """What SemDeDup removes at every threshold.
+
+    Parameters
+    ----------
+    square : ndarray of float64, shape (n,)
+        Squared L2 distance of each row to the nearest row of its cluster that goes before it in the
+        order of keeping; infinite for the first. At a threshold t the rows with square <= t go.
+    clusters : Clusters
+        The k-means that the distances were measured in.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mclip.balance.prune import semdedup_distances
+    >>> rows = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    >>> sorted(semdedup_distances(rows, clusters=1, seed=0).square.round(3).tolist())
+    [0.0, 2.0, inf]
     """
 
     square: np.ndarray
@@ -43,13 +57,44 @@ class SemDeDup(NamedTuple):
 def semdedup_distances(
     embeddings, *, clusters: int, seed: int, order: str = "hard", iterations: int = 20
 ) -> SemDeDup:
-    """What SemDeDup removes at every threshold, by one pass over the clusters.
+    """Measure what SemDeDup removes at every threshold, in one pass over the clusters.
 
     Parameters
     ----------
-    clusters : of the k-means; sqrt(n) is a good start, the paper takes 50,000 for 440M.
-    order : which of two near images stays: "hard" the one farther from the centre (the paper's),
-        "easy" the nearer one, "random".
+    embeddings : array_like or list of path
+        Floats of shape (n, d), as `mclip.balance.balance` takes them.
+    clusters : int
+        Of the k-means; sqrt(n) is a good start, the paper takes 50,000 for 440 million rows.
+    seed : int
+        Of the k-means and of the order of equals.
+    order : {"hard", "easy", "random"}, default "hard"
+        Which of two near images stays: the one farther from the centre (the paper's), the nearer
+        one, or either.
+    iterations : int, default 20
+        Of the k-means.
+
+    Returns
+    -------
+    SemDeDup
+        Each row's distance, and the clusters.
+
+    Raises
+    ------
+    PruneError
+        If the order is unknown.
+
+    References
+    ----------
+    Abbas et al., "SemDeDup: Data-efficient learning at web-scale through semantic deduplication",
+    arXiv 2303.09540, Section 3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mclip.balance import prune
+    >>> rows = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    >>> int((prune.semdedup_distances(rows, clusters=1, seed=0).square <= 0.07).sum())
+    1
     """
     if order not in ORDERS:
         raise PruneError(f"order: expected one of {', '.join(ORDERS)}, found {order!r}")
@@ -79,8 +124,38 @@ def semdedup_distances(
 def semdedup(
     embeddings, count: int, *, clusters: int, seed: int, order: str = "hard", iterations: int = 20
 ) -> np.ndarray:
-    """(n,) bool: the `count` rows that SemDeDup keeps at the threshold that leaves so many; of rows
-    at the very same distance those of lower number stay.
+    """Keep as many rows as wanted by SemDeDup, at the threshold that leaves that many.
+
+    Parameters
+    ----------
+    embeddings : array_like or list of path
+        As in `semdedup_distances`.
+    count : int
+        Rows to keep, at most n. Of rows at the same distance those of lower number stay.
+    clusters, seed, order, iterations : optional
+        As in `semdedup_distances`.
+
+    Returns
+    -------
+    ndarray of bool, shape (n,)
+        True for `count` rows.
+
+    Raises
+    ------
+    PruneError
+        If the order is unknown or `count` is out of range.
+
+    References
+    ----------
+    Abbas et al., arXiv 2303.09540, Section 3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mclip.balance import prune
+    >>> rows = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    >>> int(prune.semdedup(rows, 2, clusters=1, seed=0).sum())
+    2
     """
     square = semdedup_distances(
         embeddings, clusters=clusters, seed=seed, order=order, iterations=iterations
@@ -98,12 +173,52 @@ def density(
     neighbours: int = 20,
     iterations: int = 20,
 ) -> np.ndarray:
-    """(n,) bool: density-based pruning to `count` rows.
+    """Keep as many rows as wanted by density-based pruning.
 
     A cluster's complexity is d_inter * d_intra: the mean cosine distance of its centre to the
     `neighbours` nearest centres, times that of its members to it. Its budget is near count *
     softmax(complexity / temperature), the nearest point in squares with at least one and at most
-    all of its members; the members farthest from the centre stay.
+    all of its members. The members farthest from the centre stay.
+
+    Parameters
+    ----------
+    embeddings : array_like or list of path
+        Floats of shape (n, d), as `mclip.balance.balance` takes them.
+    count : int
+        Rows to keep, at least one of each cluster and at most n.
+    clusters : int
+        Of the k-means.
+    seed : int
+        Of the k-means.
+    temperature : float, default 0.1
+        The lower it is, the more budgets differ.
+    neighbours : int, default 20
+        Centres that d_inter looks at.
+    iterations : int, default 20
+        Of the k-means.
+
+    Returns
+    -------
+    ndarray of bool, shape (n,)
+        True for `count` rows.
+
+    Raises
+    ------
+    PruneError
+        If `count` is out of range.
+
+    References
+    ----------
+    Abbas et al., "Effective pruning of web-scale datasets based on complexity of concept clusters",
+    arXiv 2401.04578, Section 3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mclip.balance import prune
+    >>> rows = np.random.default_rng(0).normal(size=(40, 8))
+    >>> int(prune.density(rows, 12, clusters=4, seed=0).sum())
+    12
     """
     found = cluster(embeddings, clusters, iterations=iterations, seed=seed)
     sizes, distance = found.sizes, 1 - found.similarity.astype(np.float64)
@@ -130,11 +245,31 @@ def density(
 
 
 def whole_budget(target: np.ndarray, sizes: np.ndarray, count: int) -> np.ndarray:
-    """Integers x with sum `count`, 1 <= x <= sizes, nearest to `target` in squares (up to the
-    rounding).
+    """Round budgets to integers that add up, each at least 1 and at most its cluster's size.
 
     The quadratic program min |x - target|^2 under these constraints has the solution clip(target +
     v, 1, sizes) for the one v that makes the sum right; v is found by bisection.
+
+    Parameters
+    ----------
+    target : ndarray of float, shape (k,)
+        Budgets that were wanted.
+    sizes : ndarray of int, shape (k,)
+        Most that each can have.
+    count : int
+        What they add up to.
+
+    Returns
+    -------
+    ndarray of int64, shape (k,)
+        The nearest such integers in squares, up to the rounding.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mclip.balance.prune import whole_budget
+    >>> whole_budget(np.array([0.2, 3.9, 5.9]), np.array([5, 5, 5]), 10).tolist()
+    [1, 4, 5]
     """
     low, high = -target.max() - 1, float(sizes.max()) + 1
     for _ in range(100):
@@ -151,7 +286,33 @@ def whole_budget(target: np.ndarray, sizes: np.ndarray, count: int) -> np.ndarra
 
 
 def random(n: int, count: int, *, seed: int) -> np.ndarray:
-    """(n,) bool, `count` of them True."""
+    """Keep as many rows as wanted by chance: the control.
+
+    Parameters
+    ----------
+    n : int
+        Rows.
+    count : int
+        Rows to keep, at most n.
+    seed : int
+        Of the choice.
+
+    Returns
+    -------
+    ndarray of bool, shape (n,)
+        True for `count` rows.
+
+    Raises
+    ------
+    PruneError
+        If `count` is out of range.
+
+    Examples
+    --------
+    >>> from mclip.balance import prune
+    >>> int(prune.random(10, 4, seed=0).sum())
+    4
+    """
     _check(count, n, 0)
     keep = np.zeros(n, bool)
     keep[np.random.default_rng(seed).permutation(n)[:count]] = True

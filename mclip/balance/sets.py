@@ -49,28 +49,73 @@ def balance(
     backend: str = "processes",
     scratch: str | Path | None = None,
 ) -> Balance:
-    """Sets of near-duplicates and the representative of each; see the module's docstring.
+    """Find sets of near-duplicates and keep one image of each.
+
+    Images at most `threshold` apart are linked, and linked images are one set, also by chains
+    (single linkage). Of each set the image nearest to the set's centroid stays; of equally near
+    ones, that with the lowest key.
 
     Parameters
     ----------
-    embeddings : (n, d) float array or memmap, or a list of .npy files; rows are normalised here
-    keys : n different strings or integers; None: the row's number
-    threshold : largest distance that links two images, in `metric`
-    metric : "l2" | "sql2" | "cosine"
-    tile : rows that are compared at once; None: by their number. Changes memory and speed, never
-        the result
-    device : of the matrix products; None: a GPU if there is one
-    state : a file that what was found is kept in while this runs, so that a killed run goes on
-        there; None: none
-    workers : processes that search for links; 1: this one, with as many threads as torch has
-    backend : of several workers, see mclip.system.workers; with "ray" the embeddings must be files
-        that all workers see
-    scratch : folder that several workers read what they share from, some 300 bytes a row; None: the
-        system's for temporary files. With "ray" on several machines one that all of them see
+    embeddings : array_like or list of path
+        Floats of shape (n, d): an array, a memmap, or .npy files that follow one another. Rows are
+        normalised here.
+    keys : sequence of str or int, shape (n,), optional
+        A different one for each row; by default the row's number.
+    threshold : float
+        Largest distance that links two images, in the unit of `metric`.
+    metric : {"l2", "sql2", "cosine"}
+        Distance of unit-norm rows: Euclidean, its square, or 1 minus the cosine.
+    tile : int, optional
+        Rows compared at once; by default chosen by n. It changes memory and speed, never the
+        result.
+    device : str, optional
+        Where the matrix products are computed; by default on a GPU if there is one.
+    state : path, optional
+        File for intermediate results, from which a killed run continues.
+    workers : int, default 1
+        Processes that search for links; 1 is this process, with as many threads as torch has.
+    backend : {"processes", "ray"}, default "processes"
+        Where several workers run, see `mclip.system.workers`. With "ray" the embeddings must be
+        files that every worker sees.
+    scratch : path, optional
+        Folder for what several workers share, about 300 bytes a row; by default the system's
+        temporary folder. With "ray" on several machines, a folder that all of them see.
+
+    Returns
+    -------
+    Balance
+        For each row its set, whether it is kept, and its distance to the set's centroid.
+
+    Raises
+    ------
+    BalanceError
+        If the metric is unknown or the threshold is out of its range.
+    EmbeddingsError
+        If there are no rows, a row has no direction, rows differ in width, or keys repeat.
+
+    See Also
+    --------
+    removed_curve : The removed fraction at many thresholds.
+    mclip.balance.prune : Other ways to drop as many images.
 
     Notes
     -----
-    Neither the sets, their numbers nor the representatives depend on the order of the rows.
+    The sets, their numbers and the kept images do not depend on the order of the rows.
+
+    References
+    ----------
+    Yang et al., "CLIP-CID: Efficient CLIP Distillation via Cluster-Instance Discrimination",
+    arXiv 2408.09441: image semantic balance.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mclip.balance import balance
+    >>> rows = np.array([[1.0, 0.0], [0.99, 0.14], [0.0, 1.0]])
+    >>> result = balance(rows, ["a", "b", "c"], threshold=0.07, metric="sql2")
+    >>> result.set_id.tolist(), result.keep.tolist()
+    ([0, 0, 1], [True, False, True])
     """
     limit = convert(threshold, metric)["sql2"]
     rows = Rows(embeddings)
@@ -100,12 +145,39 @@ def removed_curve(
     backend: str = "processes",
     scratch: str | Path | None = None,
 ) -> np.ndarray:
-    """Fraction of the images that `balance` removes at each threshold, (len(thresholds),): one pass
-    for all.
+    """Calculate the fraction of images that `balance` removes at each of many thresholds.
 
-    A minimum spanning forest of the links up to the largest threshold answers every smaller one: at
-    t there are as many sets as rows minus the forest's edges of length <= t, and all but one of
-    each set is removed.
+    One search serves all: at a threshold t there are as many sets as rows minus edges of length <=
+    t in the minimum spanning forest, and all images but one of each set are removed.
+
+    Parameters
+    ----------
+    embeddings : array_like or list of path
+        As in `balance`.
+    thresholds : sequence of float
+        In the unit of `metric`, in any order.
+    metric : {"l2", "sql2", "cosine"}
+        Distance of unit-norm rows.
+    tile, device, workers, backend, scratch : optional
+        As in `balance`.
+
+    Returns
+    -------
+    ndarray of float64, shape (len(thresholds),)
+        Removed fraction, 0 to 1, in the order of the thresholds.
+
+    Raises
+    ------
+    BalanceError, EmbeddingsError
+        As in `balance`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mclip.balance import removed_curve
+    >>> rows = np.array([[1.0, 0.0], [0.99, 0.14], [0.0, 1.0], [0.0, 1.0]])
+    >>> removed_curve(rows, [0.001, 0.07, 2.0], metric="sql2").tolist()
+    [0.25, 0.5, 0.75]
     """
     if len(thresholds) == 0:
         return np.empty(0)
@@ -126,19 +198,73 @@ def spanning_forest(
     backend: str = "processes",
     scratch: str | Path | None = None,
 ) -> forest.Edges:
-    """Edges (i < j, squared L2 distance) of the minimum spanning forest of all links up to
-    `threshold`, ascending; of equally long edges those between the lowest rows come first. The
-    other arguments are those of `balance`.
+    """Find the minimum spanning forest of all links up to a threshold.
+
+    Parameters
+    ----------
+    embeddings : array_like or list of path
+        As in `balance`.
+    threshold : float
+        Largest distance that links two images, in the unit of `metric`.
+    metric : {"l2", "sql2", "cosine"}
+        Distance of unit-norm rows.
+    tile, device, workers, backend, scratch : optional
+        As in `balance`.
+
+    Returns
+    -------
+    i, j : ndarray of int64, shape (m,)
+        Rows that an edge joins, i < j.
+    square : ndarray of float64, shape (m,)
+        Squared L2 distances, ascending; of equally long edges those between the lowest rows come
+        first.
+
+    Raises
+    ------
+    BalanceError, EmbeddingsError
+        As in `balance`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mclip.balance import spanning_forest
+    >>> rows = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    >>> i, j, square = spanning_forest(rows, 2.0, metric="sql2")
+    >>> i.tolist(), j.tolist(), square.tolist()
+    ([0, 0], [2, 1], [0.0, 2.0])
     """
     limit = convert(threshold, metric)["sql2"]
     return forest.forest(Rows(embeddings), limit, _how(tile, device, workers, backend, scratch))
 
 
 def representative_distance(embeddings, result: Balance, *, chunk: int = CHUNK) -> np.ndarray:
-    """(n,) float64, squared L2 distance of each unit row to the row of its set that is kept.
+    """Measure how far each image is from the kept image of its set.
 
-    Single linkage chains: where this is above the threshold, the two are in one set only by way of
-    others; complete linkage, which asks it of every pair of a set, would have kept them apart.
+    Single linkage chains: where this distance is above the threshold, the two are in one set only
+    by way of others. Complete linkage, which asks it of every pair of a set, would keep them apart.
+
+    Parameters
+    ----------
+    embeddings : array_like or list of path
+        The rows that `result` was made from.
+    result : Balance
+        What `balance` returned for them.
+    chunk : int, default 512
+        Rows held at once.
+
+    Returns
+    -------
+    ndarray of float64, shape (n,)
+        Squared L2 distance of each unit row to the kept row of its set.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mclip.balance import balance, representative_distance
+    >>> rows = np.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+    >>> result = balance(rows, threshold=0.9, metric="sql2")
+    >>> representative_distance(rows, result).round(2).tolist()
+    [0.8, 0.0, 0.4]
     """
     rows = Rows(embeddings)
     kept = np.empty(len(result.set_sizes), np.int64)

@@ -23,11 +23,51 @@ def image_features(
     precision: str = "fp32",
     known: list[tuple[Split, list[int], dict[int, str], list[Tensor]]] | None = None,
 ) -> tuple[Split, list[Tensor]]:
-    """Unit-norm (n, d) float32 embeddings of every readable picture by each model, decoded once for
-    all.
+    """Embed every readable picture of a split by each model, decoding it once.
 
-    known : what these models have encoded so far, to which this is added; the same pictures are not
+    Parameters
+    ----------
+    models : sequence of torch.nn.Module
+        Models that share `preprocess`.
+    split : Split
+        Of `mclip.data.evalsets.read_split`.
+    preprocess : callable
+        PIL image -> (3, h, w) Tensor.
+    batch_size : int, default 256
+        Pictures at a time.
+    workers : int, default 0
+        Processes that decode; 0 is this one.
+    precision : {"fp32", "bf16", "auto"}, default "fp32"
+        Of the encoders.
+    known : list, optional
+        What these models have encoded so far, to which this is added. The same pictures are not
         encoded again.
+
+    Returns
+    -------
+    split : Split
+        Without the pictures that can't be decoded, which its `problems` name.
+    features : list of Tensor of float32, shape (n, d)
+        Unit-norm embeddings by each model.
+
+    Examples
+    --------
+    >>> import io, tempfile
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> from mclip import evaluate, models
+    >>> from mclip.data import evalsets, tars
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> Image.new("RGB", (32, 32), "red").save(file := io.BytesIO(), "PNG")
+    >>> (folder / "test").mkdir()
+    >>> written = (folder / "test" / "nshards.txt").write_text("1")
+    >>> sample = {"__key__": "red", "png": file.getvalue(), "cls": b"0"}
+    >>> written = tars.write_tar(folder / "test" / "0.tar", [sample])
+    >>> split = evalsets.read_split(folder, answer=None)
+    >>> model, _, preprocess, _ = models.create("demo-student")
+    >>> split, (features,) = evaluate.image_features([model], split, preprocess)
+    >>> features.shape
+    torch.Size([1, 256])
     """
     for other, kept, broken, features in known or ():
         if same_pictures(split, other):
@@ -55,13 +95,55 @@ def image_features(
 
 
 def prompts(split: Split) -> list[str]:
-    """Every class in every template, class by class."""
+    """Write every class into every template, class by class.
+
+    Parameters
+    ----------
+    split : Split
+        With `classes` and `templates`; without templates the class names stand alone.
+
+    Returns
+    -------
+    list of str
+        All len(classes) * len(templates) texts.
+
+    Examples
+    --------
+    >>> from mclip import evaluate
+    >>> from mclip.data.evalsets import Split
+    >>> split = Split([], [], [], ["cat", "dog"], ["a {c}", "my {c}"], [], [])
+    >>> evaluate.prompts(split)
+    ['a cat', 'my cat', 'a dog', 'my dog']
+    """
     return [t.replace("{c}", name) for name in split.classes for t in split.templates or ["{c}"]]
 
 
 def class_features(features: Tensor, classes: int) -> Tensor:
-    """(classes * templates, d) unit-norm embeddings of `prompts` -> (classes, d): their mean,
-    normalised again.
+    """Average the embeddings of each class's prompts, and normalise the mean.
+
+    Parameters
+    ----------
+    features : Tensor, shape (classes * templates, d)
+        Unit-norm embeddings of `prompts`.
+    classes : int
+        Number of classes.
+
+    Returns
+    -------
+    Tensor, shape (classes, d)
+        Unit-norm rows.
+
+    References
+    ----------
+    Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
+    arXiv 2103.00020, Section 3.1.4: prompt ensembling.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mclip import evaluate
+    >>> evaluate.class_features(torch.eye(2), classes=1)
+    tensor([[0.7071, 0.7071]])
     """
     return F.normalize(features.view(classes, -1, features.shape[-1]).mean(1), dim=-1)
 

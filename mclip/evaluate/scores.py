@@ -19,7 +19,40 @@ from mclip.system.files import write_whole
 
 
 class Result(NamedTuple):
-    """What `evaluate.evaluate_many` returns; lists are in the order of the models."""
+    """What `evaluate_many` returns; lists are in the order of the models.
+
+    Parameters
+    ----------
+    metrics : list of dict
+        For each model: set -> metric -> 0 to 1. A missing set has no metrics.
+    chance : dict of str to dict of str to float
+        What guessing scores: set -> metric -> 0 to 1.
+    problems : list of str
+        Missing sets and broken samples, one line each.
+    splits : dict of str to Split
+        The test split of each set that is there, without broken pictures.
+    images : dict of str to list of Tensor
+        Unit-norm embeddings of the test pictures, (n, d).
+    texts : dict of str to list of Tensor
+        Unit-norm embeddings of the gallery, (classes, d) or (captions, d).
+    gallery : dict of str to list of str
+        What the rows of `texts` are: class names or captions.
+    probe_c : dict of str to list of float
+        The C that each model's linear probe chose.
+    scale : list of float
+        The models' logit scales; 100, CLIP's, where one has none.
+    train : dict of str to tuple
+        Of sets with a probe: the train split's labels, and its pictures' embeddings.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mclip import evaluate
+    >>> empty = dict.fromkeys(evaluate.Result._fields, {})
+    >>> result = evaluate.Result(**empty | {"metrics": [{"pets": {"top1": 0.5}}]})
+    >>> result.metrics[0]["pets"]["top1"]
+    0.5
+    """
 
     metrics: list[
         dict[str, dict[str, float]]
@@ -38,11 +71,29 @@ class Result(NamedTuple):
 
 
 def headline(metrics: Mapping[str, Mapping[str, float]], sets: Mapping[str, EvalSet]) -> float:
-    """One number a model: the mean of the main metric over the held-out sets (kind other than "in
-    domain").
+    """Reduce a model's metrics to one number: the mean over the held-out sets.
 
-    The main metric is `EvalSet.metric`: zero-shot top-1, for retrieval the mean of both R@1, or the
-    set's own. Sets without metrics do not count; with no held-out set at all, every set counts.
+    Parameters
+    ----------
+    metrics : mapping of str to mapping of str to float
+        Set -> metric -> 0 to 1, as `evaluate` returns them.
+    sets : mapping of str to EvalSet
+        By name. A set's `metric` is the one that counts: zero-shot top-1, for retrieval the mean of
+        both R@1, or the set's own. Its `kind` is "in domain" where it is not held out.
+
+    Returns
+    -------
+    float
+        0 to 1. Sets without metrics do not count; without any held-out set every set counts; NaN
+        without any set.
+
+    Examples
+    --------
+    >>> from mclip import evaluate
+    >>> from mclip.params import EvalSet
+    >>> sets = {"cifar": EvalSet(path="a", kind="in domain"), "pets": EvalSet(path="b")}
+    >>> evaluate.headline({"cifar": {"top1": 0.9}, "pets": {"top1": 0.5}}, sets)
+    0.5
     """
     there = {name: spec for name, spec in sets.items() if metrics.get(name)}
     held_out = {name: spec for name, spec in there.items() if spec.kind != IN_DOMAIN} or there
@@ -56,10 +107,30 @@ def summary(
     *,
     digits: int = 5,
 ) -> dict[str, Any]:
-    """{set: {metric: {"mean", "std"}}, "mean": {"mean", "std", "sets"}} over the seeds.
+    """Average the metrics over the seeds, as a nested dict that `dvc metrics show` reads.
 
-    For `dvc metrics show`: a nested dict of numbers. std is the sample standard deviation (n - 1),
-    0 for one seed. "mean" holds the headline number.
+    Parameters
+    ----------
+    results : sequence of mapping
+        For each seed: set -> metric -> 0 to 1.
+    sets : mapping of str to EvalSet
+        By name.
+    digits : int, default 5
+        Decimal places.
+
+    Returns
+    -------
+    dict
+        Set -> metric -> {"mean", "std"}, and "mean" -> the headline number's {"mean", "std",
+        "sets"}. std is the sample standard deviation (n - 1), 0 for one seed.
+
+    Examples
+    --------
+    >>> from mclip import evaluate
+    >>> from mclip.params import EvalSet
+    >>> seeds = [{"pets": {"top1": 0.5}}, {"pets": {"top1": 0.7}}]
+    >>> evaluate.summary(seeds, {"pets": EvalSet(path="b")})["pets"]
+    {'top1': {'mean': 0.6, 'std': 0.14142}}
     """
 
     def spread(values: list[float]) -> dict[str, float]:
@@ -84,7 +155,43 @@ def write(
     seeds: Sequence[int],
     folder: str | Path = "reports/metrics",
 ) -> None:
-    """The files of `write_all` of one recipe's seeds."""
+    """Write the metrics of a recipe's seeds as files.
+
+    FOLDER/RECIPE.json has {recipe: summary}, for DVC; FOLDER/RECIPE.csv has every seed's numbers
+    and chance.
+
+    Parameters
+    ----------
+    recipe : str
+        Name of the files.
+    result : Result
+        Of `evaluate_many`, one model a seed.
+    sets : mapping of str to EvalSet
+        By name.
+    seeds : sequence of int
+        In the order of the models.
+    folder : path, default "reports/metrics"
+        Where the files go.
+
+    See Also
+    --------
+    summary : What the JSON file holds.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from mclip import evaluate
+    >>> from mclip.params import EvalSet
+    >>> empty = dict.fromkeys(evaluate.Result._fields, {})
+    >>> scores = {"metrics": [{"pets": {"top1": 0.5}}], "chance": {"pets": {"top1": 0.03}}}
+    >>> folder = tempfile.mkdtemp()
+    >>> result, sets = evaluate.Result(**empty | scores), {"pets": EvalSet(path="b")}
+    >>> evaluate.write("clip", result, sets, [0], folder)
+    >>> print(Path(folder, "clip.csv").read_text().strip())
+    recipe,set,kind,task,metric,seed,value,chance,main
+    clip,pets,,classification,top1,0,0.5,0.03,top1
+    """
     write_all(recipe, {recipe: result.metrics}, {recipe: seeds}, result.chance, sets, folder)
 
 
@@ -131,6 +238,30 @@ def write_all(
 
 
 def predictions(result: Result, name: str, model: int = 0) -> np.ndarray:
-    """(n, m) gallery rows (classes or captions) of each test picture, the nearest first."""
+    """Sort the gallery by its similarity to each test picture.
+
+    Parameters
+    ----------
+    result : Result
+        Of `evaluate_many`.
+    name : str
+        One of its sets.
+    model : int, default 0
+        Which of its models.
+
+    Returns
+    -------
+    ndarray of int64, shape (n, m)
+        For each picture the rows of `result.gallery[name]`, the nearest first.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mclip import evaluate
+    >>> empty = dict.fromkeys(evaluate.Result._fields, {})
+    >>> features = {"images": {"pets": [torch.eye(2)]}, "texts": {"pets": [torch.eye(2)]}}
+    >>> evaluate.predictions(evaluate.Result(**empty | features), "pets").tolist()
+    [[0, 1], [1, 0]]
+    """
     similarity = result.images[name][model] @ result.texts[name][model].T
     return similarity.argsort(dim=1, descending=True, stable=True).numpy()

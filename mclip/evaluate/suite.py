@@ -286,8 +286,40 @@ def evaluate(
 def load_students(
     recipe: str, seeds: Sequence[int], folder: str | Path = "models/students"
 ) -> tuple[list[torch.nn.Module], Any, Any]:
-    """A recipe's trained students, ready for inference, with the preprocessing and tokenizer that
-    they share.
+    """Load a recipe's trained students, folded for inference.
+
+    Parameters
+    ----------
+    recipe : str
+        A name of `distill.recipes`.
+    seeds : sequence of int
+        Which of its runs.
+    folder : path, default "models/students"
+        Holds RECIPE/seedN.
+
+    Returns
+    -------
+    models : list of torch.nn.Module
+        One a seed.
+    preprocess : callable
+        PIL image -> (3, h, w) Tensor; the students share it.
+    tokenizer : callable
+        List of str -> (n, context) Tensor of int64; the students share it.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a student is missing; the message names the stage that trains it.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from mclip import evaluate, models
+    >>> folder = tempfile.mkdtemp()
+    >>> path = models.export(models.create("demo-student")[0], f"{folder}/clip/seed0")
+    >>> (student,), preprocess, tokenizer = evaluate.load_students("clip", [0], folder)
+    >>> student.training
+    False
     """
     students = []
     for seed in seeds:

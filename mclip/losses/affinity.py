@@ -46,7 +46,7 @@ def affinity_loss(
         that share a caption already share its probability in the teacher's matrix.
     check_norm : bool, default False
         Refuse rows that are not of unit norm, the teachers' too.
-    backend, group
+    backend, group : optional
         As in `clip_loss`.
 
     Returns

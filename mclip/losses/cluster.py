@@ -33,13 +33,13 @@ class ClusterLoss(nn.Module):
     centres : Tensor, shape (k, d)
         Unit-norm rows; W's first value. Anything else makes training collapse, says the paper.
     sample_rate : float, default 0.1
-        r in (0, 1]; 1 uses all centres. In `eval()` all centres are used, nothing is drawn.
+        Fraction r of the other centres, in (0, 1]; 1 uses all. In `eval()` all centres are used, nothing is drawn.
     alpha : float, default 0.999
         Weight of L_KL, 0 to 1.
     reading : {"convex", "additive"}, default "convex"
         Where alpha stands.
     scale : float, default 20
-        g of L_CD.
+        Factor g of L_CD.
     tau : float, optional
         Temperature of L_KL; None: 1 / scale, so that both terms look at the same logits.
     student_dim : int, optional

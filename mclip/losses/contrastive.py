@@ -37,9 +37,7 @@ def clip_loss(
     ids : Tensor of int64, shape (b,), optional
         Samples with the same id (say, the same caption) are not each other's negatives: the terms
         j != i with ids[j] == ids[i] are left out of both softmax denominators. The pair itself
-        stays the only positive. (Not taken: averaging the log-probabilities over all samples of an
-        id, as SupCon does. With ten CIFAR captions that pulls every image of a class to one point,
-        which plain CLIP would never ask for.)
+        stays the only positive.
     check_norm : bool, default False
         Refuse rows that are not of unit norm: one more pass over them; on CUDA the host waits.
     backend : {"auto", "plain", "tiled", "triton"}, default "auto"
@@ -65,6 +63,12 @@ def clip_loss(
     See Also
     --------
     mclip.losses.tiled.pairs.clip_loss : the tiled form by itself, with the size of its tiles.
+
+    Notes
+    -----
+    Considered for `ids` and not taken: averaging the log-probabilities over all samples of an id,
+    as SupCon does. With ten CIFAR captions that pulls every image of a class to one point, which
+    plain CLIP would never ask for.
 
     References
     ----------

@@ -47,7 +47,7 @@ def instance_loss(
         Samples with the same id are not each other's negatives (see `clip_loss`).
     check_norm : bool, default False
         Refuse rows that are not of unit norm.
-    backend, group
+    backend, group : optional
         As in `clip_loss`.
 
     Returns

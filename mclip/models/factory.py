@@ -70,23 +70,44 @@ def create(
 
     Parameters
     ----------
-    name : `ARCH/TAG` (downloaded), `ARCH/FILE` (weights, .pt or .safetensors), `local-dir:FOLDER`,
+    name : str
+        `ARCH/TAG` (downloaded), `ARCH/FILE` (weights, .pt or .safetensors), `local-dir:FOLDER`,
         `hf-hub:ORG/REPO`, or `ARCH` alone: an architecture of open_clip or of mclip/models/configs
         with random weights (seed torch before).
-    device : where the model goes.
+    device : str or torch.device, default "cpu"
+        Where the model goes.
 
     Returns
     -------
-    model, preprocess_train, preprocess_eval, tokenizer : as open_clip makes them, but the model in
-        eval mode: as open_clip leaves it, batch norm and dropout would change what an encoder says.
-        `model.mclip` keeps the name, the configuration and the tokenizer, so that `export` can
-        write them.
+    model : torch.nn.Module
+        In eval mode, unlike open_clip's: in training mode batch norm and dropout would change the
+        embeddings. `model.mclip` keeps the name, the configuration and the tokenizer for `export`.
+    preprocess_train, preprocess_eval : callable
+        PIL image -> (3, h, w) Tensor of float32.
+    tokenizer : callable
+        List of str -> (n, context) Tensor of int64.
 
     Raises
     ------
-    ModelError : one line: an unknown name (with the nearest known ones), a file that is missing,
-        weights of another shape or with other parameters than the architecture's (with the models
-        that they fit).
+    ModelError
+        In one line: the name is unknown (with the nearest known ones), a file is missing, or
+        weights do not fit the architecture (with the models that they fit).
+
+    See Also
+    --------
+    open_clip.create_model_and_transforms : What makes the model.
+    export : Write it as a folder.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mclip import models
+    >>> model, _, preprocess, tokenizer = models.create("demo-student")
+    >>> model.encode_text(tokenizer(["a red apple", "a pear"])).shape
+    torch.Size([2, 256])
+    >>> models.create("demo-studnet")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    mclip.models.factory.ModelError: demo-studnet: ... did you mean demo-student or demo-vit? ...
     """
     if name.startswith(LOCAL):
         config, overrides = _local_config(name)
@@ -130,10 +151,36 @@ def export(
 
     Parameters
     ----------
-    model : made by `create` (then the rest is known), or any open_clip model with `config`.
-    config : open_clip's `model_cfg` (embed_dim, vision_cfg, text_cfg).
-    preprocess : mean, std, interpolation, resize_mode; None: the model's own.
-    tokenizer : an open_clip tokenizer; a Hugging Face one is saved beside the weights.
+    model : torch.nn.Module
+        Of `create`, which knows the rest; or any open_clip model, with `config`.
+    folder : path
+        Made if it is missing.
+    config : dict, optional
+        The `model_cfg` of open_clip: embed_dim, vision_cfg, text_cfg.
+    preprocess : dict, optional
+        With mean, std, interpolation and resize_mode; by default the model's own.
+    tokenizer : callable, optional
+        Of open_clip; a Hugging Face one is saved beside the weights. By default the model's own.
+
+    Returns
+    -------
+    pathlib.Path
+        The folder.
+
+    Raises
+    ------
+    ModelError
+        If the configuration is not known, or the model is folded for inference, which open_clip
+        can't build.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from mclip import models
+    >>> folder = models.export(models.create("demo-student")[0], tempfile.mkdtemp())
+    >>> sorted(file.name for file in folder.iterdir())
+    ['open_clip_config.json', 'open_clip_model.safetensors']
+    >>> model, *_ = models.create(f"local-dir:{folder}")
     """
     known = getattr(model, "mclip", {})
     config = copy.deepcopy(config if config is not None else known.get("config"))
@@ -183,18 +230,75 @@ def export(
 
 
 def image_size(model: torch.nn.Module) -> int:
-    """Side of the (square) input image, pixels."""
+    """Look up the side of a model's (square) input image.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Of `create`.
+
+    Returns
+    -------
+    int
+        Pixels.
+
+    Examples
+    --------
+    >>> from mclip import models
+    >>> models.image_size(models.create("demo-student")[0])
+    32
+    """
     size = model.visual.image_size
     return int(size[0] if isinstance(size, (tuple, list)) else size)
 
 
 def logit_scale(model: torch.nn.Module) -> float:
-    """The model's own logit scale (1 / temperature), exponentiated."""
+    """Look up a model's own logit scale.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Of `create`.
+
+    Returns
+    -------
+    float
+        1 / temperature, exponentiated already.
+
+    Examples
+    --------
+    >>> from mclip import models
+    >>> round(models.logit_scale(models.create("demo-student")[0]), 2)
+    14.29
+    """
     return float(model.logit_scale.detach().float().exp())
 
 
 def weights_sha256(name: str) -> str:
-    """sha256 of the weights file that `create(name)` loads (hub models: from open_clip's cache)."""
+    """Digest the weights file that `create` loads for a name.
+
+    Parameters
+    ----------
+    name : str
+        As `create` takes it. Weights of a hub are taken from open_clip's cache.
+
+    Returns
+    -------
+    str
+        The sha256, 64 hex digits.
+
+    Raises
+    ------
+    ModelError
+        If the name has no weights, or is unknown.
+
+    Examples
+    --------
+    >>> from mclip import models
+    >>> models.weights_sha256("demo-student")
+    Traceback (most recent call last):
+    mclip.models.factory.ModelError: demo-student: random initialisation, there is no weights file
+    """
     file = weights_file(name)
     if file is None:
         raise ModelError(f"{name}: random initialisation, there is no weights file")

@@ -32,22 +32,45 @@ SCALES = (LayerScale2d, fastvit.LayerScale2d)  # x -> gamma x, a factor a channe
 
 
 def for_inference(model: nn.Module) -> nn.Module:
-    """The model in eval mode, branches, batch norm and LayerScale of both towers folded, in
-    channels-last memory.
+    """Fold a model for fast inference, without changing its embeddings.
 
     Parameters
     ----------
-    model : an open_clip model, or anything with `.visual(images)` and `.visual.image_size`. It is
-        not changed: a model with batch norm is copied first (one without, as one that is folded
-        already, is returned itself, in eval mode).
+    model : torch.nn.Module
+        An open_clip model, or anything with `.visual(images)` and `.visual.image_size`. It is not
+        changed: a model with batch norm is copied first. One without, or one that is folded
+        already, is returned itself.
+
+    Returns
+    -------
+    torch.nn.Module
+        In eval mode and channels-last memory; branches, batch norm and LayerScale of both towers
+        are folded into convolutions. Its embeddings equal the model's to 1e-4.
 
     Notes
     -----
-    Multi-branch blocks (timm's FastViT and MobileOne, MCt's RepMixer) become one convolution
-    each. Then a probe run shows which batch norm or LayerScale reads which convolution's output;
-    such a pair becomes one convolution (`torch.nn.utils.fusion`), and the activation of timm's
+    Multi-branch blocks (timm's FastViT and MobileOne, MCt's RepMixer) become one convolution each.
+    Then a probe run shows which batch norm or LayerScale reads which convolution's output; such a
+    pair becomes one convolution (`torch.nn.utils.fusion`), and the activation of timm's
     BatchNormAct2d stays. A folded tower must repeat the probe's embedding to 1e-4, else it stays
-    unfolded: what comes back is always right.
+    unfolded: the result is always right.
+
+    References
+    ----------
+    Vasu et al., "MobileCLIP: Fast Image-Text Models through Multi-Modal Reinforced Training",
+    arXiv 2311.17049, Section 3.2: the towers whose branches are folded.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mclip import models
+    >>> model, *_ = models.create("demo-student")
+    >>> fast = models.for_inference(model)
+    >>> images = torch.randn(2, 3, 32, 32)
+    >>> with torch.no_grad():
+    ...     near = torch.allclose(model.encode_image(images), fast.encode_image(images), atol=1e-3)
+    >>> near
+    True
     """
     model.eval()
     towers = [name for name in ("visual", "text") if _foldable(getattr(model, name, None))]
@@ -76,11 +99,28 @@ def for_inference(model: nn.Module) -> nn.Module:
 
 
 def image_encoder(model: nn.Module, precision: str = "auto") -> Callable[[Tensor], Tensor]:
-    """A function of preprocessed pictures, (b, 3, h, w) float -> (b, d) float32 on the CPU,
-    unit-norm rows.
+    """Make a function that embeds preprocessed pictures.
 
-    model : an open_clip model, ideally from `for_inference`; the pictures go to its device.
-    precision : "auto", "fp32" or "bf16" (autocast).
+    Parameters
+    ----------
+    model : torch.nn.Module
+        An open_clip model, ideally from `for_inference`; the pictures go to its device.
+    precision : {"auto", "fp32", "bf16"}, default "auto"
+        Of the arithmetic (autocast), see `resolve_precision`.
+
+    Returns
+    -------
+    callable
+        (b, 3, h, w) Tensor of float -> (b, d) Tensor of float32 on the CPU, unit-norm rows.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mclip import models
+    >>> encode = models.image_encoder(models.create("demo-student")[0], "fp32")
+    >>> with torch.no_grad():
+    ...     encode(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 256])
     """
     device = next(model.parameters()).device
     dtype = resolve_precision(precision, device)
@@ -97,7 +137,31 @@ def image_encoder(model: nn.Module, precision: str = "auto") -> Callable[[Tensor
 def encode_images(
     model: nn.Module, batches: Iterable[Tensor], *, precision: str = "auto"
 ) -> Tensor:
-    """(n, d) image embeddings of preprocessed batches, e.g. a DataLoader's; see `image_encoder`."""
+    """Embed batches of preprocessed pictures.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        An open_clip model, ideally from `for_inference`.
+    batches : iterable of Tensor, shape (b, 3, h, w)
+        For instance a DataLoader.
+    precision : {"auto", "fp32", "bf16"}, default "auto"
+        Of the arithmetic, see `resolve_precision`.
+
+    Returns
+    -------
+    Tensor of float32, shape (n, d)
+        Unit-norm rows, on the CPU.
+
+    Examples
+    --------
+    >>> from PIL import Image
+    >>> from mclip import models
+    >>> model, _, preprocess, _ = models.create("demo-student")
+    >>> pictures = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")]
+    >>> models.encode_images(model, [preprocess(picture)[None] for picture in pictures]).shape
+    torch.Size([2, 256])
+    """
     encode = image_encoder(model, precision)
     out = list(side_by_side(encode, batches, next(model.parameters()).device))
     return torch.cat(out) if out else torch.empty(0, 0)
@@ -106,10 +170,36 @@ def encode_images(
 def encode_texts(
     model: nn.Module, tokenizer, texts: list[str], *, batch_size: int = 256, precision: str = "auto"
 ) -> Tensor:
-    """Text embeddings, (n, d) float32 on the CPU, unit-norm rows.
+    """Embed texts, each distinct one once.
 
-    Each distinct text is encoded once. Hugging Face towers mask their padding, so their batches,
-    sorted by length, are cut to their longest text: two to four times faster, the same embeddings.
+    Hugging Face towers mask their padding, so their batches, sorted by length, are cut to their
+    longest text: two to four times faster, the same embeddings.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        An open_clip model.
+    tokenizer : callable
+        List of str -> (n, context) Tensor of int64, as `create` returns it.
+    texts : list of str
+        Any number of them, also with repetitions.
+    batch_size : int, default 256
+        Texts at a time.
+    precision : {"auto", "fp32", "bf16"}, default "auto"
+        Of the arithmetic, see `resolve_precision`.
+
+    Returns
+    -------
+    Tensor of float32, shape (n, d)
+        Unit-norm rows in the order of the texts, on the CPU.
+
+    Examples
+    --------
+    >>> from mclip import models
+    >>> model, _, _, tokenizer = models.create("demo-student")
+    >>> rows = models.encode_texts(model, tokenizer, ["a cat", "a dog", "a cat"])
+    >>> bool((rows[0] == rows[2]).all())
+    True
     """
     return _encode_texts([model], tokenizer, texts, batch_size, precision)[0]
 
@@ -121,10 +211,33 @@ def encode_texts_with_all(
     batch_size: int = 256,
     precision: str = "auto",
 ) -> list[Tensor]:
-    """`encode_texts` by each (model, tokenizer) of an ensemble: a list of (n, d_k).
+    """Embed texts by each model of an ensemble.
 
-    Models whose Hugging Face text encoder has the same weights, as teachers of one frozen sentence
-    encoder have, run it once and differ in their projections only.
+    Models whose Hugging Face text encoders have the same weights, such as teachers of one frozen
+    sentence encoder, run it once and differ in their projections only.
+
+    Parameters
+    ----------
+    ensemble : sequence of (torch.nn.Module, callable)
+        Models and their tokenizers.
+    texts : list of str
+        Any number of them, also with repetitions.
+    batch_size : int, default 256
+        Texts at a time.
+    precision : {"auto", "fp32", "bf16"}, default "auto"
+        Of the arithmetic, see `resolve_precision`.
+
+    Returns
+    -------
+    list of Tensor of float32, shape (n, d_k)
+        Unit-norm rows by each model, on the CPU.
+
+    Examples
+    --------
+    >>> from mclip import models
+    >>> model, _, _, tokenizer = models.create("demo-student")
+    >>> [rows.shape for rows in models.encode_texts_with_all([(model, tokenizer)] * 2, ["a cat"])]
+    [torch.Size([1, 256]), torch.Size([1, 256])]
     """
     out: dict[int, Tensor] = {}
     for i, (model, tokenizer) in enumerate(ensemble):

@@ -45,7 +45,34 @@ class Params(Section):
 
 
 def check(data: dict[str, Any], source: str = "params.yaml") -> Params:
-    """Validate a whole tree of parameters; ParamsError lists each bad key and what is allowed."""
+    """Validate a whole tree of parameters.
+
+    Parameters
+    ----------
+    data : dict
+        Content of params.yaml as plain dicts and lists.
+    source : str, default "params.yaml"
+        What the messages call it.
+
+    Returns
+    -------
+    Params
+        The parameters as attributes.
+
+    Raises
+    ------
+    ParamsError
+        Lists each wrong key, what is wrong with it and what is allowed, one a line.
+
+    Examples
+    --------
+    >>> from mclip import params
+    >>> tree = params.read_yaml("params.yaml")
+    >>> tree["balance"]["metric"] = "l1"
+    >>> params.check(tree)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    mclip.params.tree.ParamsError: params.yaml: balance.metric: Input should be 'l2', 'sql2' or ...
+    """
     own: dict[str, Any] = {name: (settings | None, None) for name, settings in studies().items()}
     ablations = pydantic.create_model("Ablations", __base__=Ablations, **own)
     whole = pydantic.create_model("Params", __base__=Params, ablations=ablations)
@@ -60,13 +87,56 @@ def check(data: dict[str, Any], source: str = "params.yaml") -> Params:
 
 
 def load(path: str | Path = "params.yaml") -> Params:
-    """Read and validate params.yaml."""
+    """Read and validate params.yaml.
+
+    Parameters
+    ----------
+    path : path, default "params.yaml"
+        Of the file.
+
+    Returns
+    -------
+    Params
+        The parameters as attributes.
+
+    Raises
+    ------
+    ParamsError
+        If the file is missing, is not YAML, or has wrong keys or values.
+
+    Examples
+    --------
+    >>> from mclip import params
+    >>> params.load().balance.metric
+    'sql2'
+    """
     return check(read_yaml(path), str(path))
 
 
 def apply_overlay(overlay: str | Path, path: str | Path = "params.yaml") -> None:
-    """Rewrite params.yaml with an overlay laid over it; comments stay; checked before it is
-    written.
+    """Rewrite params.yaml with an overlay laid over it; comments stay.
+
+    Parameters
+    ----------
+    overlay : path
+        A part of params.yaml, such as params/smoke.yaml. Maps are merged, lists replaced; a map
+        with the key `_replace: true` replaces the one below it.
+    path : path, default "params.yaml"
+        The file that is rewritten.
+
+    Raises
+    ------
+    ParamsError
+        If the result is not valid; then nothing is written.
+
+    Examples
+    --------
+    >>> import pathlib, shutil, tempfile
+    >>> from mclip import params
+    >>> path = shutil.copy("params.yaml", tempfile.mkdtemp())
+    >>> params.apply_overlay("params/smoke.yaml", path)
+    >>> params.load(path).cluster.clusters
+    10
     """
     yaml = YAML()
     yaml.width = 120

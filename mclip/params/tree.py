@@ -59,7 +59,29 @@ S = TypeVar("S", bound=Section)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file as plain dicts and lists; ParamsError names file and line when it isn't YAML."""
+    """Read a YAML file as plain dicts and lists.
+
+    Parameters
+    ----------
+    path : path
+        Of the file.
+
+    Returns
+    -------
+    dict
+        Its sections.
+
+    Raises
+    ------
+    ParamsError
+        If the file is missing or is not YAML; the message names file and line.
+
+    Examples
+    --------
+    >>> from mclip import params
+    >>> sorted(params.read_yaml("params.yaml"))[:3]
+    ['ablations', 'balance', 'cluster']
+    """
     try:
         data = YAML(typ="safe").load(Path(path).read_text())
     except FileNotFoundError:
@@ -78,8 +100,28 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
-    """base with overlay's leaves laid over it, in place. Maps are merged, lists replaced;
-    a map with the key `_replace: true` replaces the one below it whole."""
+    """Lay the leaves of one tree over another, in place.
+
+    Parameters
+    ----------
+    base : dict
+        The tree that is changed.
+    overlay : dict
+        Maps are merged, lists replaced. A map with the key `_replace: true` replaces the one below
+        it whole.
+
+    Returns
+    -------
+    dict
+        The changed `base`.
+
+    Examples
+    --------
+    >>> from mclip import params
+    >>> base = {"a": {"b": 1, "c": 2}, "d": {"e": 3}}
+    >>> params.merge(base, {"a": {"b": 5}, "d": {"_replace": True}})
+    {'a': {'b': 5, 'c': 2}, 'd': {}}
+    """
     for key, value in overlay.items():
         if (
             isinstance(value, dict)
@@ -95,12 +137,61 @@ def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
 
 
 def varied(section: S, changes: dict[str, Any]) -> S:
-    """A section, such as a recipe, with some keys laid over it: {"weight": {"cluster": 0.0}}."""
+    """Lay some keys over a section, such as a recipe.
+
+    Parameters
+    ----------
+    section : Section
+        It is not changed.
+    changes : dict
+        As in `merge`.
+
+    Returns
+    -------
+    Section
+        Of the same class, validated.
+
+    Raises
+    ------
+    pydantic.ValidationError
+        If a key or a value is wrong.
+
+    Examples
+    --------
+    >>> from mclip import params
+    >>> recipe = params.load().distill.recipes["clip-cid"]
+    >>> params.varied(recipe, {"weight": {"cluster": 0.0}}).weight
+    {'clip': 1.0, 'cluster': 0.0, 'instance': 1.0, 'affinity': 0.0}
+    """
     return type(section).model_validate(merge(section.model_dump(by_alias=True), changes))
 
 
 def pick(tree: dict[str, Any], keys: list[str]) -> dict[str, Any]:
-    """The part of a tree that dotted keys name: ["a.b"] -> {"a": {"b": ...}}."""
+    """Pick the part of a tree that dotted keys name.
+
+    Parameters
+    ----------
+    tree : dict
+        Such as params.yaml.
+    keys : list of str
+        Such as "distill.train.lr".
+
+    Returns
+    -------
+    dict
+        Nested as the tree.
+
+    Raises
+    ------
+    ParamsError
+        If the tree has no such key.
+
+    Examples
+    --------
+    >>> from mclip import params
+    >>> params.pick({"a": {"b": 1, "c": 2}, "d": 3}, ["a.b"])
+    {'a': {'b': 1}}
+    """
     out: dict[str, Any] = {}
     for key in keys:
         source, target = tree, out
@@ -129,8 +220,27 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def absent(key: str, names: Iterable[str], known: Iterable[str], what: str) -> Iterator[str]:
-    """A line for each name that is none of the known ones, for `Section.check`.
+    """Say which names are not among the known ones, for `Section.check`.
 
+    Parameters
+    ----------
+    key : str
+        Where params.yaml has the names.
+    names : iterable of str
+        Names that must exist.
+    known : iterable of str
+        Those that do.
+    what : str
+        What they name, such as "recipe".
+
+    Yields
+    ------
+    str
+        A line for each unknown name, with the nearest known one.
+
+    Examples
+    --------
+    >>> from mclip.params import absent
     >>> list(absent("baseline", ["clpi"], {"clip": 1, "combined": 2}, "recipe"))
     ["baseline: no such recipe 'clpi'; did you mean 'clip'? (allowed: clip, combined)"]
     """
@@ -140,7 +250,30 @@ def absent(key: str, names: Iterable[str], known: Iterable[str], what: str) -> I
 
 
 def explain(error: ValidationError, kind: type[Section]) -> list[str]:
-    """pydantic's errors of a section, each a line that starts with the key."""
+    """Put pydantic's errors about a section into lines that begin with the key.
+
+    Parameters
+    ----------
+    error : pydantic.ValidationError
+        Of the section.
+    kind : type of Section
+        Its class.
+
+    Returns
+    -------
+    list of str
+        One line an error.
+
+    Examples
+    --------
+    >>> import pydantic
+    >>> from mclip import params
+    >>> try:
+    ...     params.EvalSet.model_validate({"path": "a", "taks": "retrieval"})
+    ... except pydantic.ValidationError as error:
+    ...     print(params.explain(error, params.EvalSet)[0].partition(" (")[0])
+    taks: unknown key; did you mean 'task'?
+    """
     lines = []
     for e in error.errors():
         key, message = ".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")

@@ -9,7 +9,7 @@ from mclip.params.tree import ParamsError, Section, keys, merge, read_yaml
 
 
 def stage(injected: dict[str, Any] | None) -> Any:
-    """The parameters of a stage's notebook, as attributes.
+    """Give a stage's notebook its parameters, as attributes.
 
     The working folder becomes the repository's root, where every stage runs.
 
@@ -27,7 +27,13 @@ def stage(injected: dict[str, Any] | None) -> Any:
     Raises
     ------
     ParamsError
-        params.yaml with what was injected is not valid.
+        If params.yaml with what was injected is not valid.
+
+    Examples
+    --------
+    >>> from mclip import params
+    >>> params.stage({"balance": {"threshold": 0.2}}).balance.threshold
+    0.2
     """
     here = Path.cwd()
     if root := next((d for d in (here, *here.parents) if (d / "params.yaml").exists()), None):

@@ -6,12 +6,30 @@ import torch
 def resolve_precision(
     precision: str = "auto", device: str | torch.device | None = None
 ) -> torch.dtype:
-    """The dtype of "fp32", "bf16" or "auto": bf16 on CUDA >= 8.0 or a CPU with AMX, else fp32.
+    """Choose the dtype of a model's arithmetic.
+
+    Parameters
+    ----------
+    precision : {"auto", "fp32", "bf16"}, default "auto"
+        "auto" is bf16 on CUDA from compute capability 8.0 on and on a CPU with AMX, else fp32.
+    device : str or torch.device, optional
+        Where it is calculated; by default on a GPU if there is one.
+
+    Returns
+    -------
+    torch.dtype
+        `torch.float32` or `torch.bfloat16`.
 
     Raises
     ------
     ValueError
-        precision is none of the three.
+        If `precision` is none of the three.
+
+    Examples
+    --------
+    >>> from mclip.models import resolve_precision
+    >>> resolve_precision("bf16")
+    torch.bfloat16
     """
     if precision == "fp32":
         return torch.float32

@@ -23,19 +23,38 @@ PIECE = 1 << 18  # rows read at once
 
 
 class BalanceError(ValueError):
-    """An option out of range, or a result that is missing; the message names the parameter or the
-    file.
-    """
+    """An option is out of range or a result is missing; the message names it."""
 
 
 @dataclass(frozen=True)
 class Balance:
-    """Row i of every array belongs to sample `keys[i]`.
+    """Sets of near-duplicates, and the image that each keeps.
 
-    set_id : (n,) int64, sets numbered from 0 by their lowest key
-    keep : (n,) bool, exactly one True a set
-    centroid_distance : (n,) float64, Euclidean distance of the unit-norm row to its set's mean row
-    keys : (n,) str or int
+    Row i of every array belongs to the sample `keys[i]`.
+
+    Parameters
+    ----------
+    set_id : ndarray of int64, shape (n,)
+        Each row's set; sets are numbered from 0 by their lowest key.
+    keep : ndarray of bool, shape (n,)
+        True for exactly one row of each set.
+    centroid_distance : ndarray of float64, shape (n,)
+        Euclidean distance of the unit-norm row to the mean row of its set.
+    keys : ndarray of str or int, shape (n,)
+        Names of the samples.
+    threshold : float
+        Largest distance that linked two images, in the unit of `metric`.
+    metric : {"l2", "sql2", "cosine"}
+        Distance of unit-norm rows.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mclip.balance import balance
+    >>> rows = np.array([[1.0, 0.0], [0.99, 0.14], [0.0, 1.0], [0.0, 1.0]])
+    >>> result = balance(rows, threshold=0.07, metric="sql2")
+    >>> result.removed_fraction, result.set_sizes.tolist()
+    (0.5, [2, 2])
     """
 
     set_id: np.ndarray
@@ -47,6 +66,7 @@ class Balance:
 
     @property
     def removed_fraction(self) -> float:
+        """Fraction of the images that are not kept, 0 to 1."""
         return float(1 - self.keep.mean())
 
     @property
@@ -72,8 +92,30 @@ class Balance:
 
 
 def convert(threshold: float, metric: str) -> dict[str, float]:
-    """A threshold in all three metrics, {"l2": .., "sql2": .., "cosine": ..}; exact on unit-norm
-    rows.
+    """Convert a threshold to all three metrics; exact for unit-norm rows.
+
+    Parameters
+    ----------
+    threshold : float
+        In the unit of `metric`: above 0, at most 2, or 4 for "sql2".
+    metric : {"l2", "sql2", "cosine"}
+        Distance of unit-norm rows: Euclidean, its square, or 1 minus the cosine.
+
+    Returns
+    -------
+    dict of str to float
+        The threshold in "l2", "sql2" and "cosine".
+
+    Raises
+    ------
+    BalanceError
+        If the metric is unknown or the threshold is out of its range.
+
+    Examples
+    --------
+    >>> from mclip.balance import convert
+    >>> convert(0.5, "cosine")
+    {'l2': 1.0, 'sql2': 1.0, 'cosine': 0.5}
     """
     if metric not in METRICS:
         raise BalanceError(f"metric: expected one of {', '.join(METRICS)}, found {metric!r}")
@@ -89,9 +131,29 @@ def convert(threshold: float, metric: str) -> dict[str, float]:
 
 
 def write(folder: str | Path, result: Balance) -> None:
-    """FOLDER/balance.parquet: key, set_id, keep, centroid_distance. Where all keys are DataComp
-    uids (32 hex digits) also the kept ones as FOLDER/kept_uids.npy, sorted `u8,u8`: what DataComp's
-    resharder reads.
+    """Write what `balance` found.
+
+    FOLDER/balance.parquet has the columns key, set_id, keep and centroid_distance. Where all keys
+    are DataComp uids (32 hex digits), FOLDER/kept_uids.npy has the kept ones, too: sorted `u8,u8`,
+    as DataComp's resharder reads them.
+
+    Parameters
+    ----------
+    folder : path
+        Made if it is missing.
+    result : Balance
+        What `balance` returned.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from mclip.balance import balance, read, write
+    >>> result = balance(np.eye(3), ["a", "b", "c"], threshold=0.07, metric="sql2")
+    >>> folder = tempfile.mkdtemp()
+    >>> write(folder, result)
+    >>> read(folder).keys.tolist()
+    ['a', 'b', 'c']
     """
     content = pa.table(
         {
@@ -116,7 +178,30 @@ def write(folder: str | Path, result: Balance) -> None:
 
 
 def read(folder: str | Path) -> Balance:
-    """What `write` wrote; BalanceError in one line where it is missing or something else."""
+    """Read what `write` wrote.
+
+    Parameters
+    ----------
+    folder : path
+        Folder with balance.parquet.
+
+    Returns
+    -------
+    Balance
+        The same sets, keys and threshold.
+
+    Raises
+    ------
+    BalanceError
+        If the file is missing or is not one that `write` wrote.
+
+    Examples
+    --------
+    >>> from mclip.balance import read
+    >>> read("no/such/folder")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    mclip.data.stores.balance.BalanceError: no/such/folder/balance.parquet is missing: ...
+    """
     path = table(folder)
     try:
         found = pq.read_table(path)

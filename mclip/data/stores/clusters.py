@@ -21,14 +21,36 @@ PIECE = 1 << 18  # rows read at once
 
 
 class ClusterError(ValueError):
-    """A number of clusters that can't be, or a result that is missing; the message names it."""
+    """A number of clusters is impossible or a result is missing; the message names it."""
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """centres (k, d) float32, unit norm; row i of `labels` (n,) int64 and `similarity` (n,)
-    float32, the cosine to its own centre, belongs to `keys[i]`; objective (iterations,): mean
-    similarity before each update of the centres; warning: "" or one line about the choice of k.
+    """Centres of the images, and which of them each image is nearest to.
+
+    Row i of `labels` and `similarity` belongs to the sample `keys[i]`.
+
+    Parameters
+    ----------
+    centres : ndarray of float32, shape (k, d)
+        Unit-norm rows.
+    labels : ndarray of int64, shape (n,)
+        Number of each row's centre.
+    similarity : ndarray of float32, shape (n,)
+        Cosine of each row to its centre.
+    objective : ndarray of float64, shape (iterations,)
+        Mean similarity before each update of the centres.
+    keys : ndarray of str or int, shape (n,)
+        Names of the samples.
+    warning : str, default ""
+        One line about the choice of k, where it is doubtful.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mclip.cluster import cluster
+    >>> cluster(np.eye(3), 3, iterations=1, seed=0).sizes.tolist()
+    [1, 1, 1]
     """
 
     centres: np.ndarray
@@ -45,8 +67,27 @@ class Clusters:
 
 
 def write(folder: str | Path, result: Clusters) -> None:
-    """FOLDER/centres.npy and FOLDER/labels.parquet: key, label, similarity (the objective in its
-    metadata).
+    """Write what `cluster` found.
+
+    FOLDER/centres.npy has the centres; FOLDER/labels.parquet the columns key, label and similarity,
+    and the objective in its metadata.
+
+    Parameters
+    ----------
+    folder : path
+        Made if it is missing.
+    result : Clusters
+        What `cluster` returned.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from mclip.cluster import cluster, read, write
+    >>> folder = tempfile.mkdtemp()
+    >>> write(folder, cluster(np.eye(2), 2, iterations=1, seed=0, keys=["a", "b"]))
+    >>> read(folder).keys.tolist()
+    ['a', 'b']
     """
     content = pa.table(
         {"key": result.keys, "label": result.labels, "similarity": result.similarity}
@@ -61,7 +102,30 @@ def write(folder: str | Path, result: Clusters) -> None:
 
 
 def read(folder: str | Path) -> Clusters:
-    """What `write` wrote; ClusterError in one line where it is missing or something else."""
+    """Read what `write` wrote.
+
+    Parameters
+    ----------
+    folder : path
+        Folder with centres.npy and labels.parquet.
+
+    Returns
+    -------
+    Clusters
+        The same centres, labels and keys.
+
+    Raises
+    ------
+    ClusterError
+        If a file is missing or is not one that `write` wrote.
+
+    Examples
+    --------
+    >>> from mclip.cluster import read
+    >>> read("no/such/folder")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    mclip.data.stores.clusters.ClusterError: no/such/folder/centres.npy is missing: ...
+    """
     centres, labels = read_centres(folder), table(folder)
     try:
         found = pq.read_table(labels)

@@ -33,21 +33,42 @@ PARTS = {"img_emb": ".npy", "text_emb": ".npy", "metadata": ".parquet"}
 
 
 class EmbeddingsError(ValueError):
-    """Embeddings or their keys are missing or broken; the message names the file, the row or the
-    key.
-    """
+    """Embeddings or their keys are missing or broken; the message names the file, row or key."""
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Row i of `image` and `text` belongs to `keys[i]`.
+    """A folder of embeddings in memory; row i of `image` and `text` belongs to `keys[i]`.
 
-    keys : n sample keys. image : (n, d) fp16, unit norm. text : (n, d) fp16 or None where there is
-        none.
-    logit_scale : the teacher's own, exponentiated (100 where the folder doesn't say). model : its
-        name or "".
-    captions : n true captions, or None. shard : (n,) the number of each row's file, ours: of its
-        shard of pairs.
+    Parameters
+    ----------
+    keys : list of str
+        Names of the n samples.
+    image : ndarray of float16, shape (n, d)
+        Unit-norm rows.
+    text : ndarray of float16, shape (n, d), or None
+        Unit-norm rows, where the folder has them.
+    logit_scale : float
+        The teacher's own, exponentiated; 100 where the folder does not say.
+    model : str
+        The teacher's name, or "".
+    captions : list of str, optional
+        The n true captions.
+    shard : ndarray of int64, shape (n,), optional
+        Number of each row's file; of our own folders, of its shard of pairs.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from mclip.data.stores import embeddings
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> (folder / "img_emb").mkdir()
+    >>> np.save(folder / "img_emb" / "img_emb_0.npy", 2 * np.eye(3))
+    >>> found = embeddings.load(folder)
+    >>> found.keys, found.image[0].tolist()
+    (['000000000', '000000001', '000000002'], [1.0, 0.0, 0.0])
     """
 
     keys: list[str]
@@ -61,11 +82,33 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Index:
-    """A folder without its rows: row i of the files in `image`, one after the other, belongs to
-    `keys[i]` and comes from the file numbered `shard[i]`. What takes a list of files
-    (`mclip.data.stores.rows.Rows`) reads them block by block.
+    """Keys and files of a folder of embeddings, without its rows.
 
-    keys : (n,) strings. has_metadata : False where they are row numbers.
+    Row i of the files in `image`, one after the other, belongs to `keys[i]`. What takes a list of
+    files, such as `mclip.balance.balance`, reads them block by block.
+
+    Parameters
+    ----------
+    keys : ndarray of str, shape (n,)
+        Names of the samples.
+    image : list of pathlib.Path
+        The .npy files.
+    shard : ndarray of int64, shape (n,)
+        Number of the file that each row comes from.
+    has_metadata : bool, default True
+        False where the keys are row numbers.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from mclip.data.stores import embeddings
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> (folder / "img_emb").mkdir()
+    >>> np.save(folder / "img_emb" / "img_emb_0.npy", np.eye(2))
+    >>> embeddings.index(folder).has_metadata
+    False
     """
 
     keys: np.ndarray
@@ -75,10 +118,41 @@ class Index:
 
 
 def load(folder: str | Path, limit: int | None = None) -> Embeddings:
-    """Read a folder of embeddings (ours or clip-retrieval's); EmbeddingsError in one line if it is
-    broken.
+    """Read a folder of embeddings, ours or clip-retrieval's.
 
-    limit : about so many rows at most, of whole files that are spread over the folder.
+    Parameters
+    ----------
+    folder : path
+        With img_emb/ and, optionally, text_emb/, metadata/ and meta.json.
+    limit : int, optional
+        Read about so many rows at most: whole files that are spread over the folder.
+
+    Returns
+    -------
+    Embeddings
+        Keys and unit-norm rows.
+
+    Raises
+    ------
+    EmbeddingsError
+        In one line: no image files, a file that is not whole, a row without direction, text or
+        metadata that do not fit.
+
+    See Also
+    --------
+    index : Keys and files only, for sets larger than memory.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from mclip.data.stores import embeddings
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> (folder / "img_emb").mkdir()
+    >>> np.save(folder / "img_emb" / "img_emb_0.npy", np.eye(3))
+    >>> embeddings.load(folder).image.shape
+    (3, 3)
     """
     folder = Path(folder)
     files, meta = _image_files(folder)
@@ -108,17 +182,38 @@ def load(folder: str | Path, limit: int | None = None) -> Embeddings:
 
 
 def index(folder: str | Path, key: str | None = None) -> Index:
-    """Keys and image files of a folder, ours or clip-retrieval's; no row is read.
+    """List keys and image files of a folder, ours or clip-retrieval's; no row is read.
 
     Parameters
     ----------
-    folder : with img_emb/ and, unless rows shall be named by their numbers, metadata/.
-    key : the metadata column that names a sample; None: the first there is of `NAMES`.
+    folder : path
+        With img_emb/ and, unless row numbers name the samples, metadata/.
+    key : str, optional
+        Metadata column that names a sample; by default the first of key, uid and image_path that
+        there is.
+
+    Returns
+    -------
+    Index
+        What `mclip.balance.balance` and `mclip.cluster.cluster` take: `image` and `keys`.
 
     Raises
     ------
-    EmbeddingsError : one line: no image files, a file that is not whole, no metadata for an image
-        file or not as many rows, no such column, a row without a key.
+    EmbeddingsError
+        In one line: no image files, a file that is not whole, no metadata for an image file or not
+        as many rows, no such column, a row without a key.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from mclip.data.stores import embeddings
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> (folder / "img_emb").mkdir()
+    >>> np.save(folder / "img_emb" / "img_emb_0.npy", np.eye(3))
+    >>> len(embeddings.index(folder).keys)
+    3
     """
     folder = Path(folder)
     files, _ = _image_files(folder)
@@ -133,10 +228,33 @@ def index(folder: str | Path, key: str | None = None) -> Index:
 
 
 def load_shard(folder: str | Path, number: int) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Keys, image and text rows of one shard that `mclip.embed` wrote; the rows stay in their
-    files.
+    """Open one shard that `mclip.embed` wrote; its rows stay in their files.
 
-    Raises EmbeddingsError where one of its files is missing or not whole.
+    Parameters
+    ----------
+    folder : path
+        Of one teacher's embeddings.
+    number : int
+        Of the shard of pairs.
+
+    Returns
+    -------
+    keys : list of str
+        Names of the n samples.
+    image, text : ndarray of float16, shape (n, d)
+        Unit-norm rows, memory-mapped.
+
+    Raises
+    ------
+    EmbeddingsError
+        If one of the shard's files is missing or not whole.
+
+    Examples
+    --------
+    >>> from mclip.data.stores import embeddings
+    >>> embeddings.load_shard("data/none", 0)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    mclip.data.stores.embeddings.EmbeddingsError: data/none/img_emb/img_emb_0000.npy is missing: ...
     """
     files = {part: part_file(Path(folder), part, number) for part in PARTS}
     for path in files.values():
@@ -148,12 +266,57 @@ def load_shard(folder: str | Path, number: int) -> tuple[list[str], np.ndarray, 
 
 
 def part_file(folder: Path, part: str, number: int) -> Path:
-    """Where `mclip.embed` writes a part (of PARTS) of a shard."""
+    """Name the file in which `mclip.embed` writes a part of a shard.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Of one teacher's embeddings.
+    part : {"img_emb", "text_emb", "metadata"}
+        Which part.
+    number : int
+        Of the shard of pairs.
+
+    Returns
+    -------
+    pathlib.Path
+        It need not exist.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from mclip.data.stores.embeddings import part_file
+    >>> part_file(Path("large"), "metadata", 3).as_posix()
+    'large/metadata/metadata_0003.parquet'
+    """
     return folder / part / f"{part}_{number:04d}{PARTS[part]}"
 
 
 def read_meta(folder: Path) -> dict:
-    """The folder's meta.json; {} where it has none."""
+    """Read a folder's meta.json.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Of one teacher's embeddings.
+
+    Returns
+    -------
+    dict
+        Which model, weights and shards; {} without the file.
+
+    Raises
+    ------
+    EmbeddingsError
+        If the file is not JSON.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from mclip.data.stores.embeddings import read_meta
+    >>> read_meta(Path("no/such/folder"))
+    {}
+    """
     path = folder / "meta.json"
     try:
         return json.loads(path.read_text())
@@ -193,8 +356,31 @@ def _numbered(folder: Path, part: str) -> dict[int, Path]:
 
 
 def open_rows(path: str | Path) -> np.ndarray:
-    """A .npy file of (n, d) floats, memory-mapped; EmbeddingsError in one line where it is
-    missing, cut short, pickled or something else.
+    """Open a .npy file of rows, memory-mapped.
+
+    Parameters
+    ----------
+    path : path
+        Of the file.
+
+    Returns
+    -------
+    ndarray of float, shape (n, d)
+        Nothing is read yet.
+
+    Raises
+    ------
+    EmbeddingsError
+        If the file is missing, cut short, pickled, or holds something else.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from mclip.data.stores.embeddings import open_rows
+    >>> np.save(path := tempfile.mkdtemp() + "/rows.npy", np.eye(3))
+    >>> open_rows(path).shape
+    (3, 3)
     """
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -206,8 +392,32 @@ def open_rows(path: str | Path) -> np.ndarray:
 
 
 def check_rows(rows: np.ndarray, name: str | Path) -> np.ndarray:
-    """The rows, unless they are no (n, d) floats; an empty file of a shard without samples may have
-    no columns.
+    """Check that an array holds rows of floats.
+
+    Parameters
+    ----------
+    rows : ndarray
+        An empty file of a shard without samples may have no columns.
+    name : str or pathlib.Path
+        Of the array, for the message.
+
+    Returns
+    -------
+    ndarray of float, shape (n, d)
+        `rows` itself.
+
+    Raises
+    ------
+    EmbeddingsError
+        If it holds anything else.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mclip.data.stores.embeddings import check_rows
+    >>> check_rows(np.arange(3), "rows.npy")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    mclip.data.stores.embeddings.EmbeddingsError: rows.npy: expected floats of shape (n, d), ...
     """
     if rows.ndim != 2 or rows.dtype.kind != "f" or (len(rows) and not rows.shape[1]):
         raise EmbeddingsError(

@@ -152,7 +152,7 @@ def chance(classes: int) -> dict[str, float]:
 
 
 def confusion(result: Result, name: str) -> pd.DataFrame:
-    """Which classes are taken for which, as the mean over the models.
+    """Count which classes are taken for which, as the mean over the models.
 
     Parameters
     ----------
@@ -163,8 +163,22 @@ def confusion(result: Result, name: str) -> pd.DataFrame:
 
     Returns
     -------
-    DataFrame, (classes, classes)
-        Share of each true class (row) that is taken for each class (column).
+    DataFrame, shape (classes, classes)
+        Share of each true class (row) that is taken for each class (column), 0 to 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mclip import evaluate
+    >>> from mclip.data.evalsets import Split
+    >>> split = Split([], [], [0, 1], ["cat", "dog"], [], [], [])
+    >>> empty = dict.fromkeys(evaluate.Result._fields, {})
+    >>> rows = {"s": [torch.eye(2)]}
+    >>> found = {"images": rows, "texts": rows, "splits": {"s": split}}
+    >>> evaluate.confusion(evaluate.Result(**empty | found), "s")
+         cat  dog
+    cat  1.0  0.0
+    dog  0.0  1.0
     """
     split = result.splits[name]
     labels, n = np.asarray(split.answers), len(split.classes)
