@@ -21,6 +21,8 @@ DOTTED = re.compile(r"(?<![\w./-])mclip(?:\.[a-z_]\w*)+", re.IGNORECASE)
 IMPORT = re.compile(r"from (mclip[\w.]*) import ([\w, ]+)")
 FOLDERS = "mclip|tests|notebooks|benchmarks|params"
 PATH = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w./-]*\w")
+# "`FILE::test_one`, `::test_two`"
+TESTS = re.compile(r"`(tests/[\w/]+\.py)((?:(?:`,\s`)?::\w+)+)`")
 # a command stands at the beginning of a line, or in backticks
 COMMAND = re.compile(r"(?:^ *(?:# *)?|`)(?:python -m )?mclip ([a-z]+)([^`\n#]*)", re.MULTILINE)
 YOURS = {"params/mine.yaml"}  # README's names for files of the reader
@@ -65,6 +67,9 @@ def test_what_a_document_names_exists(path):
     paths = {name for name in PATH.findall(text) if not is_placeholder(name)} - YOURS
     wrong = [name for name in dotted if not exists(name)]
     wrong += [name for name in paths if not (ROOT / name).exists()]
+    for file, tests in TESTS.findall(text):
+        written = (ROOT / file).read_text()
+        wrong += [name for name in re.findall(r"::(\w+)", tests) if f"def {name}(" not in written]
     for command, rest in COMMAND.findall(text):
         wrong += [f"mclip {command}{' ' + what if what else ''}" for what in unknown(command, rest)]
     assert not wrong, "\n".join(sorted(wrong))

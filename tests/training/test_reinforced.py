@@ -5,7 +5,7 @@ layout is read.
 import gzip
 import io
 import json
-import types
+import sys
 
 import numpy as np
 import pytest
@@ -57,19 +57,35 @@ def test_bf16_is_stored_as_it_always_was(tmp_path):
     assert sum(t.nbytes for t in stored.values()) == 5 * codec.bytes_a_row(7)
 
 
-def test_another_codec_is_named_in_the_file(tmp_path, monkeypatch):
-    """One that stores a scale a row beside the numbers, as int8 needs it."""
-    halves = types.SimpleNamespace(
-        encode=lambda rows: {"": (2 * rows.float()).half(), "_scale": torch.full(rows.shape, 0.5)},
-        decode=lambda stored: stored[""].float() * stored["_scale"],
-    )
-    get = codecs.get
-    monkeypatch.setattr(codecs, "get", lambda name: halves if name == "halves" else get(name))
+HALVES = '''
+"""Twice the rows, and a half for each number beside them: two tensors, as int8 with a scale has."""
+
+import torch
+
+
+def encode(rows):
+    return {"": (2 * rows.float()).half(), "_scale": torch.full(rows.shape, 0.5)}
+
+
+def decode(stored):
+    return stored[""].float() * stored["_scale"]
+
+
+def bytes_a_row(width):
+    return 6 * width
+'''
+
+
+def test_a_codec_is_a_file_and_its_name_is_stored(tmp_path, monkeypatch):
+    (tmp_path / "halves.py").write_text(HALVES)
+    monkeypatch.setattr(codecs, "__path__", [*codecs.__path__, str(tmp_path)])
+    assert codecs.names() == ["bf16", "halves"]
     written = shard()
     reinforced.write_shard(tmp_path, 0, written, "halves")
     read = reinforced.read_shard(tmp_path, 0)
     assert torch.equal(read.image_emb, written.image_emb.float())
     assert torch.equal(read.text_emb, written.text_emb.float())
+    del sys.modules["mclip.data.stores.codecs.halves"], codecs.halves
 
 
 def test_an_unknown_codec_is_refused(tmp_path):
