@@ -38,7 +38,7 @@ from mclip.report.pages import (
 from mclip.system.files import whole_folder
 
 ASKED = (
-    "CLIP-CID (arXiv 2408.09441) and MobileCLIP (arXiv 2311.17049) each claim that a small image- "
+    "CLIP-CID (arXiv 2408.09441) and MobileCLIP (arXiv 2311.17049) each claim that a small image-"
     "text model learns more from the same training when a big one helps: the first by dropping "
     "near-duplicate images and distilling clusters and instances, the second by storing "
     "augmentations, synthetic captions and the teachers' embeddings once and matching their "
