@@ -4,10 +4,10 @@
     result.centres    # (k, d) float32, unit norm: the first value of W in mclip.losses.ClusterLoss
     result.labels     # (n,) int64
 
-On a GPU where faiss has one. All rows take part in every iteration (faiss alone would draw 256 a
-centre), or as many as memory has room for: `points` of them a centre, 4 bytes a number. Labels are
-found block by block. The same seed gives the same bytes on the same machine, also with another
-number of threads.
+It runs on a GPU if faiss has one. All rows take part in every iteration (faiss alone would draw 256
+a centre), or `points` of them a centre where memory is short, at 4 bytes a number. Labels are found
+block by block. The same seed gives the same bytes on the same machine, whatever the number of
+threads.
 """
 
 from collections.abc import Iterator

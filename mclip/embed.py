@@ -1,8 +1,8 @@
-"""Image and text embeddings of every pair, in clip-retrieval's layout
-(mclip.data.stores.embeddings, which also reads it).
+"""Embed every pair, images and texts, in clip-retrieval's layout.
 
-`run` writes a shard's three files whole, so an interrupted run goes on where it stopped; a shard is
-embedded again when the model's weights, the precision or the shard's bytes have changed.
+`mclip.data.stores.embeddings` has the layout and reads it. `run` writes a shard's three files
+whole, so an interrupted run continues where it stopped; a shard is embedded again when the model's
+weights, the precision or the shard's bytes have changed.
 
     embeddings = mclip.embed.load("data/embeddings/large")
     embeddings.image        # (n, d) fp16

@@ -1,10 +1,9 @@
-"""Reinforce the kept pairs once; every later training replays it and never loads a teacher
-(papers.md 2.1).
+"""Reinforce the kept pairs once; training replays them and never loads a teacher (papers.md 2.1).
 
-Per kept pair: n_aug strong augmentations as parameters, n_syn synthetic captions, and the
-ensemble's embeddings of each augmented picture and of each caption, true one first. Work goes shard
-by shard: a shard appears when it is whole, and a rerun with the same settings makes those that are
-missing, by one process or by many.
+Stored for each kept pair: n_aug strong augmentations as parameters, n_syn synthetic captions, and
+the ensemble's embeddings of each augmented picture and of each caption, the true one first. Work
+proceeds shard by shard: a shard appears when it is whole, and a rerun with the same settings makes
+the missing ones, by one process or by several.
 """
 
 import functools

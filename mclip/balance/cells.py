@@ -1,13 +1,13 @@
-"""Cells of near rows, and what tells that rows of two cells are farther apart than a distance.
+"""Cells of nearby rows, and bounds that rule out pairs of cells farther apart than a distance.
 
 k-means puts n rows into cells with centres c. With `s_C(x) = c_C.x - |c_C|^2 / 2`, the score of x
 for cell C, the function `f = s_A - s_B` grows by at most |c_A - c_B| for each unit of distance.
-`extents` takes its largest value over the rows of each cell, once for all limits; then a row x of A
-can have a neighbour within e in B only if
+`extents` computes its largest value over the rows of each cell, once for all limits; then a row x
+of A can have a neighbour within e in B only if
 
     s_A(x) - s_B(x) <= max over y in B of (s_A(y) - s_B(y)) + e |c_A - c_B|
 
-whichever way the rows were given to the cells: nothing here rests on exact k-means.
+This holds however rows are assigned to cells: nothing here relies on exact k-means.
 """
 
 import numpy as np

@@ -1,5 +1,6 @@
-"""Connected components of the links up to a distance: by threads here or by many workers, and over
-a killed run.
+"""Connected components of the links up to a distance, by threads or by several workers.
+
+A killed search continues from its state file.
 """
 
 import hashlib

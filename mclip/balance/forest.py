@@ -1,9 +1,8 @@
-"""Minimum spanning forest of all links up to a distance: what every smaller threshold would join,
-from one search.
+"""Minimum spanning forest of all links up to a distance.
 
-Here, by threads, or by many workers (`mclip.system.workers`), each with the forest of its own part:
-an edge that is in no forest of the edges seen so far is in no later one either, so forests are all
-that has to be held and merged.
+One search for the forest answers what every smaller threshold would join. Threads compute it, or
+several workers (`mclip.system.workers`), each for its own part. An edge that is in no forest of the
+edges seen so far is in no later forest either, so only forests are held and merged.
 """
 
 from collections.abc import Iterable

@@ -2,19 +2,19 @@
 
 Bounds (of `mclip.balance.prepared.Prepared`) rule pairs out before their full rows are read:
 
-1. `mclip.balance.cells` tells which cells of short rows (`mclip.balance.prepared`), and which rows
-   of them, can have a pair at all: one product of 64 numbers for each row and cell, once for all
+1. `mclip.balance.cells` finds the cells of short rows (`mclip.balance.prepared`), and the rows in
+   them, that can form a pair at all: one product of 64 numbers for each row and cell, once for all
    limits.
-2. Short rows of such a row and cell are multiplied.
-3. What passes both is held against the coordinates that follow, a thirty-second of the width.
-4. Pairs that the caller does not want any more, as both are in one set already, are never measured.
+2. The short rows of such a row and cell are multiplied.
+3. Pairs that pass both are compared on the coordinates that follow, a thirty-second of the width.
+4. Pairs that the caller no longer needs, because both are in one set already, are never measured.
 
-What is left is measured nearest first; where the caller tells sets, by spanning forests of what
-could join them. Where the bounds rule out too little to pay (no decaying spectrum, a large limit),
-full rows are multiplied instead, so that the worst case is the blocked product of all rows.
+The rest is measured nearest first; where the caller asks for sets, by spanning forests of what
+could join them. Where the bounds rule out too little to pay off (no decaying spectrum, a large
+limit), full rows are multiplied instead, so that the worst case is the blocked product of all rows.
 
 Rounding never decides: products of short rows are compared with a margin for that of fp16 and
-float32, and full products that float32 cannot tell from the limit are measured in float64.
+float32, and full products that float32 cannot separate from the limit are measured in float64.
 """
 
 import threading

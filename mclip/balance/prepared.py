@@ -1,14 +1,13 @@
 """Rows prepared for the search for links: a few coordinates a row, sorted into cells.
 
 1. Rows are rotated to the principal axes of a sample and cut to the leading AXES coordinates y and
-   the norm r of what is left. For unit rows `|x - x'| >= |z - z'|` with z = (y, r), itself a unit
+   the norm r of the remainder. For unit rows `|x - x'| >= |z - z'|` with z = (y, r), itself a unit
    vector: one product of 64 numbers a pair instead of the full width.
-2. These short rows are sorted into cells, which `mclip.balance.cells` tells apart.
+2. These short rows are sorted into cells, for which `mclip.balance.cells` has bounds.
 3. The coordinates that follow, a thirty-second of the width, are kept beside them for a second
-   look.
+   comparison.
 
-Both are fp16, a sixth of the bytes of 1,280 fp16 columns; what they are rounded by is part of the
-bounds.
+Both are fp16, a sixth of the bytes of 1,280 fp16 columns; their rounding is part of the bounds.
 """
 
 import warnings

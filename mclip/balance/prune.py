@@ -1,17 +1,15 @@
-"""What else drops images by their embeddings: the baselines of the threshold ablation, at a size
-that is given.
+"""Other ways to drop images by their embeddings: the baselines of the threshold ablation.
 
     # (n,) bool, exactly `count` True
     keep = prune.semdedup(embeddings, count, clusters=300, seed=0)
 
-- `semdedup`: SemDeDup (arXiv 2303.09540): k-means; within a cluster, of two images nearer than a
-  threshold one goes.
-- `density`: density-based pruning (arXiv 2401.04578): dense clusters that lie close to others give
-  most away.
+- `semdedup`: SemDeDup (arXiv 2303.09540): k-means; of two images in a cluster that are nearer than
+  a threshold, one is dropped.
+- `density`: density-based pruning (arXiv 2401.04578): dense clusters close to others lose most.
 - `random`: the control.
 
 None of them sees pairs across clusters, which `mclip.balance` does. All take the number of rows to
-keep, so that they are compared at equal size; SemDeDup's threshold follows from it.
+keep, so that they can be compared at equal size; SemDeDup's threshold follows from it.
 """
 
 from typing import NamedTuple

@@ -1,9 +1,8 @@
-"""Image semantic balance (CLIP-CID, arXiv 2408.09441; papers.md 1.1): drop images that repeat
-another.
+"""Image semantic balance: drop images that repeat another (CLIP-CID; papers.md 1.1).
 
-Two images whose embeddings are at most a threshold apart are linked; linked images, also by chains,
-are one set (single linkage); of each set the image nearest to the set's centroid is kept, ties by
-the lowest key.
+Two images whose embeddings are at most a threshold apart are linked. Linked images are one set,
+also by chains (single linkage). Of each set the image nearest to the set's centroid is kept; ties
+go to the lowest key.
 
     mclip balance EMBEDDINGS OUT --threshold 0.07 --metric sql2    # any clip-retrieval folder
 
@@ -14,9 +13,9 @@ The paper doesn't say which distance its 0.07 is, so the metric is explicit, on 
 rows: "l2" = |x - y|, "sql2" = |x - y|^2 (faiss's convention), "cosine" = 1 - x.y. They order pairs
 alike and convert exactly: sql2 = l2^2 = 2 cosine.
 
-How: `mclip.balance.links` finds the links without measuring most pairs, and decides each as float64
-would; they are joined as they are found (`mclip.balance.unionfind`). Beside the embeddings, which
-stay where they are, memory is about 270 bytes a row of 1,280 columns, at most 130 MB for cells, and
+`mclip.balance.links` finds the links without measuring most pairs, and decides each as float64
+would; `mclip.balance.unionfind` joins them as they are found. Besides the embeddings, which stay
+where they are, this takes about 270 bytes a row of 1,280 columns, at most 130 MB for cells, and
 some blocks (figures: benchmarks/balance.md).
 """
 

@@ -1,6 +1,4 @@
-"""Union-find on arrays: sets of the rows 0..n-1, joined a batch of links at a time; forests of
-links.
-"""
+"""Union-find on arrays: sets of the rows 0..n-1, joined by batches of links, and forests."""
 
 import numpy as np
 from scipy.sparse import coo_array

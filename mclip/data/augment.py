@@ -5,10 +5,10 @@ magnitude, op, magnitude, ...]`; the crop box is in pixels of the source image, 
 `magnitude` is the signed value that torchvision's RandAugment applies at `image_px`.
 
 `draw` makes rows from a sample's key alone, so they don't depend on order, shard or worker.
-`replay` turns a row and the source image into the augmented picture of `image_px` pixels: the
-picture is *defined* at that size, and who wants another (a teacher, a student) resizes it. So
-teacher and student see the same picture, and a translation in pixels means the same to both. (The
-published reinforced sets replay translations of 224 px unscaled at other sizes.)
+`replay` turns a row and the source image into the augmented picture of `image_px` pixels. The
+picture is *defined* at that size; a teacher or student of another size resizes it. So teacher and
+student see the same picture, and a translation in pixels means the same to both. (The published
+reinforced sets replay translations of 224 px unscaled at other sizes.)
 """
 
 import functools

@@ -1,11 +1,11 @@
-"""Somebody else's shards: read once, every image decoded, what can't be used listed by name.
+"""Check shards from elsewhere: read once, decode every image, list what can't be used by name.
 
     shards = ["/data/cc3m/{00000..00331}.tar"]
     manifest = check_shards(shards, "data/pairs", state="data/cache/checked")
 
-Shards are independent, so they go to as many processes as there are cores, or to a Ray cluster
-(mclip.system.workers). What was found of each lies in the state's folder until all are done: a
-killed check goes on where it was.
+Shards are independent, so they are distributed over as many processes as there are cores, or over a
+Ray cluster (mclip.system.workers). The result for each stays in the `state` folder until all are
+done, so that a killed check continues.
 """
 
 import io

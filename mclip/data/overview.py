@@ -1,4 +1,4 @@
-"""A checked folder of pairs as a table, and single pictures of it: what the data notebook looks at.
+"""A folder of pairs as a table, and single pictures of it, for the data notebook.
 
 Web sets are too large to hold: `table` reads whole shards, evenly spread over the set, up to a
 limit, and keeps no image; `pictures` and `described` read the shards again for the few that are

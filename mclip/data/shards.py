@@ -1,15 +1,15 @@
-"""Image-text pairs as webdataset tars: write, read.
+"""Write and read image-text pairs as webdataset tars.
 
 A shard is a tar of `KEY.{jpg,jpeg,png,webp}` + `KEY.txt` + `KEY.json`, as img2dataset writes it and
-open_clip's trainer reads it. A folder of shards is whole when it has its manifest.json, written
+open_clip's trainer reads it. A folder of shards is complete when it has its manifest.json, written
 last::
 
     {"shards": [{"file", "samples", "sha256"}, ...], "samples": n,
      "skipped": [{"file", "key", "reason"}, ...]}
 
-`file` is relative to the folder, absolute or a URL; `samples` counts what is kept.
-`mclip.data.check` makes the manifest of somebody else's set, which lists what is skipped;
-`iter_samples` then skips exactly that.
+`file` is relative to the folder, absolute or a URL; `samples` counts what is kept. For shards from
+elsewhere `mclip.data.check` makes the manifest and lists there what to skip; `iter_samples` skips
+exactly that.
 """
 
 import hashlib

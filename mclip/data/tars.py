@@ -1,8 +1,8 @@
-"""Tars as streams: written with nothing in them but the samples, read as far as they are readable.
+"""Tars as streams: written with nothing but the samples, read as far as they are readable.
 
-webdataset writes them and opens URLs; reading is the standard library's, because a damaged tar must
-give up its good samples, and because webdataset imports torch, which processes that only read do
-without.
+webdataset writes them and opens URLs. They are read by the standard library, for two reasons: a
+damaged tar must still yield its good samples, and webdataset imports torch, which processes that
+only read do not need.
 """
 
 import hashlib

@@ -1,9 +1,8 @@
-"""The captions of a set of pairs and their tokens, each read and tokenised once for all the runs
-that train on it.
+"""The captions of a set of pairs and their tokens, each read and tokenised once for all runs.
 
-Without a GPU short runs are many: reading 12,000 captions from their tars and tokenising 14,000 in
-Python would be a quarter of a study's training. Both are kept below `cache`, under the digest of
-all that they are made of.
+Without a GPU there are many short runs: reading 12,000 captions from their tars and tokenising
+14,000 in Python would take a quarter of a study's training. Both are kept below `cache`, under a
+digest of everything they are made from.
 """
 
 import hashlib

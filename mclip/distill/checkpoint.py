@@ -1,5 +1,6 @@
-"""A run's checkpoint: what it takes to go on with the same batches to the same bytes, whatever the
-number of ranks.
+"""A run's checkpoint: all that is needed to continue with the same batches to the same bytes.
+
+It does not depend on the number of ranks.
 """
 
 from pathlib import Path

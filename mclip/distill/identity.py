@@ -1,7 +1,7 @@
-"""What the result of a training run depends on, all of it, as one digest.
+"""Everything that the result of a training run depends on, as one digest.
 
-Checkpoints, finished students and the studies' cache go by it: what was trained with other data,
-settings, code or libraries is never taken for this run, nor gone on with.
+It names checkpoints, finished students and the studies' cache: a model that was trained with other
+data, settings, code or libraries is neither taken for this run nor continued.
 """
 
 from dataclasses import asdict

@@ -1,10 +1,10 @@
-"""A causal text tower while a student trains: positions behind a caption's end are not computed.
+"""Skip the positions behind a caption's end in a causal text tower while a student trains.
 
 The tower's output is that of the end token, the largest id, and under a causal mask it reads
 nothing that comes after. Captions of half the context are common (of the default's 16 tokens they
 use 9, of CLIP's 77 about 20), so a batch goes through the tower in two groups, each cut to its
-longest caption: the same features to rounding, a third of the text tower's arithmetic less in the
-default.
+longest caption: the same features up to rounding, and in the default a third less arithmetic in the
+text tower.
 """
 
 from collections.abc import Callable

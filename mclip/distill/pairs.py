@@ -1,12 +1,12 @@
-"""The pairs that a run trains on, opened once for all of the run.
+"""The pairs that a run trains on, opened once for the whole run.
 
 A recipe answers two questions: which pairs (`pairs: all | kept`, those that `balance` kept) and
 whether captions, crops and ensemble embeddings come from the reinforced set (`reinforced`). Each
-answer that there is, is one class here. It says all that differs: the folders it reads, its keys
-and counts, captions, crops, and what its decoded pictures depend on. Nobody else asks which it is.
+possible answer is one class here, which holds all that differs: the folders it reads, its keys and
+counts, captions, crops, and what its decoded pictures depend on. No other module asks which it is.
 
-`open_pairs` reads nothing yet, and neither torch nor a stage's tensors are needed to plan a run:
-what costs time is imported and read where it is first asked for.
+`open_pairs` reads nothing yet, and planning a run needs neither torch nor a stage's tensors: slow
+imports and reads are left until they are needed.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,6 +1,4 @@
-"""The pictures that a training set shows: each a few stored views, decoded once into a mapped file
-or as they come.
-"""
+"""The pictures of a training set: stored views, decoded into a mapped file or streamed."""
 
 from collections.abc import Iterator
 from importlib.metadata import version

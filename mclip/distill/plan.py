@@ -1,11 +1,11 @@
-"""Train the student with one recipe, a run a seed (papers.md 1.5, 2.2, 2.3).
+"""Train the student with one recipe, one run a seed (papers.md 1.5, 2.2, 2.3).
 
-`runs_of` says what to run, `run_recipe` starts `mclip.distill.trainer` for each, `parallel_runs` of
+`runs_of` plans the runs. `run_recipe` starts `mclip.distill.trainer` for each, `parallel_runs` of
 them side by side, each in a process of its own (torchrun starts `distill.train.processes` below
-it). A run that was finished by a killed stage is not trained again; one that was under way goes on
-at its checkpoint. Both only where all that its result depends on is the same
-(`mclip.distill.identity`): else it is trained from the start, in the same folders. Importing this
-module takes neither torch nor open_clip.
+it). If the stage was killed, its finished runs are not trained again, and an unfinished one
+continues at its checkpoint, provided that everything its result depends on is unchanged
+(`mclip.distill.identity`); otherwise it is trained from the start, in the same folders. Importing
+this module imports neither torch nor open_clip.
 """
 
 import json

@@ -1,5 +1,6 @@
-"""What a training run is: `mclip.distill.plan` writes it as RUN.json, `mclip.distill.trainer` reads
-it. Imports nothing heavy.
+"""What a training run is, as RUN.json: `mclip.distill.plan` writes it, the trainer reads it.
+
+Imports nothing heavy.
 """
 
 import json

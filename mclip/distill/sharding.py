@@ -1,10 +1,9 @@
-"""A training run's checkpoint with every parameter whole, whatever the number of ranks that its
-rows lie on.
+"""A training run's checkpoint with every parameter whole, however its rows are spread over ranks.
 
 A module whose parameter's rows are spread over the ranks of its `group` (each has a `part` of them)
 says so by `sharded`: {parameter's name: number of rows in all}, as `mclip.losses.ClusterLoss` does.
-`whole` and `own` translate between what each rank has of a model's and its optimizer's state and
-what a file holds.
+`whole` and `own` translate between each rank's part of a model's and its optimizer's state and the
+content of a file.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,4 @@
-"""One batch through student and objective: forward and backward, all at once or in parts, on one
-rank or several.
-"""
+"""One batch through student and objective, forward and backward, whole or in parts."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,9 +1,8 @@
-"""What a training set says of each pair beside its pixels: caption, and what the teachers said of
-it.
+"""What a training set holds for each pair besides pixels: the caption and the teachers' targets.
 
-It ties together what the stages wrote: the pairs of a run (`mclip.distill.pairs`), their cluster
+It combines the output of several stages: the pairs of a run (`mclip.distill.pairs`), their cluster
 labels and teacher embeddings. `load_side` reads all of it, for sets that are held in memory;
-`shard_side` one shard's part, for sets that are not: it finds a shard's keys in mapped tables
+`shard_side` reads one shard's part, for sets that are not: it finds a shard's keys in mapped tables
 (`mclip.data.stores.lookup`) and opens that shard's files only.
 """
 

@@ -1,10 +1,10 @@
-"""The trainer: one student, one recipe, one seed; one process or several under torchrun.
+"""The trainer: one student, one recipe, one seed; one process, or several under torchrun.
 
     python -m mclip.distill.trainer RUN.json       # written by mclip.distill.plan; see runs.Run
 
 Every recipe of both papers goes through this one loop; a recipe is a set of loss weights and data
-choices (`Objective`). A killed run goes on at its last checkpoint with the same batches; the model
-folder appears at the end.
+choices (`Objective`). A killed run continues at its last checkpoint with the same batches; the
+model folder appears at the end.
 """
 
 import argparse

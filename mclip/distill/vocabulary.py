@@ -1,9 +1,9 @@
-"""The token embedding while a student trains: only the rows that its captions use.
+"""Train only the rows of the token embedding that a student's captions use.
 
 A caption set of a few thousand words uses a few thousand of CLIP's 49,408 tokens, but each step
-fills, clips and updates all rows' gradients and moments: a sixth of the default's step. Rows
-without a gradient change by weight decay alone, all by the same factor; one of them is kept to see
-by how much.
+would fill, clip and update the gradients and moments of all rows: a sixth of the default's step.
+Rows without a gradient change by weight decay alone, all by the same factor; one of them is kept to
+measure it.
 
     kept = vocabulary.shrink(student, [tokens, syn_tokens])  # before the optimizer is made
     tokens = kept.tokens(tokens)                             # ids of the small table

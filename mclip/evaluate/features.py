@@ -1,6 +1,4 @@
-"""Features that an evaluation compares: pictures and classes as several models see them, each made
-once.
-"""
+"""Embeddings that an evaluation compares, pictures and classes, each computed once a model."""
 
 from collections.abc import Callable, Iterator, Sequence
 

@@ -1,4 +1,4 @@
-"""Ranks by cosine, which the metrics of every task are made of.
+"""Ranks by cosine, from which every task calculates its metrics.
 
 Of equal similarities the earlier gallery row comes first, as in argmax. So a collapsed model scores
 as if it always named the first class, which is chance and not 1.

@@ -1,4 +1,4 @@
-"""Evaluation sets that a command line names: of the registry, a suite, or a folder."""
+"""Evaluation sets named on a command line: from the registry, as a suite, or as a folder."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,6 +1,4 @@
-"""What an evaluation found, as tables: the headline number, the files of `reports/metrics`,
-confusions.
-"""
+"""Results of an evaluation: the headline number, the files of `reports/metrics`, predictions."""
 
 import json
 from collections.abc import Mapping, Sequence

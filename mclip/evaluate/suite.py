@@ -1,11 +1,11 @@
-"""The loop of an evaluation: models that share their preprocessing, sets, and each set's task.
+"""Evaluate models that share their preprocessing on sets, each by its task.
 
 Every picture is decoded once for all models of a call (`evaluate_many`) and encoded once for all
 tasks, also where two sets hold the same pictures; every text is encoded once for all sets. Nothing
 is written to disk. A missing set or a picture that can't be decoded is named in `Result.problems`.
 
-What is measured is said by `mclip.evaluate.tasks`; here a linear probe (`mclip.evaluate.probe`) is
-added where a set asks for one, as `probe_top1`. Metrics are fractions, 0 to 1.
+`mclip.evaluate.tasks` defines what is measured; a linear probe (`mclip.evaluate.probe`) is added
+here, as `probe_top1`, where a set asks for one. Metrics are fractions, 0 to 1.
 
 Zero-shot and retrieval give CLIP_benchmark's numbers on the same model and set
 (tests/evaluation/test_parity.py).

@@ -1,5 +1,6 @@
-"""MobileCLIP's distillation loss (arXiv 2311.17049, equations 2-4): match the teachers' similarity
-matrices.
+"""MobileCLIP's distillation loss: match the teachers' similarity matrices.
+
+arXiv 2311.17049, equations 2-4:
 
 S_g(U, V)  = row-softmax(g U V^T)
 L_I2T      = (1/(bK)) sum_k KL( S_gk(teacher_k image, teacher_k text) || S_g(image, text) )

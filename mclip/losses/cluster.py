@@ -33,7 +33,8 @@ class ClusterLoss(nn.Module):
     centres : Tensor, shape (k, d)
         Unit-norm rows; W's first value. Anything else makes training collapse, says the paper.
     sample_rate : float, default 0.1
-        Fraction r of the other centres, in (0, 1]; 1 uses all. In `eval()` all centres are used, nothing is drawn.
+        Fraction r of the other centres, in (0, 1]; 1 uses all. In `eval()` all centres are
+        used and nothing is drawn.
     alpha : float, default 0.999
         Weight of L_KL, 0 to 1.
     reading : {"convex", "additive"}, default "convex"

@@ -1,4 +1,4 @@
-"""What the plain and the tiled losses share: checks of arguments, and small arithmetic."""
+"""Argument checks and small arithmetic that the plain and the tiled losses share."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,5 +1,6 @@
-"""CLIP's symmetric contrastive loss (arXiv 2103.00020, Figure 3), and the NCE that other losses
-build on.
+"""CLIP's symmetric contrastive loss, and the NCE that other losses build on.
+
+arXiv 2103.00020, Figure 3:
 
 NCE(A, B) = -(1/2b) sum_i [ log softmax_j(g a_i.b_j)_i + log softmax_j(g b_i.a_j)_i ],   g = 1 / tau
 """

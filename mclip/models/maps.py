@@ -1,4 +1,4 @@
-"""Feature maps: where in a picture an image tower sees what, and which caption.
+"""Feature maps: what an image tower sees where in a picture, and which caption fits there.
 
     eye = maps.load("local-dir:models/students/clip/seed0", 256)   # any open_clip model; 256 pixels
     maps.feature_maps(eye, images)                                  # (n, 16, 16, c), images: PIL
@@ -11,12 +11,12 @@ default student: stride 16 at 32 pixels), so `load` enlarges the pictures, and w
 position embeddings are interpolated. The tower then sees parts of things at the size at which it
 was trained on whole ones.
 
-A caption's map is gradient-free: the head that the tower puts on its pooled features is put on
-every cell, and each cell's score is its share of the cosine between picture and caption. Where the
-pool is a mean and the head linear (the default student and teachers, ViTs with average pooling) the
-shares' mean *is* that cosine: the class activation map of Zhou et al. (arXiv 1512.04150), with a
-caption for a class. With a class token or an attention pool it is not (the cells are then projected
-as in MaskCLIP, arXiv 2112.01071): compare the two numbers.
+A caption's map needs no gradients: the head that the tower applies to its pooled features is
+applied to every cell, and each cell's score is its share of the cosine between picture and caption.
+Where the pool is a mean and the head linear (the default student and teachers, ViTs with average
+pooling) the shares' mean *is* that cosine: the class activation map of Zhou et al. (arXiv
+1512.04150), with a caption for a class. With a class token or an attention pool it is not (the
+cells are then projected as in MaskCLIP, arXiv 2112.01071): compare the two numbers.
 """
 
 import copy

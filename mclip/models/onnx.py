@@ -1,11 +1,11 @@
-"""Towers as ONNX: written, run in onnxruntime, compared with torch.
+"""Write towers as ONNX, run them in onnxruntime, and compare them with torch.
 
     tower = Tower(mclip.models.for_inference(model), "image")
     to_onnx(tower, "image.onnx")
     agreement("image.onnx", tower, tower.example(4))     # the lowest cosine to torch's embeddings
 
 A tower has one input, `pixels` (batch, 3, h, w) float32 or `tokens` (batch, context) int64, and one
-output, `image_embedding` or `text_embedding` (batch, d), unit-norm. Any batch size goes.
+output, `image_embedding` or `text_embedding` (batch, d), unit-norm. Any batch size is accepted.
 """
 
 import math

@@ -1,5 +1,4 @@
-"""timm trunks as the vision tower of open_clip's CoCa, which needs one vector and a row of tokens
-an image.
+"""timm trunks as the vision tower of open_clip's CoCa, which needs a vector and tokens of an image.
 
 open_clip's own timm towers give the vector only. These are registered with timm when mclip.models
 is imported; open_clip then makes them from `{"timm_model_name": "mclip_tokens_efficientnet_lite0",

@@ -1,6 +1,4 @@
-"""Weights in files: MobileCLIP's published ones, and what is wrong with those that don't fit, in
-one line.
-"""
+"""Weights in files: MobileCLIP's published ones, and one-line errors for those that don't fit."""
 
 import difflib
 import pickle

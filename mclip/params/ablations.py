@@ -1,5 +1,7 @@
-"""The section `ablations`: studies of recipe variants and learning curves (mclip/studies/ablate.py)
-and, found by their names, the studies that are a file of their own in mclip/studies.
+"""The section `ablations`: studies of recipe variants, learning curves, and the other studies.
+
+Variants and curves: mclip/studies/ablate.py. The others are files of their own in mclip/studies,
+found by their names.
 """
 
 import importlib

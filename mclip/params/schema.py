@@ -1,4 +1,4 @@
-"""params.yaml as a whole: read, checked, with an overlay laid over it."""
+"""Read and check params.yaml as a whole, and lay overlays over it."""
 
 import io
 from collections.abc import Iterator

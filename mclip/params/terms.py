@@ -1,4 +1,4 @@
-"""What a recipe says of the terms of its loss, checked by what mclip/distill/terms says of them."""
+"""Check a recipe's keys against the terms of its loss (mclip/distill/terms)."""
 
 import importlib
 from collections.abc import Iterable, Mapping

@@ -1,6 +1,4 @@
-"""Parameters as plain trees: read, lay one over another, pick; and what to say of a key that is
-wrong.
-"""
+"""Parameters as plain trees: read, merge, pick; and messages about keys that are wrong."""
 
 import difflib
 from collections.abc import Iterable, Iterator, Sequence

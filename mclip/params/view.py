@@ -1,4 +1,4 @@
-"""What a stage's notebook sees of the parameters: what dvc.yaml lists for it, as attributes."""
+"""The parameters that a stage's notebook sees: those that dvc.yaml lists for it, as attributes."""
 
 import os
 from pathlib import Path

@@ -1,15 +1,15 @@
-"""What each stage's result depends on besides its data and params.yaml: the code, and what the
-schema fills in.
+"""List what each stage's result depends on besides its data and params.yaml.
 
-    mclip code     # the stage `code`: data/code/NAME for each notebook executed as reports/NAME.ipynb
+    mclip code     # the stage `code`: data/code/NAME for each notebook executed as
+    reports/NAME.ipynb
 
 A line of data/code/NAME is a digest and a file: the modules that the notebook imports, at any depth
 (`mclip.system.source`). A comment, a docstring or another line break reruns nothing; any other edit
 reruns the stages that depend on it, and no list is kept by hand.
 
 The last line, VALUES, is a digest of what the schema of params.yaml fills in where the file is
-silent: defaults, and the registry's entries of evaluation sets. What the file says is left to DVC,
-which compares it key by key.
+silent: defaults, and the registry's entries of evaluation sets. Changes of the file itself are left
+to DVC, which compares it key by key.
 """
 
 import sys
@@ -106,7 +106,7 @@ def depends_on(package: Package, names: Iterable[str] | None = None) -> dict[str
 
 
 def recorded(name: str, root: str | Path = ".") -> dict[str, str]:
-    """What data/code says of a stage, file -> digest; FileNotFoundError where `code` has not run."""
+    """data/code's lines of a stage, file -> digest; FileNotFoundError if `code` has not run."""
     lines = (Path(root) / FOLDER / name).read_text().splitlines()
     return {path: checksum for checksum, path in (line.split("  ", 1) for line in lines)}
 

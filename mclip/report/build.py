@@ -1,5 +1,4 @@
-"""The report: every executed notebook as a self-contained page, and an index that says what came
-out.
+"""Build the report: every executed notebook as a self-contained page, and an index of the results.
 
     mclip report       # reports/**/*.ipynb -> reports/site/index.html and a page a notebook
 

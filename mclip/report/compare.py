@@ -1,8 +1,7 @@
-"""Recipes side by side: the metrics files of all stages as one table, and which differences are
-more than noise.
+"""Compare recipes: the metrics of all stages as one table, and which differences exceed the noise.
 
-    frame, _ = metrics.read_seeds(["clip", "combined"])     # mclip.data.stores.metrics
-    compare.verdicts(compare.main_metric(frame), baseline="clip")
+frame, _ = metrics.read_seeds(["clip", "combined"])     # mclip.data.stores.metrics
+compare.verdicts(compare.main_metric(frame), baseline="clip")
 """
 
 import math

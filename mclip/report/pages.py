@@ -1,6 +1,4 @@
-"""Executed notebooks as pages of the report's site: what the index says of each, and its body as
-HTML.
-"""
+"""Executed notebooks as pages of the report's site: the index's entry, and the body as HTML."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The papers' own numbers that the ablations show beside ours, each with where it stands; percent.
+"""The papers' own numbers that the ablations show beside ours, with their sources; percent.
 
-None of them was measured here: other data, other students, other sets. What a paper only says in
-words is a claim of the notebook; a number that is not known is not here.
+None of them was measured here: other data, other students, other sets. What a paper says in words
+only is a claim of the notebook; numbers that are not published are not here.
 """
 
 CLIP_CID, MOBILECLIP = "arXiv 2408.09441", "arXiv 2311.17049"

@@ -1,4 +1,4 @@
-"""Learning efficiency: how many times fewer samples a recipe takes to the same accuracy."""
+"""Learning efficiency: how many times fewer samples a recipe needs for the same accuracy."""
 
 import math
 from collections.abc import Mapping, Sequence

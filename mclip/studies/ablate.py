@@ -1,5 +1,4 @@
-"""Ablations: variants of a recipe or of its data, trained alike, scored alike
-(notebooks/ablations).
+"""Ablations: variants of a recipe or of its data, trained alike, scored alike.
 
     # p: the stage's parameters; plans, trains, scores, in that order:
     study = ablate.outcome("terms", p)
@@ -8,11 +7,11 @@
     # trains, scores, writes reports/metrics/ablations/terms.*
     main = ablate.finish("terms", runs, p)
 
-A study trains whatever no other has trained yet: finished runs lie in `CACHE`, named by all that
-their bytes depend on (`mclip.distill.identity`), and so do their scores. So a baseline that
-several studies share is trained and scored once, a killed study goes on where it stopped, and a new
-variant trains only itself. Without the cache each study trains its own, to the same bytes;
-`rm -r data/cache/ablations` is always safe, and clears what runs that nobody wants any more left.
+A study trains only what no other has trained yet: finished runs and their scores are kept in
+`CACHE`, named by everything that their bytes depend on (`mclip.distill.identity`). So a baseline
+that several studies share is trained and scored once, a killed study continues where it stopped,
+and a new variant trains only itself. Without the cache each study trains its own, to the same
+bytes. `rm -r data/cache/ablations` is always safe, and removes runs that no study needs any more.
 """
 
 import hashlib

@@ -1,9 +1,8 @@
-"""The data of an ablation's variant: other kept pairs, other clusters, a part of the reinforced
-set.
+"""Data of an ablation's variant: other kept pairs, other clusters, a part of the reinforced set.
 
-Each is a folder in the format of the stage that writes the default one, under `cache`, named by
-what it was made of: what is there is not made again, what was made of other data or by other code
-is made anew under another name.
+Each is a folder under `cache`, in the format of the stage that writes the default one and named by
+what it was made from: existing data are not made again, and other inputs or other code give another
+name.
 """
 
 from pathlib import Path

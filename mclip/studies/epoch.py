@@ -1,5 +1,4 @@
-"""What an epoch of training costs, by what is stored and what is made as it is needed (MobileCLIP;
-papers.md 2.5).
+"""What an epoch of training costs, stored or online (MobileCLIP; papers.md 2.5).
 
     plain               the baseline's training step
     reinforced          MobileCLIP's, from the stored augmentations, captions and embeddings
@@ -7,8 +6,8 @@ papers.md 2.5).
                         the ensemble, the true and one synthetic caption embedded
     everything online   that, and the synthetic caption written by the captioner
 
-Measured on one thread (or one GPU), the parts by turns in one process; medians. What is online is
-added up, as it would run before the step on the same core or GPU.
+Measured on one thread (or one GPU), the parts in turns in one process; medians. Online parts are
+added up, as they would run before the step on the same core or GPU.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""How fast models are on this machine, beside the paper's accuracy
-(notebooks/ablations/latency.ipynb); measured by mclip/models/latency.py.
+"""How fast models are on this machine, beside the paper's accuracy.
+
+For notebooks/ablations/latency.ipynb; mclip/models/latency.py measures.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""How wide the weights of a trained tower's last fully connected layer are: CLIP-CID (arXiv
-2408.09441), Figure 4.
+"""How wide the weights of a tower's last fully connected layer are (CLIP-CID, Figure 4).
+
+arXiv 2408.09441.
 
     layers = weights.last_weights({("clip", 0): "local-dir:models/students/clip/seed0", ...})
     weights.densities({key: towers["text"][1] for key, towers in layers.items()})

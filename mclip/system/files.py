@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: written under another name, then renamed."""
+"""Write files and folders whole or not at all: under another name, then renamed."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Which precision a machine is fast in."""
+"""The precision in which a machine is fast."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Processes that end together: a family is a process and all below it, however it was started."""
+"""End processes together: a family is a process and all below it, however it was started."""
 
 import contextlib
 import multiprocessing

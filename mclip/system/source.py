@@ -61,7 +61,7 @@ class CodeError(Exception):
     """A module of mclip is not Python; the message names its file and line."""
 
 
-# --- syntax trees -----------------------------------------------------------------------------------------
+# --- syntax trees ---------------------------------------------------------------------------------
 
 
 def canonical(source: str) -> str:
@@ -123,7 +123,7 @@ def _is_text_alone(node: Any) -> bool:
     )
 
 
-# --- imports ----------------------------------------------------------------------------------------------
+# --- imports --------------------------------------------------------------------------------------
 
 
 class Package:
@@ -258,7 +258,7 @@ def _plain(source: str) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """16 hex digits: of a module's syntax tree, of any other file's bytes; "" where there is none."""
+    """16 hex digits: of a module's syntax tree or another file's bytes; "" if there is none."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:

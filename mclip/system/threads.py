@@ -1,4 +1,4 @@
-"""Work side by side on threads, for tasks that are too small to be cut over cores."""
+"""Run tasks side by side on threads, where each is too small to be split over cores."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator

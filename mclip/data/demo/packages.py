@@ -1,10 +1,9 @@
-"""What the default data's packages hold: emoji of five styles as PNG, their names, CIFAR-10's
-pictures.
+"""Read the default data's packages: emoji of five styles as PNG, their names, CIFAR-10's pictures.
 
     packages = fetch.fetch(packages_of(["noto", "fluent"]))
     emoji_json, names = tables(packages)
 
-Pictures are read by processes, one package each, a package from its beginning to its end.
+Each package is read by one process, from its beginning to its end.
 """
 
 import io

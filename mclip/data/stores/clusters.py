@@ -1,6 +1,6 @@
-"""What `mclip.cluster` found, in and out of files.
+"""Write and read the result of `mclip.cluster`.
 
-Apart from how it is found, so that who only reads it is not made anew when that changes.
+Kept separate from the algorithm, so that readers of the result do not rerun when it changes.
 """
 
 import io

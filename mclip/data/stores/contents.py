@@ -1,4 +1,4 @@
-"""What a stage's folder holds, in a few characters: equal fingerprints, equal contents."""
+"""Fingerprint a stage's folder: equal fingerprints, equal contents."""
 
 import functools
 import hashlib

@@ -1,15 +1,15 @@
-"""Folders of embeddings, read: those that `mclip.embed` writes, and any that clip-retrieval wrote.
+"""Read folders of embeddings: those that `mclip.embed` writes, and any of clip-retrieval's.
 
     FOLDER/img_emb/img_emb_0000.npy          (n, d) fp16, unit norm; one file for each input shard
-    FOLDER/text_emb/text_emb_0000.npy        (n, d) fp16, unit norm; row i: the text of image i
+    FOLDER/text_emb/text_emb_0000.npy        (n, d) fp16, unit norm; row i belongs to the image's
     FOLDER/metadata/metadata_0000.parquet    key, image_path (= key), caption
     FOLDER/meta.json                         which model and weights, which input shards
 
-Of clip-retrieval's: no zero padding or any, files in the order of their numbers, metadata and text
-optional, rows normalised if they are not. A sample's name is what the metadata has in the first of
-the columns `key`, `uid` and `image_path` that there is (so DataComp's uid where nothing else names
-a sample), or in the column that the caller asks for; without metadata it is the row's number in
-nine digits.
+clip-retrieval's folders may number their files with or without zero padding (files are read in
+numerical order), may lack metadata and text, and may hold rows that are not unit-norm, which are
+normalised. A sample is named by the first of the metadata columns `key`, `uid` and `image_path`
+that exists (so by DataComp's uid where nothing else names it), or by the column that the caller
+asks for; without metadata, by the row's number in nine digits.
 
     embeddings = mclip.data.stores.embeddings.load("data/embeddings/large")
     embeddings.image        # (n, d) fp16

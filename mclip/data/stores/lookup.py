@@ -1,12 +1,11 @@
-"""A number for each of many keys, in a mapped file: who streams a set asks for a shard's keys and
-reads nothing else.
+"""Numbers of many keys in a memory-mapped file, for readers that stream a set shard by shard.
 
     # made once, then mapped
     kept = lookup.make("data/cache", "kept", "data/balance/balance.parquet", pieces)
     kept.find(["000000012", "000000013"])  # array([1, -1]): the second isn't there
 
-16 bytes a key on disk, shared by all processes through the page cache; making it takes about 40 in
-memory.
+A key takes 16 bytes on disk, shared by all processes through the page cache, and about 40 in memory
+while the file is made.
 """
 
 from collections.abc import Callable, Iterable

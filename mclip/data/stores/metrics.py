@@ -1,7 +1,7 @@
-"""The files of reports/metrics: RECIPE.json (the mean and the deviation over the seeds, for
-`dvc metrics`) and RECIPE.csv (every seed, in COLUMNS).
+"""Read the metrics of reports/metrics, which `mclip.evaluate.scores` writes.
 
-`mclip.evaluate.scores` writes them.
+RECIPE.json has the mean and the deviation over the seeds, for `dvc metrics`; RECIPE.csv has every
+seed, in COLUMNS.
 """
 
 import json

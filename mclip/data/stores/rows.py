@@ -1,6 +1,6 @@
-"""Embedding rows wherever they lie: an array, a memmap, many .npy files as one.
+"""Embedding rows from an array, a memmap, or many .npy files as one.
 
-Nothing is read before it is asked for, so sets larger than memory can be worked on block by block.
+Rows are read only when asked for, so sets larger than memory can be processed block by block.
 """
 
 import resource

@@ -1,6 +1,4 @@
-"""Accuracy over how much: learning curves over samples seen, a panel a set; over what is stored, a
-panel a kind.
-"""
+"""Accuracy over a quantity: samples seen (a panel a set), or what is stored (a panel a kind)."""
 
 import itertools
 import math

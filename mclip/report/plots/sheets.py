@@ -1,4 +1,4 @@
-"""Pictures in rows: contact sheets, maps beside what they are of, and what a search found."""
+"""Pictures in rows: contact sheets, maps beside their pictures, and results of a search."""
 
 import math
 import textwrap
