@@ -43,8 +43,7 @@ def run(
     workers: int = 1,
     backend: str = "processes",
 ) -> dict[str, dict]:
-    """Embed every pair with every teacher into OUT/<teacher>; shards that are there already are
-    kept.
+    """Embed every pair with every teacher into OUT/TEACHER; existing shards are kept.
 
     Shard by shard, with all teachers: those that share a frozen text encoder run it once. All are
     in memory at once.
@@ -106,7 +105,7 @@ def run(
 
 
 class _Loaded(NamedTuple):
-    """What embeds."""
+    """A teacher in memory."""
 
     model: Any
     preprocess: Callable
@@ -125,7 +124,7 @@ _loaded_once = cache(_Loaded.of)  # by a worker, for all its shards
 
 @dataclass
 class _Teacher:
-    """A model, and which shards it has still to embed."""
+    """A teacher, and the shards that it has not embedded yet."""
 
     name: str
     loaded: _Loaded | None

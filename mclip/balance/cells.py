@@ -21,7 +21,7 @@ ROWS = 64  # rows held against all centres at once: the scores stay in a core's 
 
 
 def assign(z: torch.Tensor, centres: torch.Tensor) -> np.ndarray:
-    """(n,) the cell of each row: the centre of the largest score, the nearest but for rounding."""
+    """Assign each row to the cell of the largest score, the nearest up to rounding: (n,)."""
     label, across, bias = (
         np.empty(len(z), np.int32),
         centres.T.contiguous(),

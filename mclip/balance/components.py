@@ -84,9 +84,7 @@ def _search(prepared: Prepared, limit: float, sets: Sets, **options) -> None:
 def _search_lot(
     files: list[str], folder: str, limit: float, lot: list[int]
 ) -> tuple[list[int], np.ndarray]:
-    """One worker's part: the root of every row by what its tiles link, a forest as good as all
-    links that it found.
-    """
+    """Each row's root after joining this worker's links: the same information as the links."""
     prepared = given(files, folder)
     sets = Sets(len(prepared.order))
     _search(prepared, limit, sets, tiles=lot, desc=None)
@@ -105,8 +103,8 @@ def spread(
     *,
     desc: str,
 ) -> Iterator[tuple[list[int], Any]]:
-    """search_lot(files, folder, limit, lot) by workers, for lots that `tiles` are dealt out to, as
-    they are done.
+    """Run search_lot(files, folder, limit, lot) by workers, `tiles` split into lots; yields as
+    done.
 
     search_lot : a module's function, of what `given` makes of its first two arguments; it returns
         the lot and more.
@@ -131,13 +129,13 @@ def spread(
 
 
 def given(files: list[str], folder: str) -> Prepared:
-    """What `spread` hands to a worker."""
+    """The arguments that `spread` hands to a worker."""
     worker_device()
     return load(folder, Rows(files))
 
 
 class _State:
-    """Which tiles a run is done with, and the sets found so far, on disk about twice a minute."""
+    """Finished tiles and the sets found so far, saved about twice a minute."""
 
     def __init__(self, path: str | Path | None, prepared: Prepared, limit: float, sets: Sets):
         self.path, self.sets, self.saved = path and Path(path), sets, time.monotonic()

@@ -65,8 +65,7 @@ def search(
     done: Callable[[int], None] | None = None,
     desc: str | None = "balance",
 ) -> float:
-    """Report all pairs of rows whose squared distance is at most `limit`, but those that are not
-    wanted.
+    """Report all wanted pairs of rows whose squared distance is at most `limit`.
 
     Parameters
     ----------
@@ -128,7 +127,9 @@ class _Search:
     linked: int = 0  # those of them within the limit
 
     def tile(self, t: int) -> int:
-        """Report the links of tile t with itself and later ones; how many pairs were measured."""
+        """Report the links of tile t with itself and later ones; return the number of pairs
+        measured.
+        """
         first, last = self.prepared.tiles[t : t + 2]
         read, waiting, count = 0, [], 0
         for part, products in (self._dense if self._crowded(first, last) else self._sparse)(

@@ -130,8 +130,8 @@ class Prepared:
         return value + found.double().cpu().numpy()
 
     def within(self, a: np.ndarray, b: np.ndarray, limit: float) -> np.ndarray:
-        """Is the squared distance of rows a[k] and b[k] at most the limit? In float32, in float64
-        where that can't tell.
+        """Is the squared distance of rows a[k] and b[k] at most the limit? In float64 where float32
+        is unsure.
         """
         left, right = (self.rows.unit32(x, self.inverse[x]) for x in (a, b))
         square = 2 - 2 * torch.linalg.vecdot(left, right).double().numpy()
@@ -242,7 +242,7 @@ def save(prepared: Prepared, folder: str | Path) -> None:
 
 
 def load(folder: str | Path, rows: Rows) -> Prepared:
-    """What `save` wrote, memory-mapped, on the CPU."""
+    """Load what `save` wrote, memory-mapped, on the CPU."""
     found = {
         name: np.load(Path(folder) / f"{name}.npy", mmap_mode="r", allow_pickle=False)
         for name in _ARRAYS + _TENSORS

@@ -149,7 +149,7 @@ class _Found(NamedTuple):
 
 
 def _stamp(source: str) -> list[int] | None:
-    """What tells that a file is still the same; nothing does of a URL, or of what isn't there."""
+    """What changes when a file does; None for a URL or a missing file."""
     try:
         found = None if tars.is_url(source) else os.stat(source)
     except OSError:
@@ -191,8 +191,8 @@ def _gathered(results: dict[str, Path], folder: Path) -> tuple[list[dict], list[
 
 
 def _twice(hashes: Iterable[np.ndarray]) -> np.ndarray:
-    """Those that are there more than once. So 8 bytes a key are held, and as text only keys that
-    have one of these.
+    """Hashes that occur more than once. Only 8 bytes per key are held; text is read back for
+    suspected duplicates only.
     """
     every = np.concatenate([np.empty(0, np.uint64), *hashes])
     every.sort()
@@ -200,7 +200,7 @@ def _twice(hashes: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def _check_shard(source: str, result: Path) -> None:
-    """A worker's task: what there is in a shard, as a file."""
+    """Check one shard, a worker's task, and write the result as a file."""
     write_whole(result, json.dumps(_look_through(source)._asdict()))
 
 
@@ -231,7 +231,7 @@ def _look_through(source: str) -> _Found:
 
 
 def _problem(key: str, files: dict[str, bytes]) -> str | None:
-    """Why a sample can't be used, or None."""
+    """Why a sample can't be used; None if it can."""
     if key != _readable(key):
         return "key is not UTF-8"  # nor could a table hold it
     sample = as_sample(key, files)

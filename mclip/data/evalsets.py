@@ -296,7 +296,7 @@ def _count(path: Path) -> int:
 
 
 def _text(data: bytes) -> str | None:
-    """None where it is not UTF-8."""
+    """Decode UTF-8; None if it is not."""
     with suppress(UnicodeDecodeError):
         return data.decode()
     return None

@@ -29,7 +29,7 @@ TIMEOUT_S = 3600
 
 
 class FetchError(RuntimeError):
-    """A package could not be had, or is not what was pinned; the message is one line and says what
+    """A package can't be fetched, or is not the pinned one; the message is one line and says what
     to do.
     """
 
@@ -171,7 +171,7 @@ def cached(name: str) -> Path | None:
 
 
 def fetch(names: Iterable[str], *, parallel: int = 3) -> dict[str, Path]:
-    """Fetch what is not yet cached, several packages at a time.
+    """Download the packages that are not cached yet, several at a time.
 
     Parameters
     ----------

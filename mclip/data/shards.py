@@ -120,8 +120,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def iter_samples(folder: str | Path, *, shards: list[int] | None = None) -> Iterator[Sample]:
-    """The samples of a checked folder in the manifest's order, less exactly what it lists as
-    skipped.
+    """Yield the samples of a checked folder in the manifest's order, without those it skips.
 
     shards: indices into the manifest's shards; None: all. Nothing is decoded.
     """

@@ -65,7 +65,7 @@ def _tokenised(texts: list[str], tokenizer: Tokenizer) -> torch.Tensor:
 
 
 def _identity(tokenizer: Any) -> list | None:
-    """What CLIP's tokenizer says depends on."""
+    """What the output of CLIP's tokenizer depends on."""
     if type(tokenizer) is not open_clip.SimpleTokenizer or tokenizer.reduction_fn is not None:
         return None
     words = hashlib.sha256(json.dumps(tokenizer.encoder).encode()).hexdigest()

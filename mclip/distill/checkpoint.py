@@ -25,7 +25,7 @@ def save(
     averaged: AveragedModel | None,
     history: list[dict],
 ) -> None:
-    """Write it, whole or not at all; every rank calls this, rank 0 writes."""
+    """Write a checkpoint, whole or not at all; every rank calls this, rank 0 writes."""
     states = sharding.whole(together, optimizer)
     if states is None:  # another rank
         return
@@ -51,7 +51,7 @@ def resume(
     optimizer: Optimizer,
     averaged: AveragedModel | None,
 ) -> tuple[int, list[dict]]:
-    """Read it into module, optimizer and average: the steps done and the history.
+    """Load a checkpoint into module, optimizer and average; returns the steps done and the history.
 
     0 and none where there is none of this very run: identity, see `mclip.distill.identity`.
     """

@@ -55,7 +55,7 @@ def identity(run: Run) -> str:
 
 
 def _student(student: str) -> list[Any]:
-    """A student by what its files hold; it may change under the same name."""
+    """Identify a student by its files' content, which may change under the same name."""
     folder = Path(student.removeprefix("local-dir:"))
     if student.startswith("local-dir:") and folder.is_dir():
         return [contents.fingerprint(folder)]

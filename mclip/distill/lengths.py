@@ -24,8 +24,7 @@ class _Text(nn.Module):
 
 
 def text_encoder(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What gives the features of `model.encode_text`, (b, context) tokens -> (b, d), at less cost
-    where that is exact.
+    """A cheaper `model.encode_text`, where that is exact: (b, context) tokens -> (b, d).
 
     That is where open_clip's own tower has a causal mask and takes the largest token for the end;
     elsewhere it is `model.encode_text` itself. Gradients flow to every parameter.

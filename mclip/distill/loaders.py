@@ -81,7 +81,7 @@ def _check_size(batch_size: int, pairs: int) -> None:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A shard in a stream: everything but its pixels, and the crops of its pictures."""
+    """A shard in a stream: everything but its pixels, and its pictures' crops."""
 
     side: Side
     crops: Crops

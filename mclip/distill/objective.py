@@ -96,7 +96,7 @@ class Objective(nn.Module):
         }
 
     def generators(self) -> list[torch.Generator]:
-        """What its terms draw random numbers from."""
+        """The generators that its terms draw random numbers from."""
         return [
             g for m in self.modules() for g in vars(m).values() if isinstance(g, torch.Generator)
         ]

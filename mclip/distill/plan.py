@@ -38,7 +38,7 @@ SCRATCH = Path("data/cache/runs")
 
 
 class TrainingError(RuntimeError):
-    """A training process failed; the message has its last words and where the whole log is."""
+    """A training process failed; the message has the end of its log and the log's path."""
 
 
 def runs_of(
@@ -101,14 +101,13 @@ def run_recipe(runs: list[Run], *, side_by_side: int | None = None) -> pd.DataFr
 
 
 def finished(run: Run) -> bool:
-    """Is there nothing left to train? A student of another identity is not this run's."""
+    """Is a run trained already? A student of another identity does not count."""
     written = all((Path(run.out) / name).exists() for name in ("history.csv", "training.json"))
     return written and facts(run).get("identity") == run.identity
 
 
 def train_all(runs: list[Run], *, side_by_side: int | None = None) -> None:
-    """Train those of the runs that aren't finished, `parallel_runs` side by side, the longest
-    first.
+    """Train the unfinished runs, `parallel_runs` side by side, the longest first.
 
     Trainings are processes of multiprocessing: a script calls this below `if __name__ ==
     "__main__"`.
@@ -192,7 +191,5 @@ def _last_words(run: Run, code: int) -> str:
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """Of a finished run: pairs it trained on, parameters of its image and of its text tower, its
-    identity.
-    """
+    """Facts of a finished run: pairs trained on, parameters of both towers, its identity."""
     return json.loads((Path(run.out) / "training.json").read_text())

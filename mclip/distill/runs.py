@@ -13,7 +13,7 @@ from mclip.params import Recipe, Train
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is; RUN.json holds these fields by name."""
+    """A training run; RUN.json holds these fields by name."""
 
     name: str
     seed: int

@@ -19,7 +19,7 @@ from mclip.distill.pairs import AllPairs, Crops, Side
 
 
 def load_side(pairs: AllPairs) -> Side:
-    """Everything but the pixels, in memory.
+    """Load everything but the pixels of a set that is held in memory.
 
     Raises
     ------
@@ -57,7 +57,7 @@ def _taught(
     image: np.ndarray,
     text: np.ndarray,
 ) -> dict[str, torch.Tensor]:
-    """Cluster label and the teacher's embeddings of each key's picture and caption."""
+    """Each key's cluster label and the teacher's embeddings of its picture and caption."""
     spec, labels = pairs.spec, pairs.labels(keys)
     if (labels < 0).any():
         raise ValueError(

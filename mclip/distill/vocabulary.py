@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Kept:
-    """What was cut.
+    """The rows of a token embedding that are kept, and how to restore the table.
 
     ids : (m,) token ids of the small table's rows, ascending. whole : (vocabulary, width), the
         table before training.

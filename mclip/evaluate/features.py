@@ -147,9 +147,7 @@ def class_features(features: Tensor, classes: int) -> Tensor:
 
 
 def once(tokenizer: Callable[[list[str]], Tensor]) -> Callable[[list[str]], Tensor]:
-    """The tokenizer for models that are given the same texts, which it takes apart for the first of
-    them only.
-    """
+    """Wrap a tokenizer for models that get the same texts: each text is tokenised once."""
     known: dict[tuple[str, ...], Tensor] = {}
 
     def tokenize(texts: list[str]) -> Tensor:

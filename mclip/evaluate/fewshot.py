@@ -52,7 +52,7 @@ class Grid(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """What a method adds to the zero-shot logits, but for alpha, beta and gamma."""
+    """What a method adds to the zero-shot logits, without alpha, beta and gamma."""
 
     keys: Tensor  # (m, q) unit-norm
     labels: Tensor  # (m,)

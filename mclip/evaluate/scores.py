@@ -201,8 +201,7 @@ def write_all(
     sets: Mapping[str, EvalSet],
     folder: str | Path = "reports/metrics",
 ) -> pd.DataFrame:
-    """FOLDER/NAME.json, {recipe: summary}, for DVC, and FOLDER/NAME.csv with every seed's numbers
-    and chance.
+    """Write FOLDER/NAME.json, {recipe: summary}, and FOLDER/NAME.csv with every seed and chance.
 
     found : recipe, or variant of one -> the metrics of each of its `seeds`.
 

@@ -216,7 +216,7 @@ def _train(task: tasks.Task, spec: EvalSet, problems: list[str], name: str) -> S
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """What is wrong with a set, under the set's name in params.yaml."""
+    """Prefix a set's errors with its name in params.yaml."""
     try:
         yield
     except EvalError as err:
@@ -332,7 +332,7 @@ def load_students(
 
 
 def _check(task: tasks.Task, split: Split, spec: EvalSet) -> None:
-    """What would fail after the encoding fails before it."""
+    """Check, before any encoding, what would fail after it."""
     if spec.metric not in task.METRICS:
         raise EvalError(
             f"metric: {spec.metric} is none of {spec.task}, which has {', '.join(task.METRICS)}"

@@ -45,7 +45,7 @@ MADE = "data/eval"  # the demo's, an output of the stage `data`
 
 
 class Entry(NamedTuple):
-    """What is known of a set; its name is its key in `SETS`."""
+    """What the registry knows of a set; its name is its key in `SETS`."""
 
     title: str
     suites: tuple[str, ...]
@@ -229,7 +229,7 @@ def members(names: Iterable[str]) -> list[str]:
 def filled(
     name: str, values: Mapping[str, Any] | str | None, root: str | Path = ROOT
 ) -> dict[str, Any]:
-    """A set's settings with the registry's where they say nothing.
+    """A set's settings, filled up from the registry.
 
     Parameters
     ----------

@@ -35,7 +35,7 @@ class Params(Section):
     ablations: Ablations
 
     def check(self, p: "Params") -> Iterator[str]:
-        """The names in one section that another does not have."""
+        """Find names in one section that another section lacks."""
         models, embedded = self.teachers.models, self.embed.teachers
         yield from absent("embed.teachers", embedded, models, "teacher")
         yield from absent("reinforce.ensemble", self.reinforce.ensemble, models, "teacher")

@@ -14,7 +14,7 @@ class ParamsError(ValueError):
 
 
 class NotThere(ParamsError, AttributeError):
-    """A key of a section is touched that does not exist, or that the stage did not pick."""
+    """A key was read that does not exist, or that the stage did not pick."""
 
 
 class Section(BaseModel):
@@ -210,7 +210,7 @@ def keys(kind: type[Section]) -> dict[str, str]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What to say after a name that is wrong: the one that was meant, and all there are."""
+    """The end of a message about a wrong name: the likeliest one, and all that are allowed."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -153,7 +153,7 @@ def peak_rss_mb(watch: Watch) -> int | None:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """What a kernel's process is started with; folder: private, for IPython's state."""
+    """Environment of a kernel's process; folder: private, for IPython's state."""
     env = REUSE_MEMORY | {k: v for k, v in os.environ.items() if k not in PERSONAL}
     (folder / "matplotlibrc").touch()
     # tqdm.auto, which others import, misses the widgets that a stage's terminal has no use for

@@ -80,7 +80,7 @@ class Stage:
 
 
 class StageError(Exception):
-    """What the person who called sees; `code` is the exit code."""
+    """An error for the user; `code` is the exit code."""
 
     def __init__(self, message: str, code: int = 1):
         super().__init__(message)

@@ -41,7 +41,7 @@ TEMPLATES = Path(__file__).parent / "site"
 
 
 class ReportError(RuntimeError):
-    """There is nothing to report on, or a notebook that cannot be read; the message names it."""
+    """There is nothing to report on, or a notebook can't be read; the message names it."""
 
     exit_code = 1
 

@@ -48,7 +48,7 @@ ON_ALL = " on all pairs"
 
 @dataclass(frozen=True)
 class Shared:
-    """What all variants have in common: the student, its trainer, what their data derive from."""
+    """What all variants share: the student, its trainer, and the sources of their data."""
 
     student: str
     train: Train
@@ -196,9 +196,7 @@ def runs_of(
 
 
 def train(runs: Mapping[str, Sequence[Run]], *, cache: Path = CACHE) -> dict[str, int]:
-    """Train what is not there yet, all variants and seeds side by side; {"trained": runs, "reused":
-    runs}.
-    """
+    """Train the missing runs of all variants side by side; {"trained": runs, "reused": runs}."""
     each = {run.out: run for own in runs.values() for run in own}
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "training.lock"):  # two studies may want the same run
@@ -221,8 +219,7 @@ class Scores(NamedTuple):
 def scores(
     runs: Iterable[Run], sets: Mapping[str, EvalSet], *, batch_size: int, cache: Path = CACHE
 ) -> Scores:
-    """Evaluate finished runs that share preprocessing and tokenizer, but those whose weights
-    another study evaluated.
+    """Evaluate finished runs, reusing cached scores where the same weights were already evaluated.
 
     Their scores lie in `cache`, named by the weights, the sets, and the code. Pictures are decoded
     once for all.
@@ -311,7 +308,7 @@ def finish(study: str, runs: Mapping[str, Sequence[Run]], p: Any) -> pd.DataFram
 
 
 class Outcome(NamedTuple):
-    """A study that is trained and scored."""
+    """A study that has been trained and scored."""
 
     spec: Study | Learning
     runs: dict[str, list[Run]]

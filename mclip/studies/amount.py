@@ -163,7 +163,7 @@ def plan(
 
 
 def titles(study: Settings, most: Mapping[str, int]) -> dict[str, str]:
-    """Variant -> what to call it; most: of `most`."""
+    """Each variant's title; most: of `most`."""
     found = {ALL: " and ".join(f"{n} {kind}" for kind, n in most.items())}
     for name in variants(study):
         if name != ALL:

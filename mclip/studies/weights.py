@@ -117,8 +117,8 @@ def numbers(
     baseline: str,
     near_zero: float,
 ) -> pd.DataFrame:
-    """How wide the weights are: tower, recipe, seed, std, near_zero (share within near_zero x the
-    baseline's std).
+    """Widths of the weights: tower, recipe, seed, std, near_zero (share within near_zero x baseline
+    std).
     """
     import pandas as pd
 

@@ -68,7 +68,7 @@ def digest(content: Any) -> str:
 def made_once(
     folder: str | Path, name: str, suffix: str, made_of: Any, build: Callable[[Path], None]
 ) -> Path:
-    """The file FOLDER/NAME-<digest of made_of>SUFFIX, made by build(draft) where it isn't there.
+    """The file FOLDER/NAME-<digest of made_of>SUFFIX; build(draft) makes it if it is missing.
 
     made_of : JSON of all that the content depends on. Of several processes that want the file one
         makes it.

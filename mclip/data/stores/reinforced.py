@@ -136,8 +136,7 @@ def select(
     captions: str = "true",
     plain: Plain | None = None,
 ) -> None:
-    """Write a part of a reinforced set as a set of its own; nothing is augmented, captioned or
-    embedded anew.
+    """Write a part of a reinforced set as a set of its own, without computing anything again.
 
     Parameters
     ----------

@@ -11,12 +11,12 @@ from types import ModuleType
 
 
 def names() -> list[str]:
-    """The codecs that there are."""
+    """Names of all codecs."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def get(name: str) -> ModuleType:
-    """A codec by its name; ValueError, with those that there are, where it is none."""
+    """The codec of a name; a ValueError for another name lists all codecs."""
     if name not in names():
         raise ValueError(f"codec: expected one of {', '.join(names())}, found {name!r}")
     return importlib.import_module(f"{__name__}.{name}")
