@@ -208,7 +208,7 @@ def density(
     References
     ----------
     Abbas et al., "Effective pruning of web-scale datasets based on complexity of concept clusters",
-    arXiv 2401.04578, Section 3.
+    arXiv 2401.04578.
 
     Examples
     --------

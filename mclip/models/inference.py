@@ -57,7 +57,7 @@ def for_inference(model: nn.Module) -> nn.Module:
     References
     ----------
     Vasu et al., "MobileCLIP: Fast Image-Text Models through Multi-Modal Reinforced Training",
-    arXiv 2311.17049, Section 3.2: the towers whose branches are folded.
+    arXiv 2311.17049, Section 4: the towers whose branches are folded.
 
     Examples
     --------
