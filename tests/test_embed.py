@@ -9,15 +9,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from PIL import Image
-from test_models import CONFIG, tiny
 
 from mclip import embed, models
 from mclip.data import shards
 from mclip.data.stores import embeddings as embedding_store
-
-torch.set_num_threads(1)
+from tests.models.test_models import CONFIG, tiny
 
 
 def picture(i):

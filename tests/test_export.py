@@ -7,13 +7,12 @@ import onnx
 import open_clip
 import pytest
 import torch
-from test_mobileclip import TINY, trained
 
 from mclip import cli, export, models
 from mclip.models import mct
 from mclip.models import onnx as towers
+from tests.models.test_mobileclip import TINY, trained
 
-torch.set_num_threads(1)
 # every kind of layer that is folded: FastViT's blocks and MCt's
 SMALL = TINY | {
     "vision_cfg": {

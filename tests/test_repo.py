@@ -131,5 +131,5 @@ def test_make_lists_its_commands():
     said = subprocess.run(
         ["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    for command in ("repro", "test", "lab", "report", "lint", "bench"):
+    for command in ("repro", "check", "test", "test-long", "lab", "report", "lint", "bench"):
         assert f"make {command}\t" in said

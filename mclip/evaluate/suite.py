@@ -8,7 +8,7 @@ is written to disk. A missing set or a picture that can't be decoded is named in
 here, as `probe_top1`, where a set asks for one. Metrics are fractions, 0 to 1.
 
 Zero-shot and retrieval give CLIP_benchmark's numbers on the same model and set
-(tests/evaluation/test_parity.py).
+(tests/evaluate/test_parity.py).
 """
 
 import warnings
