@@ -2,21 +2,28 @@
 
 PYTHON ?= python3
 STAMP := .venv/.installed
+# two processes; a file's tests stay in one, as they share fixtures; started in the order of tests/conftest.py
+PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # every stage is a process of its own: without compiled modules importing torch and open_clip takes it 15 s longer
 unexport PYTHONDONTWRITEBYTECODE
 
 help:    ## list these commands
-	@sed -n 's/^\([a-z]*\):[^#]*## */make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):[^#]*## */make \1\t/p' Makefile
 
 repro: $(STAMP)    ## run what is missing or changed, data to report; OVERLAY=smoke: with params/smoke.yaml
 	@if [ -n "$(OVERLAY)" ]; then python -m mclip.params apply params/$(OVERLAY).yaml; fi
 	dvc repro
 	@echo "The report: $(CURDIR)/reports/site/index.html"
 
-test: $(STAMP)    ## ruff and all tests, the small pipeline included
-	ruff check .
-	python -m pytest
+check: lint    ## lint and the tests that start no process and train nothing: a minute
+	$(PYTEST) -m "not slow and not long"
+
+test: lint    ## lint and all tests but the long ones, the small pipeline included: ten minutes
+	$(PYTEST) -m "not long"
+
+test-long: $(STAMP)    ## the tests that take long by nature
+	python -m pytest -m long
 
 lab: $(STAMP)    ## JupyterLab on the source notebooks
 	jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
@@ -27,6 +34,7 @@ report: $(STAMP)    ## the report's pages only, from the notebooks executed so f
 
 lint: $(STAMP)    ## ruff, and are the source notebooks stripped?
 	ruff check .
+	ruff format --check mclip tests benchmarks
 	python -m mclip strip --check
 
 types: $(STAMP)    ## mypy
@@ -60,4 +68,4 @@ $(STAMP): requirements.txt pyproject.toml tests/peers.txt
 	  python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/peers.txt --editable . ; }
 	@touch $@
 
-.PHONY: help repro test lab report lint types bench hooks setup
+.PHONY: help repro check test test-long lab report lint types bench hooks setup
