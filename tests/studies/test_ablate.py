@@ -17,7 +17,6 @@ from mclip.distill.pairs import TrainingSet, open_pairs
 from mclip.params import Balance, Cluster, EvalSet, Learning, Study, Variant, varied
 from mclip.studies import ablate, derive
 from mclip.system import source
-
 from tests.world import PX, RECIPES, TRAIN, WIDTHS
 
 FOLDERS = ("pairs", "balance", "clusters", "embeddings", "reinforced")
