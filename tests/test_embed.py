@@ -58,6 +58,7 @@ def test_run_and_load(world):
     ]
 
 
+@pytest.mark.slow
 def test_resumes_by_shard_with_the_same_bytes(world, monkeypatch):
     run(world)
     files = {p: p.read_bytes() for p in (world / "emb").rglob("*") if p.is_file()}
@@ -81,6 +82,7 @@ def test_resumes_by_shard_with_the_same_bytes(world, monkeypatch):
     assert read == [1, 0, 1, 2]
 
 
+@pytest.mark.slow
 def test_teachers_together_as_each_alone(world, monkeypatch):
     models.export(tiny(seed=1), world / "other", config=CONFIG)
     names = {"t": f"local-dir:{world / 'tiny'}", "u": f"local-dir:{world / 'other'}"}
@@ -105,6 +107,7 @@ def test_teachers_together_as_each_alone(world, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_many_processes_write_the_same_bytes(world):
     models.export(tiny(seed=1), world / "other", config=CONFIG)
     names = {"t": f"local-dir:{world / 'tiny'}", "u": f"local-dir:{world / 'other'}"}
@@ -115,6 +118,7 @@ def test_many_processes_write_the_same_bytes(world):
     assert all((world / "1" / f).read_bytes() == (world / "2" / f).read_bytes() for f in files)
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails_says_why(world):
     tar = sorted((world / "pairs").glob("*.tar"))[1]
     tar.unlink()
@@ -252,6 +256,7 @@ def test_a_shard_and_a_few_of_them(world):
         embedding_store.load_shard(world / "emb/t", 1)
 
 
+@pytest.mark.slow
 def test_no_file_of_a_folder_stays_open(tmp_path):
     """A web set's embeddings are tens of thousands of files, more than a process may have open."""
     (tmp_path / "img_emb").mkdir()

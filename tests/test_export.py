@@ -13,6 +13,8 @@ from mclip.models import mct
 from mclip.models import onnx as towers
 from tests.models.test_mobileclip import TINY, trained
 
+pytestmark = pytest.mark.slow  # exports a model as ONNX
+
 # every kind of layer that is folded: FastViT's blocks and MCt's
 SMALL = TINY | {
     "vision_cfg": {

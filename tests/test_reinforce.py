@@ -98,6 +98,7 @@ def keeping(folder, keys):
     return folder
 
 
+@pytest.mark.slow
 def test_embeddings_are_the_teachers_of_the_replayed_pictures(world, teachers, tmp_path):
     meta = run(world, tmp_path / "r", teachers)
     assert meta["samples"] == N - 1 and [t["slice"] for t in meta["teachers"]] == [[0, 5], [5, 11]]
@@ -118,6 +119,7 @@ def test_embeddings_are_the_teachers_of_the_replayed_pictures(world, teachers, t
             assert torch.allclose(shard.text_emb[i, :, slice(*t["slice"])].float(), text, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(world, teachers, tmp_path, monkeypatch):
     run(world, tmp_path / "whole", teachers)
     write, written = reinforced.write_shard, []
@@ -142,6 +144,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(world, teachers, tmp_
         assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_many_processes_write_the_same_bytes(world, teachers, tmp_path):
     run(world, tmp_path / "one", teachers)
     run(world, tmp_path / "two", teachers, workers=2)
@@ -159,6 +162,7 @@ def test_many_processes_write_the_same_bytes(world, teachers, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_fraction_of_the_kept_pairs(world, teachers, tmp_path):
     meta = run(world, tmp_path / "r", teachers, fraction=0.5)
     keys = [key for i in range(3) for key in reinforced.read_keys(tmp_path / "r", i)]
@@ -171,6 +175,7 @@ def test_a_fraction_of_the_kept_pairs(world, teachers, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_other_settings_start_anew(world, teachers, tmp_path):
     run(world, tmp_path / "r", teachers)
     run(world, tmp_path / "r", teachers, n_aug=1)
@@ -199,6 +204,7 @@ def test_nothing_kept_is_said(world, teachers, tmp_path):
         run(world, tmp_path / "r", teachers, balance=keeping(tmp_path / "balance", ["elsewhere"]))
 
 
+@pytest.mark.slow
 def test_captions_come_from_the_captioner(world, teachers, tmp_path, monkeypatch):
     """n_syn captions an image, in its row; the captioner itself is tested in test_teachers."""
     from mclip.teachers import captioner

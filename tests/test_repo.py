@@ -127,6 +127,7 @@ def test_dvc_does_not_look_at_caches_of_python():
     assert "analytics = false" in (ROOT / ".dvc/config").read_text()
 
 
+@pytest.mark.slow
 def test_make_lists_its_commands():
     said = subprocess.run(
         ["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True

@@ -364,6 +364,7 @@ def run_cli(*args):
     )
 
 
+@pytest.mark.slow
 def test_cli_on_a_clip_retrieval_folder_of_datacomp_uids(tmp_path):
     rows = clumps(d=16)
     keys = [f"{(i * 0x9E3779B97F4A7C15F39CC0605CEDC835) % 2**128:032x}" for i in range(1, 71)]
@@ -479,6 +480,7 @@ def test_distance_to_the_representative_shows_chains():
     np.testing.assert_allclose(representative_distance(rows, result, chunk=4), expected, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "files"), [(2, False), (3, True)])
 def test_many_workers_find_the_same_sets(workers, files, tmp_path):
     rows = np.concatenate([clumps(n=300, seed=s) for s in range(10)])
@@ -499,6 +501,7 @@ def test_many_workers_find_the_same_sets(workers, files, tmp_path):
         np.testing.assert_array_equal(one, many)
 
 
+@pytest.mark.slow
 def test_what_workers_share_lies_where_it_is_told(tmp_path, monkeypatch):
     rows, told = np.concatenate([clumps(n=300, seed=s) for s in range(4)]), []
 
@@ -527,6 +530,7 @@ def test_wrong_workers(monkeypatch):
         balance(clumps(), threshold=0.1, metric="sql2", workers=2, backend="ray")
 
 
+@pytest.mark.slow
 def test_more_files_than_a_process_begins_with(tmp_path):
     rows = clumps()
     for k, row in enumerate(rows):
@@ -554,6 +558,7 @@ def test_more_files_than_a_process_begins_with(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_blocks_over_any_files(tmp_path):
     rows, files = clumps(), []
     for k, (start, stop) in enumerate([(0, 3), (3, 3), (3, 4), (4, 40), (40, 70)]):

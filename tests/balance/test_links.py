@@ -57,6 +57,7 @@ def searched(rows, limit, squares=True, **options):
     return out, full
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("limit", [1e-3, 0.07, 0.6])
 @pytest.mark.parametrize("squares", [True, False])
@@ -70,6 +71,7 @@ def test_every_link_once(exponent, limit, squares):
         np.testing.assert_allclose([out[p] for p in expected], list(expected.values()), atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -133,6 +135,7 @@ def test_few_rows(n):
     assert len(searched(rows, 0.1)[0]) == n * (n - 1) // 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_dtypes_and_lengths_of_rows(dtype):
     rows = spectrum(dtype=np.float64)
@@ -151,6 +154,7 @@ def test_most_pairs_are_never_measured_where_the_spectrum_decays():
     assert len(out) / (3000 * 2999 / 2) < full < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("squares", [True, False])
 def test_full_products_where_nothing_can_be_ruled_out(squares):
     rng = np.random.default_rng(0)
@@ -176,6 +180,7 @@ def test_unwanted_pairs_are_not_measured():
     assert full <= 250 * 250 / (4000 * 3999 / 2)  # that block and nothing else
 
 
+@pytest.mark.slow
 def test_only_some_tiles():
     rows, parts = spectrum(), []
     prepared = prepare(Rows(rows), tile=64)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 DECLARED = [name for name, command in cli.COMMANDS.items() if not command.parses_itself]
 
 
+@pytest.mark.slow
 def test_the_overview_lists_every_subcommand_and_imports_nothing_heavy():
     code = (
         "import sys; from mclip.cli import main; main(['--help'])\n"
@@ -127,6 +128,7 @@ def test_how_exceptions_become_exit_codes(monkeypatch, capsys):
         fails(ZeroDivisionError())
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error():
     line = f"{sys.executable} -m mclip sets | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
@@ -204,6 +206,7 @@ def test_python_m_is_the_subcommand(name, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith(f"usage: mclip {name} ")
 
 
+@pytest.mark.slow
 def test_workers_start_from_the_command_too(tmp_path):
     """Processes that are spawned import the main module again: it must not run then."""
     for name in ("a", "b"):
@@ -219,6 +222,7 @@ def test_workers_start_from_the_command_too(tmp_path):
     assert done.stdout == "2 shards read: 2 samples can be used\n0 skipped\n"
 
 
+@pytest.mark.slow
 def test_the_wheel_has_all_files_and_the_command(tmp_path):
     """`pip install .` without an index: built by setuptools from a copy, which stays as it was."""
     source = tmp_path / "source"

@@ -125,6 +125,7 @@ def test_emoji_package(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_cifar_package(tmp_path):
     pixels = np.zeros((10_000, 32, 32, 3), np.uint8)
     pixels[7] = np.random.default_rng(0).integers(0, 256, (32, 32, 3))
@@ -207,6 +208,7 @@ def built(tmp_path_factory):
     return out, demo.build(data, out / "a"), demo.build(data, out / "b")
 
 
+@pytest.mark.slow
 def test_build_is_deterministic(built):
     out, one, two = built
     assert one == two
@@ -215,6 +217,7 @@ def test_build_is_deterministic(built):
     assert all((out / "a" / f).read_bytes() == (out / "b" / f).read_bytes() for f in files)
 
 
+@pytest.mark.slow
 def test_nothing_held_out_is_trained_on(built):
     out, manifest, _ = built
     samples = list(shards.iter_samples(out / "a/pairs"))

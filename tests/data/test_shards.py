@@ -217,6 +217,7 @@ def test_sources_inside_the_output_are_refused(tmp_path):
     assert len(list(shards.iter_samples(tmp_path / "out"))) == 2
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_manifest(tmp_path):
     shards.write_shards(pairs(6), tmp_path / "p", shard_size=2)
     source = [str(tmp_path / "p" / "*.tar"), str(tmp_path / "none.tar")]
@@ -262,6 +263,7 @@ def test_a_killed_check_goes_on_where_it_was(tmp_path, monkeypatch):
     assert read[2:] == [files[2].name, "none.tar"] and not state.exists()
 
 
+@pytest.mark.slow
 def test_a_shard_that_was_missing_is_looked_for_again(tmp_path):
     source = f"pipe:cat {tmp_path}/s.tar 2>&-"
     with pytest.raises(ShardError, match="no good pair"):
@@ -288,6 +290,7 @@ def test_relative_sources_move_with_the_tree(tmp_path, monkeypatch):
     assert len(list(shards.iter_samples(tmp_path / "data/pairs"))) == 2
 
 
+@pytest.mark.slow
 def test_compressed_and_piped_shards(tmp_path):
     path = tmp_path / "s.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
@@ -299,6 +302,7 @@ def test_compressed_and_piped_shards(tmp_path):
     assert keys == ["a", "b"] and not skipped
 
 
+@pytest.mark.slow
 def test_a_download_that_breaks_off_is_a_truncated_tar(tmp_path):
     source = write_raw(tmp_path / "s.tar", pair("a") + pair("b"))
     with tarfile.open(source) as tar:

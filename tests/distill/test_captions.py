@@ -41,6 +41,7 @@ def test_captions_of_other_shards_are_read_again(world, tmp_path):
     assert read(tmp_path / "pairs", tmp_path / "cache") == expected
 
 
+@pytest.mark.slow
 def test_tokens_are_made_once(tmp_path):
     calls = []
 
@@ -70,10 +71,12 @@ def test_tokens_are_made_once(tmp_path):
     assert len(list(tmp_path.glob("tokens-*.npy"))) == 3
 
 
+@pytest.mark.slow
 def test_the_student_s_own_tokenizer_is_one_whose_tokens_are_kept():
     assert json.dumps(captions._identity(models.create("demo-student")[3]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["all", "kept"])
 def test_kept_tokens_are_those_of_the_captions(kind, training_set, tmp_path):
     spec = training_set(kind)

@@ -95,6 +95,7 @@ def test_its_names_and_options_are_checked(toy):
         Recipe.model_validate(recipe | {"pairs": "all"})
 
 
+@pytest.mark.slow
 def test_terms_say_what_they_are_without_torch():
     code = "import sys; from mclip import params; from mclip.distill import terms; params.load()"
     code += "; assert len(terms.every()) >= 4; print('torch' in sys.modules)"

@@ -50,6 +50,7 @@ def weights(run: trainer.Run) -> bytes:
     return (Path(run.out) / "open_clip_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_trains_and_the_loss_falls(name, student, training_set, tmp_path):
     run = make_run(student, training_set, tmp_path, name, samples=480, lr=3e-3)
@@ -69,6 +70,7 @@ def test_every_recipe_trains_and_the_loss_falls(name, student, training_set, tmp
     assert model.encode_text(torch.zeros(1, 8, dtype=torch.long)).shape == (1, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -159,6 +161,7 @@ def changed(what, world, tmp_path) -> dict[str, str]:
     return {what: str(folder)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", [None, "clusters", "balance", "embeddings"])
 def test_a_killed_run_goes_on_with_the_same_data_and_starts_anew_with_other(
     what, killed, student, world, tmp_path
@@ -176,6 +179,7 @@ def test_a_killed_run_goes_on_with_the_same_data_and_starts_anew_with_other(
         assert (Path(run.out) / name).read_bytes() == (Path(fresh.out) / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_finished_student_of_other_data_is_not_this_run(student, world, tmp_path):
     run = planned(student, world, tmp_path)
     trainer.train(run)
@@ -248,6 +252,7 @@ def one_step(run, **options):
     )
 
 
+@pytest.mark.slow
 def test_accumulation_has_the_gradient_of_the_whole_batch(student, training_set, tmp_path):
     """Objective without random centre sampling, so that order within the batch doesn't matter."""
     run = make_run(student, training_set, tmp_path, "combined")
@@ -264,6 +269,7 @@ def test_accumulation_has_the_gradient_of_the_whole_batch(student, training_set,
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("model", ["a transformer", "demo-student"])
 def test_checkpointing_keeps_less_and_changes_nothing(
@@ -286,6 +292,7 @@ def test_checkpointing_keeps_less_and_changes_nothing(
     assert all(v == accumulate for v in counted) and bool(counted) == (model == "demo-student")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, changes", [("combined", {}), ("clip", {"ema": 0.9})], ids=["two captions", "ema"]
 )
@@ -381,6 +388,7 @@ def test_pictures_and_weights_are_channels_last_and_the_optimizer_fused(
     assert made[0].defaults["fused"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{}, {"loss_kernel": "tiled", "accumulate": 2, "grad_checkpoint": True}],
@@ -426,6 +434,7 @@ def test_two_processes_train_like_one(changes, student, training_set, tmp_path):
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_streamed_training_runs(student, training_set, tmp_path):
     run = make_run(student, training_set, tmp_path, "mobileclip", samples=80, cache_pixels=False)
     trainer.train(run)
@@ -438,6 +447,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(student, training_set, tmp_path
         trainer.train(make_run(student, training_set, tmp_path))
 
 
+@pytest.mark.slow
 def test_a_failing_run_is_told_with_its_log_and_the_others_are_stopped(
     student, training_set, tmp_path
 ):
@@ -450,6 +460,7 @@ def test_a_failing_run_is_told_with_its_log_and_the_others_are_stopped(
     assert not multiprocessing.active_children() and not Path(long.out).exists()
 
 
+@pytest.mark.slow
 def test_a_killed_training_is_told(student, training_set, tmp_path):
     def kill():
         while not multiprocessing.active_children():
@@ -461,6 +472,7 @@ def test_a_killed_training_is_told(student, training_set, tmp_path):
         plan.train_all([make_run(student, training_set, tmp_path, samples=10**7)])
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_trains_the_same_bytes(student, training_set, tmp_path):
     """With processes below it that decode: two runs, each with a cache of its own."""
     runs = [
@@ -476,6 +488,7 @@ def test_a_process_of_its_own_trains_the_same_bytes(student, training_set, tmp_p
     assert a == b
 
 
+@pytest.mark.slow
 def test_finished_seeds_are_not_trained_again(student, training_set, tmp_path):
     run = make_run(student, training_set, tmp_path)
     trainer.train(run)
@@ -484,6 +497,7 @@ def test_finished_seeds_are_not_trained_again(student, training_set, tmp_path):
     assert (Path(run.out) / "history.csv").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 def test_planning_and_waiting_need_neither_torch_nor_open_clip():
     code = "import sys, mclip.distill.plan; print([m for m in ('torch', 'open_clip', 'torchvision') if m in sys.modules])"
     assert (

@@ -91,6 +91,7 @@ def test_a_batch_holds_one_sample_a_row(training_set):
         assert syn in [caption_id(t) for t in side.syn_text[j]]
 
 
+@pytest.mark.slow
 def test_batches_are_a_function_of_seed_and_step_and_cover_an_epoch(training_set):
     side, pixels = loaded(training_set("all"))
     a, b = (loaders.CachedLoader(side, pixels, 8, seed=3) for _ in range(2))
@@ -112,6 +113,7 @@ def test_ranks_share_a_global_batch(training_set):
     assert torch.equal(together, whole["image"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fraction_is_the_same_pairs_of_every_kind(training_set, kind):
     whole, _ = loaded(training_set(*kind))
@@ -136,6 +138,7 @@ def test_a_fraction_without_pairs_is_told(training_set):
         side_of(training_set("all", fraction=1e-9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, fraction", [*((kind, 1) for kind in KINDS), (("kept", True), 0.6)])
 def test_streamed_content_equals_cached(training_set, kind, fraction):
     spec = training_set(
@@ -183,6 +186,7 @@ def test_more_in_a_batch_than_there_are_pairs_is_refused(training_set, kind):
         loaders.CachedLoader(side, pixels, count + 1, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_is_a_function_of_its_seed(training_set, workers):
     spec = training_set("kept", True, teacher="large", synthetic=True)
@@ -198,6 +202,7 @@ def test_a_stream_is_a_function_of_its_seed(training_set, workers):
     assert differs
 
 
+@pytest.mark.slow
 def test_streaming_reads_each_shard_once_and_decodes_what_it_gives(training_set, monkeypatch):
     read, decoded = [], []
     iter_samples, decode = shards.iter_samples, shards.decode
@@ -292,6 +297,7 @@ def test_the_cache_is_rebuilt_when_what_it_was_made_of_changes(training_set):
     assert other.shape[1] == 1 and first.shape[1] == 4 and first.filename != other.filename
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_reads_its_manifest_once(training_set, monkeypatch, kind):
     spec = training_set(*kind, teacher="large")

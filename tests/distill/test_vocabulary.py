@@ -63,6 +63,7 @@ def test_captions_that_use_most_tokens_leave_the_table_whole(student):
     assert len(own.token_embedding.weight) == 49408
 
 
+@pytest.mark.slow
 def test_a_text_tower_of_its_own(tokens):
     torch.manual_seed(0)
     own = models.create("MobileCLIP-S0")[0].eval()

@@ -150,6 +150,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 def test_similarities_are_never_held_all_at_once():
     rng = np.random.default_rng(6)
     n = 4200  # n x n is more than AT_ONCE

@@ -82,6 +82,7 @@ def test_ape_against_loops(task, keep, weight):
     )
 
 
+@pytest.mark.slow
 def test_search_finds_the_best_of_the_whole_grid(task):
     keys, labels, text, features, y = task
     grid = fewshot.Grid((7.0, 3), (7.0, 3), (0.5, 2))

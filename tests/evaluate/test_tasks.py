@@ -134,6 +134,7 @@ def test_a_task_goes_with_its_file():
         tasks.get("multilabel")
 
 
+@pytest.mark.slow
 def test_params_know_the_tasks_without_torch():
     code = (
         "import sys; from mclip.params.sections import EvalSet, eval_tasks;"

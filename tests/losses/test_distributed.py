@@ -10,6 +10,8 @@ import torch
 
 from .ranks import WORLDS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

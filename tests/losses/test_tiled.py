@@ -74,6 +74,7 @@ def test_instance_loss_against_loops(b, d, tile, beta, shared):
     )
 
 
+@pytest.mark.slow
 def test_gradcheck():
     a, t, scale = inputs(5, 3)
     ids = torch.tensor([0, 1, 0, 2, 3])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton on this platform")
 def test_cases():
     """triton_cases.py, in a process where Triton interprets unless there is CUDA to compile for."""
@@ -28,6 +29,7 @@ def test_cases():
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter has no compiler"
 )

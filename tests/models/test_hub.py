@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from mclip.data import shards
 
 
+@pytest.mark.slow
 def test_a_hub_teacher_and_a_hub_captioner_go_through_the_stages(tmp_path):
     rng, samples = np.random.default_rng(0), []
     for i in range(3):

@@ -63,6 +63,7 @@ def test_best_is_the_fastest_of_those_that_are_exact():
     assert latency.best(frame, exact=False)["ms"].tolist() == [2.0]
 
 
+@pytest.mark.slow
 def test_every_runtime_computes_the_same(tmp_path):
     model, *_ = models.create("demo-student")
     fast = models.for_inference(model)
@@ -76,6 +77,7 @@ def test_every_runtime_computes_the_same(tmp_path):
                 assert cosine > (0.99 if "-" in runtime else 0.9999), runtime
 
 
+@pytest.mark.slow
 def test_a_runtime_that_is_not_there_is_left_out_with_a_reason(monkeypatch):
     monkeypatch.setattr(latency.shutil, "which", lambda name: None)
     frame = latency.measure(["demo-student"], ["eager", "compile"], rounds=1, towers=["text"])

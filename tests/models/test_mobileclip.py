@@ -59,6 +59,7 @@ def count(module: nn.Module) -> float:
     return sum(p.numel() for p in module.parameters()) / 1e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_counts_are_the_published_ones(name):
     with torch.device("meta"):
@@ -145,6 +146,7 @@ def test_registering_twice_is_once():
     assert open_clip.model._build_text_tower is before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["MobileCLIP-S0", "MobileCLIP-B"])
 def test_folding_keeps_the_outputs_of_both_towers(name):
     torch.manual_seed(0)
@@ -309,6 +311,7 @@ def checkpoint(tmp_path_factory):
     return path, model, state
 
 
+@pytest.mark.slow
 def test_published_weights_by_their_names(checkpoint):
     path, model, state = checkpoint
     assert {
@@ -333,6 +336,7 @@ def one_line(name: str) -> str:
     return str(err.value)
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit(checkpoint, tmp_path):
     path, _, state = checkpoint
     said = one_line(f"MobileCLIP-S2/{path}")

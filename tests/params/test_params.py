@@ -319,6 +319,7 @@ def test_merge_goes_into_maps_and_replaces_lists_and_marked_maps():
     assert base == {"a": {"x": 1, "y": [3]}, "b": {"new": {"z": 2}}, "c": {}}
 
 
+@pytest.mark.slow
 def test_apply_keeps_comments_and_checks_before_it_writes(tmp_path):
     path, overlay = tmp_path / "params.yaml", tmp_path / "o.yaml"
     path.write_text((ROOT / "params.yaml").read_text())
@@ -443,6 +444,7 @@ def test_a_study_has_a_notebook_and_a_key_of_its_name(tree):
         assert (ROOT / f"notebooks/ablations/{name}.ipynb").is_file() and name in tree["ablations"]
 
 
+@pytest.mark.slow
 def test_parameters_are_checked_without_heavy_libraries():
     heavy = ["torch", "open_clip", "pandas", "sklearn", "matplotlib"]
     script = (

@@ -534,6 +534,7 @@ ALIGNED = {"teachers", "reinforce"}  # with the loss of mclip.losses, and what i
 SCALE = ("scale: PositiveFloat = 20.0", "scale: PositiveFloat = 40.0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("edits", "marked"),
     [
@@ -668,6 +669,7 @@ def test_the_package_itself_runs_nothing():
     )
 
 
+@pytest.mark.slow
 def test_code_that_counts_takes_nothing_from_what_shows():
     graph = grimp.build_graph("mclip", cache_dir=None)
     for name in {f"mclip.{part}" for part in SHOWING} & graph.modules:
@@ -699,6 +701,7 @@ def test_a_bar_hands_on_what_it_counts(capsys):
     assert list(bar(iter(range(1000)), desc="x", hidden=True)) == list(range(1000))
 
 
+@pytest.mark.slow
 def test_notebooks_give_nothing_that_was_drawn_to_code_that_counts():
     """Answers are statements; figures go into nothing but figures."""
     for name, tree in sources():

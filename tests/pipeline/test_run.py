@@ -177,6 +177,7 @@ def outputs(path: Path) -> str:
     return "".join(o.get("text", "") for c in nb.cells for o in c.get("outputs", []))
 
 
+@pytest.mark.slow
 def test_parameters_arrive_with_their_types_in_a_clean_kernel(repo, runs):
     assert runs["a"].code() == 0, runs["a"].said
     text = outputs(repo / "reports/good/a.ipynb")
@@ -184,6 +185,7 @@ def test_parameters_arrive_with_their_types_in_a_clean_kernel(repo, runs):
     assert "0 module://matplotlib_inline.backend_inline True\nTrue False\n" in text
 
 
+@pytest.mark.slow
 def test_the_report_holds_nothing_of_this_run_or_machine(repo, runs):
     raw = (repo / "reports/good/a.ipynb").read_text()
     nb = nbformat.reads(raw, as_version=4)
@@ -209,12 +211,14 @@ def test_the_report_holds_nothing_of_this_run_or_machine(repo, runs):
     assert not list((repo / "tmp").iterdir()) and not list((repo / "reports").glob(".*"))
 
 
+@pytest.mark.slow
 def test_two_runs_write_the_same_bytes(repo, runs):
     assert runs["b"].code() == 0, runs["b"].said
     a, b = ((repo / f"reports/good/{x}.ipynb").read_text() for x in "ab")
     assert a.replace("'a'", "'b'").replace("True a", "True b") == b
 
 
+@pytest.mark.slow
 def test_the_terminal_shows_headings_prints_warnings_and_bars(runs):
     said = runs["a"].said
     for text in (
@@ -229,12 +233,14 @@ def test_the_terminal_shows_headings_prints_warnings_and_bars(runs):
     assert "\r" not in said  # a file gets whole lines
 
 
+@pytest.mark.slow
 def test_the_time_is_kept_beside_the_report(repo, runs):
     times = json.loads((repo / "reports/times/good/a.json").read_text())
     assert times["stage"] == "good" and times["recipe"] == "a"
     assert times["seconds"] > 0 and times["peak_rss_mb"] > 10
 
 
+@pytest.mark.slow
 def test_a_failure_says_where_on_one_screen_and_keeps_what_ran(repo, runs):
     assert runs["failing"].code() == 1
     said = runs["failing"].said
@@ -251,12 +257,14 @@ def test_a_failure_says_where_on_one_screen_and_keeps_what_ran(repo, runs):
     assert not (repo / "reports/times/ablations/failing.json").exists()
 
 
+@pytest.mark.slow
 def test_a_notebook_that_exits_early_is_no_report(repo, runs):
     assert runs["early"].code() == 1
     assert "SystemExit: 0" in runs["early"].said
     assert not (repo / "reports/early.ipynb").exists()
 
 
+@pytest.mark.slow
 def test_an_edit_during_the_run_is_refused(repo, runs):
     assert runs["guarded"].code() == 1
     assert (
@@ -266,6 +274,7 @@ def test_an_edit_during_the_run_is_refused(repo, runs):
     assert not list(repo.glob("reports/guarded*"))
 
 
+@pytest.mark.slow
 def test_a_signal_stops_the_kernel_and_all_below_it(repo, runs):
     assert runs["child"].code() == 128 + signal.SIGTERM
     pid = int(runs["child"].said.split("started ")[1].split()[0])
@@ -274,6 +283,7 @@ def test_a_signal_stops_the_kernel_and_all_below_it(repo, runs):
     assert (repo / "reports/child.ipynb").read_text() == "former good report"
 
 
+@pytest.mark.slow
 def test_nothing_goes_on_when_dvc_itself_is_killed(repo, tmp_path, monkeypatch):
     """Else the next `dvc repro` would run the stage beside what is left of this one."""
     monkeypatch.setenv("SHELL", "/bin/sh")  # some stay there between DVC and the stage

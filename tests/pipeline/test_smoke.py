@@ -1,7 +1,7 @@
 """The whole pipeline in small sizes, as a person runs it: a clone, the smoke overlay, `dvc repro`.
 
-python -m pytest tests/pipeline/test_smoke.py                     # about five minutes
-python -m pytest -m "not pipeline"                   # everything else
+python -m pytest tests/pipeline/test_smoke.py    # about four minutes
+python -m pytest -m "not pipeline"               # everything else
 """
 
 import json
@@ -18,7 +18,7 @@ import pytest
 
 from mclip import params
 
-pytestmark = pytest.mark.pipeline
+pytestmark = [pytest.mark.pipeline, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 STUDIES = ("students", "latency", "amount", "epoch", "pca", "weights", "search")
 

@@ -116,6 +116,7 @@ def draw_all() -> list:
     ]
 
 
+@pytest.mark.slow
 def test_figures_name_themselves_and_repeat_their_bytes():
     figures = draw_all()
     assert [plots.describe(f) for f in figures] == [
@@ -134,6 +135,7 @@ def test_figures_name_themselves_and_repeat_their_bytes():
     assert [png(f) for f in draw_all()] == first
 
 
+@pytest.mark.slow
 def test_bars_show_spread_points_chance_and_ceiling():
     ax = draw_all()[0].axes[0]
     assert {t.get_text() for t in ax.get_legend().get_texts()} == {

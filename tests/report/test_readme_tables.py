@@ -54,6 +54,7 @@ def shown(main: pd.DataFrame) -> dict[str, list[str]]:
     return dict(zip(spreads.index, spreads.values.tolist(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_recipes_and_their_teachers():
     p = params.load(ROOT / "params.yaml")
     frame, missing = metrics.read_seeds(p.distill.recipes, ROOT / "reports/metrics")
@@ -66,6 +67,7 @@ def test_the_recipes_and_their_teachers():
     assert not missing and table("%") == found
 
 
+@pytest.mark.slow
 def test_the_recipes_after_ten_times_the_samples():
     main = ablate.by_samples(
         compare.main_metric(pd.read_csv(ROOT / "reports/metrics/ablations/long.csv"))

@@ -94,6 +94,7 @@ def build(reports: Path) -> Path:
     return report.build(reports, reports / "site", ROOT / "params.yaml").parent
 
 
+@pytest.mark.slow
 def test_index_has_titles_answers_numbers_and_says_what_is_missing(reports):
     site = build(reports)
     assert sorted(p.name for p in site.iterdir()) == [
@@ -128,6 +129,7 @@ def test_index_has_titles_answers_numbers_and_says_what_is_missing(reports):
     assert re.findall(r'href="#(\w+)"', index) == headings
 
 
+@pytest.mark.slow
 def test_a_group_without_pages_has_no_heading_and_many_ablations_are_all_there(reports):
     (reports / "ablations/pca.ipynb").unlink()
     for i in range(12):
@@ -146,6 +148,7 @@ def test_a_group_without_pages_has_no_heading_and_many_ablations_are_all_there(r
     assert all(f"Question {i}?" in index and f"answer {i}" in index for i in range(12))
 
 
+@pytest.mark.slow
 def test_every_page_is_linked_from_every_page(reports):
     site = build(reports)
     names = {path.name for path in site.glob("*.html")}
@@ -171,11 +174,13 @@ def test_page_folds_code_and_has_neighbours(reports):
         )
 
 
+@pytest.mark.slow
 def test_same_input_same_bytes(reports):
     first = {p.name: p.read_bytes() for p in build(reports).iterdir()}
     assert {p.name: p.read_bytes() for p in build(reports).iterdir()} == first
 
 
+@pytest.mark.slow
 def test_times_are_summed(reports):
     (reports / "times").mkdir()
     for stage, seconds in (("data", 65.0), ("balance", 3.5)):
@@ -189,6 +194,7 @@ def test_times_are_summed(reports):
     )
 
 
+@pytest.mark.slow
 def test_what_is_left_of_a_recipe_that_is_gone_is_not_shown(reports):
     nbformat.write(executed("An old question?", "old answer"), reports / "evaluate" / "old.ipynb")
     (reports / "metrics" / "old.json").write_text(
@@ -202,6 +208,7 @@ def test_what_is_left_of_a_recipe_that_is_gone_is_not_shown(reports):
     assert not re.search(r"\bold\b|12\.5 s", (site / "index.html").read_text().partition("<pre")[0])
 
 
+@pytest.mark.slow
 def test_an_ablation_of_another_run_is_shown_as_such(reports):
     nbformat.write(executed("Ten seeds?", "another answer"), reports / "ablations" / "seeds.ipynb")
     (reports / "times" / "ablations").mkdir(parents=True)

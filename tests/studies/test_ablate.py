@@ -115,6 +115,7 @@ def test_missing_data_name_their_stage(shared, tmp_path):
 # --- training and scores ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_study_trains_and_scores_what_no_other_has(shared, tmp_path, monkeypatch, capsys):
     started = []
 

@@ -58,6 +58,7 @@ def make(data, student, tmp_path):
     return part
 
 
+@pytest.mark.slow
 def test_the_part_is_reinforced_with_more_than_the_stage_stores(make, data):
     folder = make()
     meta = reinforced.read_meta(folder)
@@ -102,6 +103,7 @@ def test_all_pairs_and_nothing_else_stored_is_the_stages_own(make, data, tmp_pat
     assert str(make(whole)) == data["reinforced"] and not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_variants_take_the_first_few_of_the_same_set(data, world, student, tmp_path):
     shared = ablate.Shared(
         student,

@@ -55,6 +55,7 @@ def runs(student, training_set, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_what_is_online_is_added_to_the_reinforced_step(runs, student, monkeypatch, tmp_path):
     asked = []
 

