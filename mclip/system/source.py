@@ -30,7 +30,7 @@ from mclip.system.files import digest
 
 _AS_VALUES = "what it decides are values, and those count as values"
 _SHOWS = "draws what a notebook gives it"
-EXEMPT = {  # module -> why an edit of it changes no stage's data (tests/test_code.py)
+EXEMPT = {  # module -> why an edit of it changes no stage's data (tests/pipeline/test_code.py)
     "mclip": "has a version number and nothing else",
     "mclip.__main__": "is a command of its own",
     "mclip.cli": "starts what others do",
