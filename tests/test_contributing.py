@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_models import CONFIG, tiny
 
 from mclip import embed, models, params
 from mclip.data import overview, shards
 from mclip.data.stores import embeddings
 from mclip.params import ParamsError
+from tests.models.test_models import CONFIG, tiny
 
 torch.set_num_threads(1)
 

@@ -1,6 +1,6 @@
 """The docstrings of the public names are whole and in numpydoc's form.
 
-Their examples run with `pytest --doctest-modules mclip`, as `make check` does.
+tests/test_examples.py runs their examples.
 """
 
 import importlib

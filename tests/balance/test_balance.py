@@ -481,21 +481,17 @@ def test_distance_to_the_representative_shows_chains():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "files"), [(2, False), (3, True)])
-def test_many_workers_find_the_same_sets(workers, files, tmp_path):
+def test_many_workers_find_the_same_sets(tmp_path):
+    """Three over files; test_what_workers_share_lies_where_it_is_told has two over an array."""
     rows = np.concatenate([clumps(n=300, seed=s) for s in range(10)])
     want = balance(rows, threshold=0.1, metric="sql2")
-    if files:
-        paths = [tmp_path / f"{k}.npy" for k in range(2)]
-        for path, part in zip(paths, np.split(rows, [900]), strict=True):
-            np.save(path, part)
-    got = balance(paths if files else rows, threshold=0.1, metric="sql2", tile=64, workers=workers)
+    paths = [tmp_path / f"{k}.npy" for k in range(2)]
+    for path, part in zip(paths, np.split(rows, [900]), strict=True):
+        np.save(path, part)
+    got = balance(paths, threshold=0.1, metric="sql2", tile=64, workers=3)
     np.testing.assert_array_equal(got.set_id, want.set_id)
     np.testing.assert_array_equal(got.keep, want.keep)
-    edges = [
-        spanning_forest(paths if files else rows, 0.3, metric="sql2", tile=64, workers=n)
-        for n in (1, workers)
-    ]
+    edges = [spanning_forest(paths, 0.3, metric="sql2", tile=64, workers=n) for n in (1, 3)]
     assert len(edges[0][0]) > 1000
     for one, many in zip(*edges, strict=True):
         np.testing.assert_array_equal(one, many)
@@ -516,6 +512,8 @@ def test_what_workers_share_lies_where_it_is_told(tmp_path, monkeypatch):
         spanning_forest(rows, 0.1, **options),
     )
     assert len(square) == len(rows) - len(got.set_sizes)
+    want = balance(rows, threshold=0.1, metric="sql2")
+    np.testing.assert_array_equal(got.set_id, want.set_id)
     assert {Path(task[1]).parent for task in told} == {tmp_path / "shared"}
     assert list((tmp_path / "shared").iterdir()) == []
 

@@ -4,6 +4,7 @@ splits without changing.
 
 import dataclasses
 import multiprocessing
+import random
 import shutil
 import signal
 import subprocess
@@ -177,6 +178,31 @@ def test_a_killed_run_goes_on_with_the_same_data_and_starts_anew_with_other(
     trainer.train(fresh)
     for name in ("open_clip_model.safetensors", "history.csv", "training.json"):
         assert (Path(run.out) / name).read_bytes() == (Path(fresh.out) / name).read_bytes()
+
+
+@pytest.mark.long
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(student, world, tmp_path):
+    run = planned(student, world, tmp_path)
+    fresh = dataclasses.replace(run, out=str(tmp_path / "fresh"), scratch=str(tmp_path / "other"))
+    trainer.train(fresh)
+    scratch, wait = Path(run.scratch), random.Random(0)
+    scratch.mkdir(parents=True)
+    run.save(scratch / "run.json")
+    checkpoint, kills = scratch / "checkpoint.pt", 0
+    while not plan.finished(run):
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        command = [sys.executable, "-m", "mclip.distill.trainer", str(scratch / "run.json")]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None:
+            if checkpoint.exists() and checkpoint.stat().st_mtime_ns != before:
+                time.sleep(wait.uniform(0, 0.1))
+                process.kill()
+                break
+            time.sleep(0.001)
+        kills += process.wait() == -signal.SIGKILL
+        assert process.returncode in (0, -signal.SIGKILL)
+    assert kills >= 3
+    assert weights(run) == weights(fresh)
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """Run by tests/models/test_hub.py in a process of its own, as the hub's cache is chosen when its library
 is imported.
 
-Puts random weights of the real architectures where the hub's client keeps what it has downloaded,
-and takes a hub teacher and a hub captioner through the stages' code: pinned, embedded with,
+Puts random weights of the real architectures, cut to the number of layers that is asked for, where
+the hub's client keeps what it has downloaded, and takes a hub teacher and a hub captioner through the stages' code: pinned, embedded with,
 reinforced with.
 """
 
@@ -55,6 +55,14 @@ def put(name: str, seed: int) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
+    (ROOT / "configs").mkdir()
+    for arch in (name.split("/")[0] for name in (TEACHER, CAPTIONER)):
+        config = open_clip.get_model_config(arch)
+        for tower in ("vision_cfg", "text_cfg", "multimodal_cfg"):
+            if "layers" in config.get(tower, {}):
+                config[tower]["layers"] = int(sys.argv[2])
+        (ROOT / "configs" / f"{arch}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(ROOT / "configs")
     expected = put(TEACHER, 0)
     put(CAPTIONER, 1)
     section = params.Teachers(

@@ -1,5 +1,5 @@
-"""Hub models at their real architectures, with random weights in the hub's cache: the code that a
-GPU run takes.
+"""Hub models with random weights in the hub's cache: the code that a GPU run takes. Of one layer a
+tower in `make test`, of their real depth in `make test-long`.
 """
 
 import io
@@ -16,8 +16,16 @@ from PIL import Image
 from mclip.data import shards
 
 
-@pytest.mark.slow
-def test_a_hub_teacher_and_a_hub_captioner_go_through_the_stages(tmp_path):
+@pytest.mark.parametrize(
+    ("layers", "image_params", "text_params"),
+    [
+        pytest.param(1, 9.9, 28.7, marks=pytest.mark.slow),
+        pytest.param(12, 87.8, 63.4, marks=pytest.mark.long),
+    ],
+)
+def test_a_hub_teacher_and_a_hub_captioner_go_through_the_stages(
+    layers, image_params, text_params, tmp_path
+):
     rng, samples = np.random.default_rng(0), []
     for i in range(3):
         buffer = io.BytesIO()
@@ -30,7 +38,7 @@ def test_a_hub_teacher_and_a_hub_captioner_go_through_the_stages(tmp_path):
     shards.write_shards(samples, tmp_path / "pairs", shard_size=10)
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.models.hub_run", str(tmp_path)],
+        [sys.executable, "-m", "tests.models.hub_run", str(tmp_path), str(layers)],
         cwd=root,
         capture_output=True,
         text=True,
@@ -41,10 +49,8 @@ def test_a_hub_teacher_and_a_hub_captioner_go_through_the_stages(tmp_path):
     entry = said["entry"]
     assert entry["model"] == "ViT-B-32/laion2b_s34b_b79k" and len(entry["weights_sha256"]) == 64
     assert (entry["width"], entry["image_size"], entry["context"]) == (512, 224, 77)
-    assert (
-        round(entry["image_params"] / 1e6, 1) == 87.8
-        and round(entry["text_params"] / 1e6, 1) == 63.4
-    )
+    assert round(entry["image_params"] / 1e6, 1) == image_params
+    assert round(entry["text_params"] / 1e6, 1) == text_params
     assert said["same"] and said["keys"] == ["k0", "k1", "k2"] and said["shape"] == [3, 512]
     assert said["cosine"] > 0.999
     assert said["captions"] == [1, 1, 1] and said["samples"] == 3 and said["widths"] == [512, 512]
