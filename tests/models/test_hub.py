@@ -19,7 +19,7 @@ from mclip.data import shards
 @pytest.mark.parametrize(
     ("layers", "image_params", "text_params"),
     [
-        pytest.param(1, 9.9, 28.7, marks=pytest.mark.slow),
+        pytest.param(1, 9.9, 28.8, marks=pytest.mark.slow),
         pytest.param(12, 87.8, 63.4, marks=pytest.mark.long),
     ],
 )
