@@ -19,7 +19,7 @@ repro: $(STAMP)    ## run what is missing or changed, data to report; OVERLAY=sm
 check: lint    ## lint and the tests that start no process and train nothing: a minute
 	$(PYTEST) -m "not slow and not long"
 
-test: lint    ## lint and all tests but the long ones, the small pipeline included: ten minutes
+test: lint types    ## lint, mypy, all tests but the long ones, the small pipeline included: ten minutes
 	$(PYTEST) -m "not long"
 
 test-long: $(STAMP)    ## the tests that take long by nature

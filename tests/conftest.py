@@ -11,6 +11,8 @@ import pytest
 # each other. Set before torch is imported; children inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import torch  # noqa: F401 - importing it starts `ldconfig`, which no test is to blame for
+
 
 def pytest_collection_modifyitems(items):
     """The pipeline first: it takes one of two workers about as long as all else takes the other."""

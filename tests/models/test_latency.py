@@ -19,7 +19,6 @@ def test_on_a_busy_machine_the_least_cpu_time_counts(monkeypatch):
         [0, 10, 14, 20, 23, 30, 35]
     )  # the start of the warm-up; starts and ends of three rounds
     monkeypatch.setattr(latency.time, "process_time", lambda: next(ticks))
-    monkeypatch.setattr(latency, "_calls", lambda *_: [("eager", lambda: None)])
     frame = latency.measure(
         ["demo-student"], ["eager"], rounds=3, warmup=1, towers=["image"], busy=True
     )
