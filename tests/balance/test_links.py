@@ -108,12 +108,13 @@ def codes_of_all_links(rows, limit):
 @pytest.mark.parametrize(
     ("rows", "limit", "most"),
     [
-        (spectrum(n=12_000), 0.6, 0.5),
+        (spectrum(n=12_000), 0.1, 0.1),
+        (spectrum(n=12_000), 0.6, 1.1),  # so many links that little is ruled out
         (spectrum(n=12_000, exponent=0.0), 0.1, 0.1),
         # uniform on the sphere: nothing is ruled out, yet no pair is multiplied twice
         (np.random.default_rng(0).normal(size=(12_000, 96)).astype(np.float32), 1.3, 1.1),
     ],
-    ids=["decaying spectrum", "flat spectrum", "sphere"],
+    ids=["decaying spectrum", "many links", "flat spectrum", "sphere"],
 )
 def test_every_link_of_more_rows_than_are_held_at_once(rows, limit, most):
     parts = []
