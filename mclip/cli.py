@@ -569,15 +569,8 @@ def latency(parser: Parser) -> Run:
       mclip latency --busy --models MobileCLIP-S0 --rounds 5
       mclip latency --device cuda --runtimes eager eager-bf16 compile compile-bf16 --batches 1 32
     """
-    runtimes = (
-        "unfolded",
-        "eager",
-        "eager-bf16",
-        "compile",
-        "compile-bf16",
-        "onnxruntime",
-        "onnxruntime-int8",
-    )
+    from mclip.system.timing import RUNTIMES
+
     parser.add_argument(
         "--models",
         nargs="+",
@@ -589,10 +582,10 @@ def latency(parser: Parser) -> Run:
     parser.add_argument(
         "--runtimes",
         nargs="+",
-        choices=(*runtimes, "all"),
+        choices=(*RUNTIMES, "all"),
         metavar="RUNTIME",
         default=["eager", "onnxruntime"],
-        help=f"{', '.join(runtimes)} or all (default: eager onnxruntime)",
+        help=f"{', '.join(RUNTIMES)} or all (default: eager onnxruntime)",
     )
     parser.add_argument(
         "--batches",
@@ -628,7 +621,7 @@ def latency(parser: Parser) -> Run:
             torch.set_num_threads(1)
         frame = latency.measure(
             latency.MODELS if "all" in args.models else args.models,
-            latency.RUNTIMES if "all" in args.runtimes else args.runtimes,
+            RUNTIMES if "all" in args.runtimes else args.runtimes,
             batches=args.batches,
             rounds=args.rounds,
             device=args.device,

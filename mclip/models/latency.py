@@ -42,17 +42,8 @@ from mclip import models
 from mclip.models.factory import quiet
 from mclip.models.onnx import Tower, session, to_onnx
 from mclip.system.progress import bar
-from mclip.system.timing import interleaved
+from mclip.system.timing import RUNTIMES, interleaved
 
-RUNTIMES = (
-    "unfolded",
-    "eager",
-    "eager-bf16",
-    "compile",
-    "compile-bf16",
-    "onnxruntime",
-    "onnxruntime-int8",
-)
 MODELS = ["MobileCLIP-S0", "MobileCLIP-S1", "MobileCLIP-S2", "MobileCLIP-B", "ViT-B-16", "ViT-B-32"]
 REFERENCE = "ViT-B-16"
 COLUMNS = ["model", "tower", "runtime", "batch", "ms"]

@@ -10,26 +10,18 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mclip.params import Params
+from mclip.params.ablations import studies
+
 if TYPE_CHECKING:
     import nbformat
 
-STAGES = [
-    "data",
-    "teachers",
-    "embed",
-    "balance",
-    "cluster",
-    "reinforce",
-    "distill",
-    "evaluate",
-    "report",
-]
-OF_RECIPES = (
-    "distill",
-    "evaluate",
-)  # reports/STAGE/RECIPE.ipynb; what is left of a recipe that is gone is not shown
+STAGES = [*Params.model_fields, "report"]
+# reports/STAGE/RECIPE.ipynb; what is left of a recipe that is gone is not shown
+OF_RECIPES = ("distill", "evaluate")
 ABLATIONS = "ablations"  # reports/ablations/*.ipynb
-PICTURES = ("pca", "weights", "search")  # of the ablations: what one looks at rather than compares
+# of the ablations: what one looks at rather than compares
+PICTURES = [name for name, kind in studies().items() if getattr(kind, "group", "") == "pictures"]
 GROUPS = {  # in the order of the index: how a group of pages is headed
     "pipeline": "Stage by stage",
     "recipes": "Recipe by recipe",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, PositiveInt
 
 from mclip.params import Section
+from mclip.system.timing import Runtime
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,15 +23,6 @@ PUBLISHED = {
     "MobileCLIP-S2": (74.4, 63.7, 6.9),
     "MobileCLIP-B": (76.8, 65.2, 13.7),
 }
-Runtime = Literal[
-    "unfolded",
-    "eager",
-    "eager-bf16",
-    "compile",
-    "compile-bf16",
-    "onnxruntime",
-    "onnxruntime-int8",
-]
 
 
 class Settings(Section):

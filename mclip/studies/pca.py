@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 class Settings(Section):
     """`ablations.pca`."""
 
+    group: ClassVar[str] = "pictures"  # of the report's index
     recipe: str  # of the distilled student, side by side with
     baseline: str
     teacher: str

@@ -12,7 +12,7 @@ they are right.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 from pydantic import PositiveInt
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 class Settings(Section):
     """`ablations.search`."""
 
+    group: ClassVar[str] = "pictures"  # of the report's index
     recipe: str  # of the distilled student, side by side with
     baseline: str
     set: str  # of evaluate.sets; a classification set is asked for its classes

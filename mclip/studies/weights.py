@@ -10,7 +10,7 @@ arXiv 2408.09441.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from pydantic import PositiveFloat
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 class Settings(Section):
     """`ablations.weights`."""
 
+    group: ClassVar[str] = "pictures"  # of the report's index
     baseline: str  # the recipe that the others are held against
     near_zero: PositiveFloat  # within so many standard deviations of its weights
 

@@ -2,9 +2,21 @@
 
 import time
 from collections.abc import Callable, Hashable, Mapping
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 Key = TypeVar("Key", bound=Hashable)
+# how a model can be run (mclip.models.latency): here, where the command and the schema can
+# ask for the names without torch
+Runtime = Literal[
+    "unfolded",
+    "eager",
+    "eager-bf16",
+    "compile",
+    "compile-bf16",
+    "onnxruntime",
+    "onnxruntime-int8",
+]
+RUNTIMES: tuple[str, ...] = get_args(Runtime)
 
 
 def interleaved(

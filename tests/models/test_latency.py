@@ -2,8 +2,6 @@
 missing is said.
 """
 
-from typing import get_args
-
 import pandas as pd
 import pytest
 import torch
@@ -33,10 +31,6 @@ def test_measure_and_totals():
     assert len(table) == 4 and (table["ms"] == table["image"] + table["text"]).all()
     with pytest.raises(ValueError, match="'tpu' is none of"):
         latency.measure(["demo-student"], ["tpu"])
-
-
-def test_the_study_takes_every_runtime():
-    assert get_args(study.Runtime) == latency.RUNTIMES
 
 
 def test_multiply_adds_are_counted_in_every_layer():
