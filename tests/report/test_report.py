@@ -304,10 +304,12 @@ def check_site(browser, site: Path) -> None:
             context.close()
 
 
+@pytest.mark.slow
 def test_site_in_chromium(reports, browser):
     check_site(browser, build(reports))
 
 
+@pytest.mark.slow
 def test_committed_site_in_chromium(browser):
     if not (ROOT / "reports/site/index.html").exists():
         pytest.skip("reports/site is not built")
