@@ -6,7 +6,7 @@ triton   as tiled, with Triton's kernels; CUDA only
 auto     plain below `TILED_FROM` samples, else triton on CUDA where it can run, else tiled
 """
 
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torch import Tensor
 
 Rows = TypeVar("Rows", Tensor, Tensor | None)
 Backend = Literal["auto", "plain", "tiled", "triton"]
-NAMES = ("auto", "plain", "tiled", "triton")
+NAMES = get_args(Backend)
 # samples from which tiles take less time than whole matrices (benchmarks/losses.md)
 TILED_FROM = 1024
 

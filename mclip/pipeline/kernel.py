@@ -81,8 +81,9 @@ class Terminal:
 class Watch(threading.Thread):
     """Beside a run: bars from the file `progress` to the terminal, and once a second a look around.
 
-    Under DVC the run ends as by SIGTERM when DVC has ended: what goes on would write beside the
-    next `dvc repro`. `peak_rss` is the memory of the largest process seen below this one, bytes.
+    If DVC started the run and ends first, the run ends as by SIGTERM; otherwise it would write at
+    the same time as the next `dvc repro`. `peak_rss` is the memory of the largest process seen
+    below this one, in bytes.
     """
 
     def __init__(self, progress: Path, terminal: Terminal):
