@@ -26,16 +26,46 @@ class Spread(Section):
     backend: Literal["processes", "ray"] = "processes"
 
 
+class AltText(Section):
+    """Share of each sort of alt text."""
+
+    name: Fraction
+    unicode: Fraction
+    shortcode: Fraction
+    keywords: Fraction
+    file: Fraction
+
+    @pydantic.model_validator(mode="after")
+    def _shares_of_one(self):
+        if abs(sum(self.model_dump().values()) - 1) > 1e-6:
+            raise ValueError("the shares must sum to 1")
+        return self
+
+
 class DemoData(Section):
     styles: list[Literal["noto", "twemoji", "fluent"]] = Field(min_length=1)
     cifar_train: Annotated[int, Field(ge=0, le=40_000)]
     cifar_probe: Annotated[int, Field(ge=20, le=10_000)]
+    cifar_align: Annotated[int, Field(ge=0, le=40_000)]
     cifar_test: Annotated[int, Field(ge=10, le=10_000)]
+    captions: Literal["web", "clean"]
+    alt_text: AltText
+    skin_tones: Fraction
+    copies: Fraction
     holdout_every: Annotated[int, Field(ge=2)]
-    openmoji_every: PositiveInt
+    openmoji_probe: Annotated[int, Field(ge=2)]
+    class_min: PositiveInt
     max_concepts: Annotated[int, Field(ge=20)] | None
-    image_px: Annotated[int, Field(ge=16, le=64)]
+    image_px: Annotated[int, Field(ge=24, le=64)]
     seed: NonNegativeInt
+
+    @pydantic.model_validator(mode="after")
+    def _enough_photos(self):
+        if self.cifar_train + self.cifar_probe + self.cifar_align > 50_000:
+            raise ValueError(
+                "cifar_train, cifar_probe and cifar_align share CIFAR-10's 50,000 training images"
+            )
+        return self
 
 
 class Data(Spread):

@@ -1,12 +1,14 @@
-"""Emoji as concepts: which exist, which are held out, and how a picture of one is captioned.
+"""Emoji as concepts: which exist, which belong together, and which are held out.
 
 A base concept is an entry of emoji.json ("waving hand"); its skin-tone variants belong to it. Names
-and keywords are the English ones of CLDR, in lower case plain text.
+and keywords are the English ones of CLDR, in lower case plain text. Concepts that differ by gender,
+hair or direction only form a family ("man cook", "woman cook", "cook"): a family is held out whole.
 """
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+from mclip.data.demo.classes import CLASSES
 
 SKIN_TONES = {
     "1F3FB": "light",
@@ -15,14 +17,22 @@ SKIN_TONES = {
     "1F3FE": "medium-dark",
     "1F3FF": "dark",
 }
-# how a caption may speak of a style; OpenMoji, never trained on, has none
-STYLE_PHRASES = {
-    "noto": "a glossy emoji of {c}",
-    "twemoji": "a flat icon of {c}",
-    "fluent": "a 3d render of {c}",
+# flags look alike, and swatches of skin tones are no things: trained on, never tested
+UNTESTED_GROUPS = ("Flags", "Component")
+PEOPLE = {"1f468", "1f469", "1f9d1"}  # man, woman, person
+# of a joined sequence: female, male, rightwards, hair (red, curly, bald, white)
+MODIFIERS = {"200d", "2640", "2642", "27a1", "1f9b0", "1f9b1", "1f9b2", "1f9b3"}
+GENDER_WORDS = {
+    *("man", "woman", "men", "women", "man's", "woman's", "men's", "women's", "male", "female"),
+    *("person", "people", "boy", "girl", "child", "adult", "santa", "mrs.", "mx", "and"),
 }
-# for zero-shot classification; {c} is CLIP_benchmark's placeholder
-TEMPLATES = ["{c}", "an emoji of {c}"]
+# twins whose names share no word, by what `_name_key` makes of them
+TWINS = {
+    "princess": "prince",
+    "with crown": "prince",
+    "older": "old",
+    "breast-feeding": "feeding baby",
+}
 
 
 class Variant(NamedTuple):
@@ -32,6 +42,8 @@ class Variant(NamedTuple):
     name: str
     keywords: tuple[str, ...]
     tone: str
+    unicode: str  # Unicode's name of the base emoji, in lower case
+    shortcode: str  # without the outer colons: wave::skin-tone-2
 
 
 class Concept(NamedTuple):
@@ -62,11 +74,19 @@ def concepts(
     """
     named = {text.replace("\ufe0f", ""): entry for text, entry in annotations.items()}
 
-    def variant(unified: str, tone: str) -> Variant:
+    def variant(entry: dict[str, Any], unified: str, tones: Sequence[str] = ()) -> Variant:
         code = image_code(unified)
-        entry = named["".join(chr(int(point, 16)) for point in code.split("-"))]
+        texts = named["".join(chr(int(point, 16)) for point in code.split("-"))]
+        words = " and ".join(dict.fromkeys(SKIN_TONES[t] for t in tones))
+        # emoji-datasource counts tones from 2, as Fitzpatrick's scale does
+        numbers = "".join(f"-{list(SKIN_TONES).index(t) + 2}" for t in tones)
         return Variant(
-            code, plain(entry["tts"][0]), tuple(k.lower() for k in entry.get("default", ())), tone
+            code,
+            plain(texts["tts"][0]),
+            tuple(k.lower() for k in texts.get("default", ())),
+            f"{words} skin tone" if tones else "",
+            entry["name"].lower(),
+            entry["short_name"] + (f"::skin-tone{numbers}" if tones else ""),
         )
 
     entries = sorted(emoji_json, key=lambda e: e["unified"])
@@ -74,43 +94,51 @@ def concepts(
         entries = [entries[i * len(entries) // limit] for i in range(limit)]
     found = []
     for entry in entries:
-        variants = [variant(entry["unified"], "")]
+        variants = [variant(entry, entry["unified"])]
         for tones, skin in sorted(entry.get("skin_variations", {}).items()):
-            words = " and ".join(dict.fromkeys(SKIN_TONES[t] for t in tones.split("-")))
-            variants.append(variant(skin["unified"], f"{words} skin tone"))
+            variants.append(variant(entry, skin["unified"], tones.split("-")))
         found.append(
             Concept(variants[0].name, entry["category"], entry["subcategory"], tuple(variants))
         )
     return found
 
 
-def held_out(found: Sequence[Concept], every: int) -> tuple[list[Concept], list[Concept]]:
-    """(trained, held out): every `every`-th base concept, from the first, is never trained on in
-    any style.
+def families(found: Sequence[Concept]) -> list[list[Concept]]:
+    """Concepts that may be tested, in families, ordered by class and code point.
+
+    Two concepts are of one family if their code points agree without signs of gender, hair and
+    direction, or if their names (up to a comma) agree without the words for it.
     """
-    return [c for i, c in enumerate(found) if i % every], list(found[::every])
+    family: dict[str, list[Concept]] = {}
+    for concept in found:
+        if concept.group in UNTESTED_GROUPS:
+            continue
+        keys = [_code_key(concept.code), _name_key(concept.name)]
+        joined = {id(family[k]): family[k] for k in keys if k in family}
+        members = [m for group in joined.values() for m in group] + [concept]
+        for k in keys + [k for m in members for k in (_code_key(m.code), _name_key(m.name))]:
+            family[k] = members
+    distinct = {id(group): sorted(group, key=lambda c: c.code) for group in family.values()}
+    return sorted(distinct.values(), key=lambda g: (CLASSES[g[0].subgroup], g[0].code))
 
 
-def caption(key: str, variant: Variant, style: str, seed: int = 0) -> str:
-    """One of several ways to say what the picture shows; the key and the seed decide which."""
-    choice = digest(seed, key)
-    # keywords that say more than the name already does, in an order of the key's own
-    words = [k for k in variant.keywords if k not in variant.name]
-    words.sort(key=lambda k: digest(seed, key, k))
-    forms = [
-        variant.name,
-        variant.name,
-        f"an emoji of {variant.name}",
-        STYLE_PHRASES[style].format(c=variant.name),
-        ", ".join([variant.name, *words[:1]]),
-        ", ".join([variant.name, *words[:2]]),
-    ]
-    return forms[choice[0] % len(forms)]
+def _code_key(code: str) -> str:
+    points = code.split("-")
+    if "200d" in points:
+        points = [p for p in points if p not in MODIFIERS]
+    return "-".join("person" if p in PEOPLE else p for p in points)
 
 
-def digest(*parts: object) -> bytes:
-    """Eight bytes that depend on the parts only: a choice that no order or machine changes."""
-    return hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest()
+def _name_key(name: str) -> str:
+    words = name.partition(",")[0].split()
+    key = " ".join(w for w in words if w not in GENDER_WORDS)
+    return TWINS.get(key, key) or "person"
+
+
+def held_out(found: Sequence[Concept], every: int) -> tuple[list[Concept], list[Concept]]:
+    """(trained, held out): every `every`-th family is never trained on in any style."""
+    unseen = {c.code for family in families(found)[every - 1 :: every] for c in family}
+    return [c for c in found if c.code not in unseen], [c for c in found if c.code in unseen]
 
 
 def plain(tts: str) -> str:
@@ -124,11 +152,6 @@ def plain(tts: str) -> str:
     if colon and head == "keycap":
         return f"keycap {tail}"
     return text.replace(": ", ", ")
-
-
-def subgroup_name(subgroup: str) -> str:
-    """ "face-smiling" -> "face smiling"."""
-    return subgroup.replace("-", " ")
 
 
 def image_code(name: str) -> str:

@@ -33,6 +33,13 @@ EMOJI_STYLES = {
 UNSEEN_STYLES = ("openmoji-color", "openmoji-black")
 
 
+class Picture(NamedTuple):
+    """A PNG, and the stem of the file in the package that it was made of."""
+
+    image: bytes
+    file: str
+
+
 class Item(NamedTuple):
     """One evaluation image; `target` is a class index or, for retrieval, a caption."""
 
@@ -75,16 +82,17 @@ def _read(archive: Path, member: str) -> bytes:
 
 def read_images(
     packages, styles, wanted, shifted, demo
-) -> tuple[dict[str, dict[str, bytes]], dict[str, list[Item]]]:
-    """({style: {code: PNG}}, {"pairs" | "probe" | "test": photos}), made by processes, one package
-    each.
+) -> tuple[dict[str, dict[str, Picture]], dict[str, list[Item]]]:
+    """({style: {code: picture}}, {"pairs" | "probe" | "align" | "test": photos}).
+
+    Made by processes, one package each. `wanted` are the codes of the trained styles, `shifted`
+    those of OpenMoji.
     """
-    train = np.random.default_rng(demo.seed).permutation(50_000)[
-        : demo.cifar_train + demo.cifar_probe
-    ]
-    test = np.random.default_rng(demo.seed).permutation(10_000)[: demo.cifar_test]
-    cut = demo.cifar_train
-    picks = {"pairs": train[:cut], "probe": train[cut:], "test": test}
+    train = np.random.default_rng(demo.seed).permutation(50_000)
+    test = np.random.default_rng(demo.seed).permutation(10_000)
+    cuts = np.cumsum([demo.cifar_train, demo.cifar_probe, demo.cifar_align])
+    pairs, probe, align, _ = np.split(train, cuts)
+    picks = {"pairs": pairs, "probe": probe, "align": align, "test": test[: demo.cifar_test]}
     codes = {s: wanted for s in styles} | {s: shifted for s in UNSEEN_STYLES}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         jobs: dict[str, Future[Any]] = {}
@@ -103,8 +111,8 @@ def read_images(
     return images, images.pop("cifar10")
 
 
-def read_emoji(archive: Path, folder: str, codes: set[str], image_px: int) -> dict[str, bytes]:
-    """{code: PNG of image_px} of one style."""
+def read_emoji(archive: Path, folder: str, codes: set[str], image_px: int) -> dict[str, Picture]:
+    """{code: picture of image_px} of one style."""
     found = {}
     with tarfile.open(archive, "r|gz") as tar:
         for entry in tar:
@@ -116,7 +124,8 @@ def read_emoji(archive: Path, folder: str, codes: set[str], image_px: int) -> di
             ):
                 continue
             data = tars.content(tar, entry)
-            found[code] = rasterise(data, image_px) if ext == "svg" else resize(data, image_px)
+            image = rasterise(data, image_px) if ext == "svg" else resize(data, image_px)
+            found[code] = Picture(image, stem)
     return found
 
 
@@ -125,14 +134,14 @@ def rasterise(svg: bytes, image_px: int) -> bytes:
     from resvg_py import svg_to_bytes
 
     # no system fonts: the same picture on every machine (OpenMoji has no text elements)
-    png = svg_to_bytes(
+    rendered = svg_to_bytes(
         svg_string=svg.decode(),
         width=image_px,
         height=image_px,
         background="#ffffff",
         skip_system_fonts=True,
     )
-    return _png(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
+    return png(Image.open(io.BytesIO(bytes(rendered))).convert("RGB"))
 
 
 def resize(data: bytes, image_px: int) -> bytes:
@@ -140,7 +149,7 @@ def resize(data: bytes, image_px: int) -> bytes:
     image = shards.decode(data)
     if image.size != (image_px, image_px):
         image = image.resize((image_px, image_px), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return _png(image)
+    return png(image)
 
 
 def read_cifar(archive: Path, picks: dict[str, np.ndarray]) -> dict[str, list[Item]]:
@@ -169,7 +178,7 @@ def read_cifar(archive: Path, picks: dict[str, np.ndarray]) -> dict[str, list[It
             items.append(
                 Item(
                     f"cifar10-{split}-{i:05d}",
-                    _png(Image.fromarray(strip[i % 10_000])),
+                    png(Image.fromarray(strip[i % 10_000])),
                     int(labels[split][i]),
                 )
             )
@@ -177,7 +186,14 @@ def read_cifar(archive: Path, picks: dict[str, np.ndarray]) -> dict[str, list[It
     return found
 
 
-def _png(image: Image.Image) -> bytes:
+def cifar_file(key: str) -> str:
+    """Where the package has a training picture: its batch file and row."""
+    number = int(key.rpartition("-")[2])
+    return f"data_batch_{number // 10_000 + 1}-{number % 10_000}"
+
+
+def png(image: Image.Image) -> bytes:
+    """The picture as a PNG file."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
