@@ -16,11 +16,12 @@ from mclip.data import shards
 
 
 def table(folder: str | Path, limit: int = 50_000) -> pd.DataFrame:
-    """One row a pair: key, shard, caption, words, part, concept, variant; about `limit` rows at
-    most.
+    """One row a pair: key, shard, caption, words, part, concept, variant, alt, copy_of; about
+    `limit` rows at most.
 
     `part` is the metadata's style ("all pairs" without one), `concept` its concept (without one the
-    caption): what the demo's metadata has, and what stands for it in sets that have none.
+    caption), `alt` its sort of alt text ("caption" without one), `copy_of` the key of the picture
+    that this one is a smaller copy of.
     """
     listed = shards.read_manifest(folder)["shards"]
     full = [i for i, shard in enumerate(listed) if shard["samples"]]
@@ -58,6 +59,8 @@ def _row(s: shards.Sample, number: int) -> dict:
         "part": str(s.meta.get("style") or "all pairs"),
         "concept": str(s.meta.get("concept") or s.caption),
         "variant": str(s.meta.get("variant") or ""),
+        "alt": str(s.meta.get("alt") or "caption"),
+        "copy_of": str(s.meta.get("copy_of") or ""),
     }
 
 

@@ -180,19 +180,19 @@ SETS: dict[str, Entry] = {
         captions="distinct",
     ),  # a concept's pictures share its caption
     "emoji-subgroup": Entry(
-        "Unseen emoji by subgroup",
+        "Unseen emoji by class",
         ("demo",),
         "emoji-subgroup",
-        83,
+        32,
         None,
         MEAN,
         kind="unseen concepts",
-    ),  # 2 to 105 pictures a class: top1 is mostly the largest's
+    ),  # 10 to 45 pictures a class: top1 is mostly the largest's
     "openmoji-color": Entry(
-        "OpenMoji", ("demo",), "openmoji-color", 271, None, kind="unseen style"
+        "OpenMoji", ("demo",), "openmoji-color", 39, None, MEAN, kind="unseen style"
     ),
     "openmoji-black": Entry(
-        "OpenMoji, black lines", ("demo",), "openmoji-black", 231, None, kind="unseen style"
+        "OpenMoji, black lines", ("demo",), "openmoji-black", 39, None, MEAN, kind="unseen style"
     ),
 }
 
