@@ -21,7 +21,7 @@ def table(folder: str | Path, limit: int = 50_000) -> pd.DataFrame:
 
     `part` is the metadata's style ("all pairs" without one), `concept` its concept (without one the
     caption), `alt` its sort of alt text ("caption" without one), `copy_of` the key of the picture
-    that this one is a smaller copy of.
+    that this one shows at another size.
     """
     listed = shards.read_manifest(folder)["shards"]
     full = [i for i, shard in enumerate(listed) if shard["samples"]]

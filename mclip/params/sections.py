@@ -56,7 +56,7 @@ class DemoData(Section):
     openmoji_probe: Annotated[int, Field(ge=2)]
     class_min: PositiveInt
     max_concepts: Annotated[int, Field(ge=20)] | None
-    image_px: Annotated[int, Field(ge=24, le=64)]
+    image_px: Annotated[int, Field(ge=16, le=64)]
     seed: NonNegativeInt
 
     @pydantic.model_validator(mode="after")

@@ -169,16 +169,16 @@ def test_alt_text_of_photos():
     assert all(t["name"].endswith("frog.") for t in texts)
 
 
-def test_copies_are_smaller_and_say_of_what():
+def test_copies_have_another_size_and_say_of_what():
     image = packages.png(Image.new("RGB", (64, 64), "red"))
     every = SimpleNamespace(seed=0, copies=1.0)
     sides = set()
     for i in range(40):
-        (key, same, original), (copy, small, copy_of) = demo._with_copy(f"k{i}", image, every)
+        (key, same, original), (copy, other, copy_of) = demo._with_copy(f"k{i}", image, every)
         assert (key, same, original) == (f"k{i}", image, "")
         assert (copy, copy_of) == (f"k{i}-copy", f"k{i}")
-        sides.add(shards.decode(small).width)
-    assert sides == {20, 24, 32, 48}
+        sides.add(shards.decode(other).width)
+    assert sides == {48, 56, 72, 96}
     half = [len(list(demo._with_copy(f"k{i}", image, SimpleNamespace(seed=0, copies=0.5)))) - 1
             for i in range(400)]  # fmt: skip
     assert sum(half) / 400 == pytest.approx(0.5, abs=0.08)

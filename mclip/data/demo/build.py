@@ -4,7 +4,7 @@
     build(params.load().data)
 
 Training pairs: three emoji styles and part of CIFAR-10's training images, with alt text as a web
-set has it, and smaller copies of some of them. For the teachers alone: more of CIFAR-10's training
+set has it, and copies of some of them at another size. For the teachers alone: more of CIFAR-10's training
 images with clean captions. Never trained on: every sixth family of concepts with all its variants,
 in any style (emoji-unseen, emoji-subgroup); OpenMoji (a style shift, as ImageNet-R and -Sketch
 are); CIFAR-10's test images. The evaluation sets have the layout that CLIP_benchmark reads
@@ -41,7 +41,7 @@ from mclip.system.files import whole_folder, write_json
 
 NONE = "none.txt"  # what lies in the evaluation folder where the pairs are not the demo's
 CIFAR_NAMES = list(captions.CIFAR_CLASSES)
-COPY_SIDES = (20, 24, 32, 48)  # pixels, as vendors ship emoji and sites their thumbnails
+COPY_SCALES = (3 / 4, 7 / 8, 9 / 8, 3 / 2)  # of an emoji of 64 px: 48, 56, 72, 96
 Pictures = dict[str, dict[str, Picture]]  # {style: {code: picture}}
 
 
@@ -242,19 +242,19 @@ def _photo_pairs(photos: list[Item], annotations, demo) -> list[shards.Sample]:
 
 
 def _with_copy(key: str, image: bytes, demo) -> Iterator[tuple[str, bytes, str]]:
-    """(key, picture, key of the original or ""): the picture, and for `demo.copies` of the keys a
-    smaller one.
+    """(key, picture, key of the original or ""): the picture, and for `demo.copies` of the keys the
+    same at another size.
     """
     yield key, image, ""
     if captions.fraction(demo.seed, key, "copy") < demo.copies:
-        yield f"{key}-copy", smaller(image, demo.seed, key), key
+        yield f"{key}-copy", resized(image, demo.seed, key), key
 
 
-def smaller(image: bytes, seed: int, key: str) -> bytes:
-    """The picture as PNG at one of COPY_SIDES below its own side, by the seed and the key."""
+def resized(image: bytes, seed: int, key: str) -> bytes:
+    """The picture as PNG at one of COPY_SCALES of its side, by the seed and the key."""
     picture = Image.open(io.BytesIO(image))
-    sides = [side for side in COPY_SIDES if side < picture.width]
-    side = sides[captions.digest(seed, key, "side")[0] % len(sides)]
+    scale = COPY_SCALES[captions.digest(seed, key, "side")[0] % len(COPY_SCALES)]
+    side = round(picture.width * scale)
     return png(picture.resize((side, side), Image.Resampling.LANCZOS))
 
 
