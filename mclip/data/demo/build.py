@@ -4,16 +4,16 @@
     build(params.load().data)
 
 Training pairs: three emoji styles and part of CIFAR-10's training images, with alt text as a web
-set has it, and copies of some of them at another size. For the teachers alone: more of CIFAR-10's training
-images with clean captions. Never trained on: every sixth family of concepts with all its variants,
-in any style (emoji-unseen, emoji-subgroup); OpenMoji (a style shift, as ImageNet-R and -Sketch
-are); CIFAR-10's test images. The evaluation sets have the layout that CLIP_benchmark reads
+set has it, and copies of some of them at another size. For the teachers alone: more of CIFAR-10's
+training images with clean captions. Never trained on: every sixth family of concepts with all its
+variants, in any style (emoji-unseen, emoji-subgroup); OpenMoji (a style shift, as ImageNet-R and
+-Sketch are); CIFAR-10's test images. The evaluation sets have the layout that CLIP_benchmark reads
 (`wds/...`).
 """
 
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,7 @@ def _sample(
 
 
 def _emoji_pairs(
-    trained: list[Concept], styles: list[str], images: Pictures, packages: dict[str, Path], demo
+    trained: list[Concept], styles: Sequence[str], images: Pictures, packages: dict[str, Path], demo
 ) -> tuple[list[shards.Sample], list[dict[str, Any]]]:
     samples, skipped = [], []
     for style in styles:
