@@ -288,7 +288,7 @@ def test_values_that_the_file_gives_are_left_to_dvc_and_those_that_it_leaves_ope
         "first"
     }  # of balance: the schema's from now on
     assert edit("lambda: 1.0  ", "#") == {"each/mobileclip"}
-    assert edit("    openmoji-color: {}\n", "    openmoji-color: {}\n    pets: {}\n") == {
+    assert edit("    openmoji-black: {}\n", "    openmoji-black: {}\n    pets: {}\n") == {
         "first"
     }  # by the registry
 
