@@ -1,9 +1,10 @@
-"""Reinforce the kept pairs once; training replays them and never loads a teacher (papers.md 2.1).
+"""Reinforce the pairs once; training replays them and never loads a teacher (papers.md 2.1).
 
-Stored for each kept pair: n_aug strong augmentations as parameters, n_syn synthetic captions, and
-the ensemble's embeddings of each augmented picture and of each caption, the true one first. Work
-proceeds shard by shard: a shard appears when it is whole, and a rerun with the same settings makes
-the missing ones, by one process or by several.
+Stored for each pair, of all or of those that `balance` kept (`reinforce.pairs`): n_aug strong
+augmentations as parameters, n_syn synthetic captions, and the ensemble's embeddings of each
+augmented picture and of each caption, the true one first. Work proceeds shard by shard: a shard
+appears when it is whole, and a rerun with the same settings makes the missing ones, by one process
+or by several.
 """
 
 import functools
@@ -95,14 +96,12 @@ class _Job(NamedTuple):
 
     def make(self, index: int, makers: _Makers, done: Callable[[int], object]) -> int:
         """Write a shard; how many pairs it has."""
-        kept = balance_store.lookup_kept(self.balance, self.cache)
         samples = list(shards.iter_samples(self.pairs, shards=[index]))
-        there = kept.find([s.key for s in samples]) >= 0
-        samples = [
-            s
-            for s, found in zip(samples, there, strict=True)
-            if found and shards.in_part(s.key, self.fraction)
-        ]
+        if self.settings.pairs == "kept":
+            kept = balance_store.lookup_kept(self.balance, self.cache)
+            there = kept.find([s.key for s in samples]) >= 0
+            samples = [s for s, found in zip(samples, there, strict=True) if found]
+        samples = [s for s in samples if shards.in_part(s.key, self.fraction)]
         shard = reinforce_samples(
             samples,
             self.settings,
@@ -137,7 +136,7 @@ def run(
     cache: str | Path = "data/cache",
     decoders: int | None = None,
 ) -> dict:
-    """Write the reinforced set of the pairs that are kept.
+    """Write the reinforced set: of all pairs, or of those that are kept (settings.pairs).
 
     Parameters
     ----------
@@ -145,8 +144,8 @@ def run(
         written.
     teachers : name -> open_clip model string; settings.ensemble picks and orders them.
     captioner : model string of an open_clip CoCa; not loaded when n_syn is 0.
-    balance : folder of `mclip.balance`: which pairs are kept.
-    fraction : of the kept pairs, by a hash of the key (`shards.in_part`).
+    balance : folder of `mclip.balance`: which pairs are kept; read where settings.pairs is kept.
+    fraction : of these pairs, by a hash of the key (`shards.in_part`).
     cache : folder for the table in which shards find their keys.
     decoders : processes that augment; None: see mclip.system.workers.decoding_processes.
 
@@ -157,10 +156,11 @@ def run(
 
     Raises
     ------
-    ValueError when no pair is kept; BalanceError where `balance` has none; ModelError for a
+    ValueError when there is no pair; BalanceError where `balance` has none; ModelError for a
     teacher that can't be made.
     """
-    manifest, kept = shards.read_manifest(pairs), _kept(balance, fraction)
+    manifest = shards.read_manifest(pairs)
+    chosen_pairs = _chosen(settings, manifest, pairs, balance, fraction)
     chosen = tuple(teachers[name] for name in settings.ensemble)
     job = _Job(
         settings,
@@ -182,14 +182,14 @@ def run(
         "teachers": _described(settings.ensemble, chosen, makers.ensemble),
         "ops": list(augment.OPS),
         "captioner": models.weights_sha256(captioner) if settings.n_syn else None,
-        "kept": kept.digest,
+        "kept": chosen_pairs.digest,
         "pairs": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest(),
         "versions": {p: version(p) for p in ("torch", "torchvision", "pillow", "open_clip_torch")},
     }
     _forget_others(job.out, identity)
     todo = [i for i in range(len(manifest["shards"])) if not reinforced.paths(out, i)[0].exists()]
     passes = 2 if settings.n_syn else 1
-    with bar(desc="reinforce", unit="pass", total=passes * kept.pairs) as progress:
+    with bar(desc="reinforce", unit="pass", total=passes * chosen_pairs.count) as progress:
         for index in set(range(len(manifest["shards"]))).difference(todo):
             progress.update(passes * reinforced.count(out, index))
         if alone:
@@ -207,25 +207,39 @@ def run(
                 progress.update(passes * count)
     total = sum(reinforced.count(out, index) for index in range(len(manifest["shards"])))
     if not total:
-        raise ValueError("reinforce: no pair is kept; is balance.threshold too large?")
+        why = "kept; is balance.threshold too large?" if settings.pairs == "kept" else "there"
+        raise ValueError(f"reinforce: no pair is {why}")
     return _write_meta(job.out, {**identity, "samples": total, "complete": True})
 
 
-class _Kept(NamedTuple):
+class _Chosen(NamedTuple):
     digest: str
-    pairs: int
+    count: int
 
 
-def _kept(balance: str | Path, fraction: float) -> _Kept:
-    """Which pairs are kept, as a digest of their keys, and how many; no more than a piece of them
-    is held.
+def _chosen(
+    settings: Reinforce,
+    manifest: dict[str, Any],
+    pairs: str | Path,
+    balance: str | Path,
+    fraction: float,
+) -> _Chosen:
+    """Which pairs are reinforced, as a digest, and how many; no more than a piece of their keys is
+    held.
     """
+    if settings.pairs == "all" and fraction == 1:
+        return _Chosen("all", manifest["samples"])  # the manifest says which; no shard is read
+    pieces: Iterable[Iterable[str]]
+    if settings.pairs == "all":
+        pieces = ([sample.key] for sample in shards.iter_samples(pairs))
+    else:
+        pieces = (map(str, piece.tolist()) for piece in balance_store.kept(balance))
     found, count = hashlib.sha256(), 0
-    for piece in balance_store.kept(balance):
-        keys = [key for key in map(str, piece.tolist()) if shards.in_part(key, fraction)]
+    for piece in pieces:
+        keys = [key for key in piece if shards.in_part(key, fraction)]
         found.update("".join(f"{key}\n" for key in keys).encode())
         count += len(keys)
-    return _Kept(found.hexdigest(), count)
+    return _Chosen(found.hexdigest(), count)
 
 
 def _described(

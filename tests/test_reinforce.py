@@ -20,6 +20,7 @@ from mclip.params import Reinforce
 from tests.world import PX, N
 
 SETTINGS = Reinforce(
+    pairs="kept",
     ensemble=["a", "b"],
     n_aug=2,
     n_syn=0,
@@ -194,9 +195,14 @@ def test_a_shard_of_which_nothing_is_kept_is_as_wide_as_the_others(world, teache
     reinforced.select(tmp_path / "r", tmp_path / "out", n_aug=1, ensemble=["b"])
     assert reinforced.read_shard(tmp_path / "out", 1).image_emb.shape == (0, 1, 6)
     spec = TrainingSet(
-        "kept", True, image_px=PX, pairs=str(world / "pairs"), reinforced=str(tmp_path / "r")
+        "all", True, image_px=PX, pairs=str(world / "pairs"), reinforced=str(tmp_path / "r")
     )
     assert targets.load_side(open_pairs(spec)).keys == keys
+
+
+def test_all_pairs_without_balance(world, teachers, tmp_path):
+    meta = run(world, tmp_path / "r", teachers, pairs="all", balance=tmp_path / "nowhere")
+    assert meta["samples"] == N and "k005" in reinforced.read_keys(tmp_path / "r", 0)
 
 
 def test_nothing_kept_is_said(world, teachers, tmp_path):

@@ -63,11 +63,10 @@ def write_world(root: Path) -> None:
     rows[5] = rows[4]  # one duplicate: k005 goes
     result = balance.balance(rows, keys, threshold=1e-3, metric="sql2")
     balance.write(root / "balance", result)
-    kept = [k for k, keep in zip(keys, result.keep, strict=True) if keep]
     cluster.write(root / "clusters", cluster.cluster(rows, 4, iterations=5, seed=0, keys=keys))
     (root / "reinforced").mkdir()
     for index in range(N // SHARD):
-        mine = [i for i in range(index * SHARD, (index + 1) * SHARD) if keys[i] in kept]
+        mine = list(range(index * SHARD, (index + 1) * SHARD))
         reinforced.write_shard(
             root / "reinforced",
             index,
@@ -95,7 +94,7 @@ def write_world(root: Path) -> None:
             {
                 "teachers": teachers,
                 "settings": {"image_px": PX, "n_aug": 3, "n_syn": 2},
-                "samples": len(kept),
+                "samples": N,
             }
         )
     )
@@ -146,7 +145,7 @@ RECIPES = {
     ),
     "mobileclip": Recipe(
         title="MobileCLIP",
-        pairs="kept",
+        pairs="all",
         reinforced=True,
         weight={"clip": 1, "affinity": 1},
         synthetic=True,

@@ -1,9 +1,11 @@
 """The pairs that a run trains on, opened once for the whole run.
 
 A recipe answers two questions: which pairs (`pairs: all | kept`, those that `balance` kept) and
-whether captions, crops and ensemble embeddings come from the reinforced set (`reinforced`). Each
-possible answer is one class here, which holds all that differs: the folders it reads, its keys and
-counts, captions, crops, and what its decoded pictures depend on. No other module asks which it is.
+whether captions, crops and ensemble embeddings come from the reinforced set (`reinforced`). The two
+combine freely: MobileCLIP trains on every pair of the reinforced set, `combined` on those of it
+that are kept, and both share its decoded pictures. Each possible answer is one class here, which
+holds all that differs: the folders it reads, its keys and counts, captions, crops, and what its
+decoded pictures depend on. No other module asks which it is.
 
 `open_pairs` reads nothing yet, and planning a run needs neither torch nor a stage's tensors: slow
 imports and reads are left until they are needed.
@@ -284,9 +286,9 @@ class KeptPairs(AllPairs):
 
 
 class ReinforcedPairs(AllPairs):
-    """The pairs of the reinforced set, which are those kept: stored crops, captions, embeddings."""
+    """Every pair of the reinforced set: stored crops, captions, embeddings."""
 
-    reads = ("pairs", "reinforced")
+    reads: tuple[str, ...] = ("pairs", "reinforced")
     pictures = "reinforced"
 
     @cached_property
@@ -324,7 +326,7 @@ class ReinforcedPairs(AllPairs):
         }
         syn_text = [texts for part in parts for texts in part.syn_text]
         side = Side(np.arange(len(keys)), keys, captions, captions, arrays, syn_text)
-        return _fraction(side, self.spec.fraction)
+        return _fraction(side.part(self._trained_on(keys)), self.spec.fraction)
 
     def _count(self) -> int:
         return self.meta["samples"]
@@ -352,29 +354,35 @@ class ReinforcedPairs(AllPairs):
         return sum(self._store.count(self.spec.reinforced, i) for i in range(self.shard_count))
 
 
+class KeptReinforcedPairs(ReinforcedPairs, KeptPairs):
+    """The pairs of the reinforced set that `balance` kept; they share its decoded pictures."""
+
+    reads = ("pairs", "balance", "reinforced")
+
+    def _count(self) -> int:
+        if self.meta["settings"].get("pairs") == "kept":
+            return self.meta["samples"]
+        return KeptPairs._count(self)
+
+    def _keys(self) -> Iterator[str]:
+        keys = list(super()._keys())
+        for key, there in zip(keys, self._trained_on(keys), strict=True):
+            if there:
+                yield key
+
+
 # (recipe.pairs, recipe.reinforced)
 KINDS = {
     ("all", False): AllPairs,
     ("kept", False): KeptPairs,
-    ("kept", True): ReinforcedPairs,
+    ("all", True): ReinforcedPairs,
+    ("kept", True): KeptReinforcedPairs,
 }
 
 
 def open_pairs(spec: TrainingSet) -> AllPairs:
-    """The pairs of a run; whoever needs them later in the run is handed this.
-
-    Raises
-    ------
-    ValueError
-        There is no such kind of pairs.
-    """
-    kind = KINDS.get((spec.which, spec.use_reinforced))
-    if kind is None:
-        raise ValueError(
-            f"pairs: {spec.which}, reinforced: {spec.use_reinforced}: the reinforced set holds the "
-            "kept pairs only"
-        )
-    return kind(spec)
+    """The pairs of a run; whoever needs them later in the run is handed this."""
+    return KINDS[spec.which, spec.use_reinforced](spec)
 
 
 def _fraction(side: Side, fraction: float) -> Side:

@@ -14,7 +14,7 @@ import pydantic
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from mclip.params import terms
-from mclip.params.sections import Recipe
+from mclip.params.sections import Recipe, reinforced_as_asked
 from mclip.params.tree import Section, absent, explain, varied
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
@@ -110,8 +110,11 @@ def _contradictions(variant: Variant, recipe: Recipe, p: Any) -> Iterator[str]:
     except pydantic.ValidationError as err:
         yield from (f"recipe.{line}" for line in explain(err, Recipe))
         return
-    if variant.keep and (recipe.pairs != "kept" or recipe.reinforced):
-        yield "keep: needs a recipe with pairs: kept, reinforced: false"
+    yield from (f"recipe.{line}" for line in reinforced_as_asked(recipe, p))
+    if variant.keep and recipe.pairs != "kept":
+        yield "keep: needs a recipe with pairs: kept"
+    if variant.keep and recipe.reinforced and p.reinforce.pairs == "kept":
+        yield "keep: of a recipe with reinforced: true needs reinforce.pairs: all"
     for key in ("clusters", "teacher"):
         if getattr(variant, key) and "teacher" not in terms.needed(recipe.weight):
             named = terms.needed(dict.fromkeys(recipe.weight, 1.0))["teacher"]

@@ -2,6 +2,7 @@
 
 import pkgutil
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,7 +11,7 @@ import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from mclip.params import registry, terms
-from mclip.params.tree import Section, keys
+from mclip.params.tree import Section, absent, keys
 
 Metric = Literal["l2", "sql2", "cosine"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -154,6 +155,7 @@ class Cluster(Section):
 
 
 class Reinforce(Spread):
+    pairs: Literal["all", "kept"] = "all"
     ensemble: list[str] = Field(min_length=1)
     n_aug: PositiveInt
     n_syn: NonNegativeInt
@@ -198,23 +200,19 @@ class Recipe(Section, extra="allow"):
     def _consistent(self):
         if not any(self.weight.values()):
             raise ValueError("weight: at least one loss needs a weight above 0")
-        if self.reinforced and self.pairs == "all":
-            raise ValueError(
-                "reinforced: true needs pairs: kept, the reinforced set holds no others"
-            )
         needs = terms.needed(self.weight)
         stored = needs.get("ensemble", []) + ["synthetic"] * self.synthetic
         if stored and not self.reinforced:
             raise ValueError(f"reinforced: true is needed for {' and '.join(stored)}")
-        if "teacher" in needs and self.pairs == "all":
-            raise ValueError(f"pairs: kept is needed for {' and '.join(needs['teacher'])}")
+        if "label" in needs and self.pairs == "all":  # only pairs that are kept are clustered
+            raise ValueError(f"pairs: kept is needed for {' and '.join(needs['label'])}")
         return self
 
     @pydantic.field_validator("pairs", mode="before")
     @classmethod
     def _two_keys(cls, pairs: Any) -> Any:
         if pairs == "reinforced":
-            raise ValueError("write pairs: kept and reinforced: true")
+            raise ValueError("write pairs: all or kept, and reinforced: true")
         return pairs
 
 
@@ -258,6 +256,19 @@ class Distill(Section):
     seeds: list[NonNegativeInt] = Field(min_length=1)
     train: Train
     recipes: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], Recipe] = Field(min_length=1)
+
+    def check(self, p: Any) -> Iterator[str]:
+        for name, recipe in self.recipes.items():
+            yield from (f"recipes.{name}.{line}" for line in reinforced_as_asked(recipe, p))
+
+
+def reinforced_as_asked(recipe: Recipe, p: Any) -> Iterator[str]:
+    """As `Section.check`: does `reinforce` store what a recipe trains on?"""
+    if recipe.reinforced and recipe.pairs == "all" and p.reinforce.pairs == "kept":
+        yield "pairs: all with reinforced: true needs reinforce.pairs: all"
+    scale = getattr(recipe, "affinity").scale  # noqa: B009 - of a term's options
+    if recipe.weight["affinity"] and isinstance(scale, dict):
+        yield from absent("affinity.scale", scale, p.reinforce.ensemble, "stored teacher")
 
 
 # a task's metrics that may stand for a set, the default first; sets of other tasks name theirs

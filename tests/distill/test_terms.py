@@ -24,7 +24,7 @@ class Options(terms.Options):
 class Toy(terms.Term):
     title = "a toy"
     options = Options
-    needs = frozenset({"teacher"})
+    needs = frozenset({"teacher", "label"})
 
     def build(self):
         import torch
@@ -107,7 +107,7 @@ def test_every_term_says_all_about_itself():
     for name, term in terms.every().items():
         assert Path(sys.modules[term.__module__].__file__).stem == name
         assert term.title and sys.modules[term.__module__].__doc__
-        assert term.needs <= {"teacher", "ensemble"}
+        assert term.needs <= {"teacher", "label", "ensemble"}
         assert term.options is None or term.options()  # every key has a default
 
 
@@ -132,3 +132,28 @@ def test_weights_are_those_of_the_terms():
         "instance",
         "affinity",
     ]
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [(None, (10.0, 20.0)), (60, (60.0, 60.0)), ({"large": 70}, (10.0, 70.0))],
+)
+def test_affinity_by_the_teachers_scales(scale, expected):
+    import torch
+
+    from mclip.distill.terms.affinity import Affinity, Options
+    from mclip.losses import affinity_loss
+    from tests.world import unit
+
+    teachers = [
+        {"name": "base", "slice": [0, 6], "logit_scale": 10.0},
+        {"name": "large", "slice": [6, 11], "logit_scale": 20.0},
+    ]
+    given = terms.Given(7, teachers, None, 0, "plain", None)
+    image, text = (unit(4, 7, seed=i).double() for i in (0, 1))
+    rows = [[unit(4, w, seed=w + i).double() for w in (6, 5)] for i in (2, 3)]
+    batch = {"image": image, "text": text}
+    batch |= {"ensemble_image": torch.cat(rows[0], 1), "ensemble_text": torch.cat(rows[1], 1)}
+    want = affinity_loss(image, text, list(zip(*rows, expected, strict=True)), 14.0)
+    found = Affinity(Options(scale=scale), given).loss(batch, 14.0)
+    assert found == pytest.approx(want.item(), rel=1e-12)

@@ -43,14 +43,23 @@ def test_kinds_of_pairs(training_set):
     kept = side_of(training_set("kept"))
     assert len(kept) == N - 1 and "k005" not in kept.keys
     assert side_of(training_set("kept", True)).keys == kept.keys
-    with pytest.raises(ValueError, match="the reinforced set holds the kept pairs only"):
-        open_pairs(training_set("all", True))
+    assert side_of(training_set("all", True)).keys == side_of(training_set("all")).keys
+    assert open_pairs(training_set("kept", True)).count() == N - 1
+
+
+def test_kept_and_all_pairs_of_the_reinforced_set_share_its_pictures(training_set):
+    whole, pixels = loaded(training_set("all", True))
+    kept, shared = loaded(training_set("kept", True))
+    assert shared.filename == pixels.filename
+    assert kept.row.tolist() == [i for i, key in enumerate(whole.keys) if key != "k005"]
+    for name, rows in kept.arrays.items():
+        assert torch.equal(rows, whole.arrays[name][kept.row])
 
 
 def test_pixels_are_the_replayed_augmentations(training_set, world):
     spec = training_set("kept", True)
     side, pixels = loaded(spec)
-    assert pixels.shape == (N - 1, 3, 3, PX, PX) and pixels.dtype == np.uint8
+    assert pixels.shape == (N, 3, 3, PX, PX) and pixels.dtype == np.uint8
     stored = reinforced.read_shard(world / "reinforced", 1)
     sample = next(
         s for s in shards.iter_samples(world / "pairs", shards=[1]) if s.key == stored.keys[2]
@@ -83,7 +92,9 @@ def test_a_batch_holds_one_sample_a_row(training_set):
         j = at[0]
         assert int(batch["ids"][i]) == caption_id(side.captions[j])
         assert torch.equal(batch["tokens"][i], TOKENIZER([side.captions[j]])[0])
-        view = next(v for v in range(3) if np.array_equal(pixels[j, v], batch["image"][i].numpy()))
+        view = next(
+            v for v in range(3) if np.array_equal(pixels[side.row[j], v], batch["image"][i].numpy())
+        )
         assert torch.equal(
             batch["ensemble_image"][i], side.arrays["ensemble_image"][j, view].float()
         )
@@ -263,7 +274,7 @@ def test_a_pair_without_a_label_or_an_embedding_is_named(training_set, world, tm
         ),
     )
     spec = training_set(
-        "all", teacher="large", clusters=str(tmp_path / "clusters"), cache=str(tmp_path)
+        "kept", teacher="large", clusters=str(tmp_path / "clusters"), cache=str(tmp_path)
     )
     samples = list(shards.iter_samples(spec.pairs, shards=[2]))
     for call in (lambda: side_of(spec), lambda: shard_side(spec, 2, samples)):
@@ -317,7 +328,8 @@ def test_a_kind_says_which_folders_it_reads(training_set):
     assert reads == {
         ("all", False): {"pairs"},
         ("kept", False): {"pairs", "balance"},
-        ("kept", True): {"pairs", "reinforced"},
+        ("all", True): {"pairs", "reinforced"},
+        ("kept", True): {"pairs", "balance", "reinforced"},
     }
     taught = open_pairs(training_set("all", teacher="large")).folders
     assert set(taught) == {"pairs", "clusters", "embeddings"}

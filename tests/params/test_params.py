@@ -54,7 +54,7 @@ def test_the_default_is_valid(tree):
         (
             "distill.recipes.clip.foo",
             1,
-            "distill.recipes.clip.foo: unknown key (allowed: cluster, instance, lambda, ",
+            "distill.recipes.clip.foo: unknown key (allowed: affinity, cluster, instance, lambda, ",
         ),
         (
             "evaluate.sets.cifar10.tsk",
@@ -105,7 +105,7 @@ def test_the_default_is_valid(tree):
         (
             "ablations.studies.reinforcement.variants.one",
             {"keep": {"prune": "random"}},
-            "variants.one.keep: needs a recipe with pairs: kept, reinforced: false",
+            "variants.one.keep: needs a recipe with pairs: kept",
         ),
         (
             "ablations.studies.clusters.variants.few",
@@ -125,12 +125,12 @@ def test_the_default_is_valid(tree):
         (
             "ablations.studies.reinforcement.variants.one",
             {"reinforced": {"n_aug": 9}},
-            "n_aug: 2 are stored (reinforce.n_aug)",
+            "n_aug: 5 are stored (reinforce.n_aug)",
         ),
         (
             "ablations.studies.reinforcement.variants.one",
-            {"reinforced": {"ensemble": ["small"]}},
-            "variants.one.reinforced.ensemble: no such stored teacher 'small'",
+            {"reinforced": {"ensemble": ["large"]}},
+            "variants.one.reinforced.ensemble: no such stored teacher 'large'",
         ),
         (
             "ablations.studies.reinforcement.variants.one",
@@ -241,17 +241,22 @@ def test_the_default_is_valid(tree):
         (
             "distill.recipes.mobileclip.pairs",
             "reinforced",
-            "distill.recipes.mobileclip.pairs: write pairs: kept and reinforced: true",
+            "distill.recipes.mobileclip.pairs: write pairs: all or kept, and reinforced: true",
         ),
         (
-            "distill.recipes.mobileclip.pairs",
-            "all",
-            "reinforced: true needs pairs: kept, the reinforced set holds no others",
+            "reinforce.pairs",
+            "kept",
+            "recipes.mobileclip.pairs: all with reinforced: true needs reinforce.pairs: all",
+        ),
+        (
+            "distill.recipes.mobileclip.affinity",
+            {"scale": {"huge": 70}},
+            "recipes.mobileclip.affinity.scale: no such stored teacher 'huge'",
         ),
         (
             "distill.recipes.clip.weight",
             {"clip": 1, "cluster": 1, "instance": 1},
-            "pairs: kept is needed for weight.cluster and weight.instance",
+            "pairs: kept is needed for weight.cluster",
         ),
         (
             "distill.recipes.clip.weight",

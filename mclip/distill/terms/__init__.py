@@ -34,7 +34,7 @@ class Given:
     student_dim : int
         Width of the student's embeddings.
     ensemble : list of dict
-        The teachers of the reinforced set: each one's `slice` of the stored embeddings and its
+        The teachers of the reinforced set: each one's `name`, `slice` of the stored embeddings and
         `logit_scale`; empty where the pairs are not reinforced.
     centres : Tensor, shape (clusters, teacher's width), optional
         The cluster centres; there where a term needs "teacher".
@@ -72,9 +72,9 @@ class Term:
     options : type of Options, optional
         The schema of the recipe's key of its name, every key with a default; None: no such key.
     needs : frozenset of str
-        Data beside pictures and captions. "teacher": the label and the cluster teacher's embeddings
-        of each pair, which only pairs that `balance` kept have. "ensemble": the stored embeddings
-        of reinforced pairs.
+        Data beside pictures and captions. "teacher": the cluster teacher's embeddings of each pair.
+        "label": the cluster of each pair, which only pairs that `balance` kept have; with
+        "teacher". "ensemble": the stored embeddings of reinforced pairs.
     per_caption : bool
         Is it summed over the true and the synthetic caption (`synthetic` of the recipe)?
     """

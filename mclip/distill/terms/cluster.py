@@ -20,7 +20,7 @@ class Cluster(terms.Term):
     title = "CLIP-CID's cluster discrimination"
     order = 2
     options = Options
-    needs = frozenset({"teacher"})
+    needs = frozenset({"teacher", "label"})
 
     def build(self):
         from mclip.losses import ClusterLoss
