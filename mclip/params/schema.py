@@ -41,6 +41,7 @@ class Params(Section):
         yield from absent("reinforce.ensemble", self.reinforce.ensemble, models, "teacher")
         yield from absent("balance.teacher", [self.balance.teacher], embedded, "embedded teacher")
         yield from absent("cluster.teacher", [self.cluster.teacher], embedded, "embedded teacher")
+        yield from (f"distill.{line}" for line in self.distill.check(p))
         yield from (f"ablations.{line}" for line in self.ablations.check(p))
 
 

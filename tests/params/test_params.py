@@ -460,3 +460,24 @@ def test_parameters_are_checked_without_heavy_libraries():
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
+
+
+# MobileCLIP's ablation, row by row, as variants of the recipe mobileclip
+CLIP_LOSS = {"weight": {"clip": 1.0, "affinity": 0.0}}
+FACTORS = {
+    "clip": {"recipe": CLIP_LOSS | {"synthetic": False}, "reinforced": {"n_aug": 0}},
+    "captions": {"recipe": CLIP_LOSS, "reinforced": {"n_aug": 0}},
+    "distillation": {"reinforced": {"n_aug": 0, "ensemble": ["base"]}},
+    "augmentation": {"reinforced": {"ensemble": ["base"]}},
+    "ensemble": {},
+    "lambda": {"recipe": {"weight": {"clip": 1.0}, "lambda": 0.7}},
+    "balanced": {
+        "recipe": CLIP_LOSS | {"pairs": "kept", "reinforced": False, "synthetic": False},
+    },
+}
+
+
+def test_each_factor_of_mobileclip_is_a_variant(tree):
+    study = {"recipe": "mobileclip", "variants": FACTORS}
+    checked = params.check(changed(tree, "ablations.studies.reinforcement", study))
+    assert set(checked.ablations.studies["reinforcement"].variants) == set(FACTORS)
