@@ -116,7 +116,7 @@ def reinforced_part(
         weights,
         study.fraction,
         fingerprint(own["pairs"]),
-        fingerprint(own["balance"]),
+        fingerprint(own["balance"]) if wanted.pairs == "kept" else None,
         code_digest("mclip.reinforce"),
     ]
     folder = cache / "data" / f"reinforced-{digest(made_of)}"
