@@ -18,6 +18,7 @@ from mclip.studies import ablate, amount
 from tests.world import PX, RECIPES, TRAIN, N
 
 SETTINGS = Reinforce(
+    pairs="kept",
     ensemble=["a"],
     n_aug=2,
     n_syn=0,
