@@ -264,7 +264,7 @@ class AllPairs:
 class KeptPairs(AllPairs):
     """The pairs that `balance` kept; their crops are those of all pairs, so both share them."""
 
-    reads = ("pairs", "balance")
+    reads: tuple[str, ...] = ("pairs", "balance")
 
     def open_tables(self) -> None:
         super().open_tables()
