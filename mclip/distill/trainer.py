@@ -26,6 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mclip import models
 from mclip.data.stores import clusters as cluster_store
 from mclip.distill import checkpoint, loaders, sharding, targets, terms
+from mclip.distill.muon import Muon
 from mclip.distill.objective import Objective
 from mclip.distill.pairs import AllPairs, Side, open_pairs
 from mclip.distill.pixels import pixel_cache
@@ -42,21 +43,32 @@ HISTORY_EVERY = 10  # steps a row of history.csv is the mean of
 
 
 def parameter_groups(together: Together, train: Train) -> list[dict]:
-    """AdamW's groups: weight decay on matrices only; apart what a term of the loss gives a learning
-    rate of its own.
+    """The optimiser's groups, for `Muon`: weight decay on matrices only; apart what a term of the
+    loss gives a learning rate of its own.
+
+    Muon trains the student's hidden matrices: no embedding, and nothing of one column, such as a
+    depthwise convolution.
     """
     peaks = together.objective.learning_rates(train)
+    muon = train.optimizer == "muon"
+    hidden: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     apart: dict[float, list[nn.Parameter]] = {}
     for name, p in together.named_parameters():
         if (peak := peaks.get(name.removeprefix("objective."))) is not None:
             apart.setdefault(peak, []).append(p)
+        elif p.ndim < 2:
+            plain.append(p)
+        elif muon and name.startswith("student.") and "embed" not in name and p.shape[1] > 1:
+            hidden.append(p)
         else:
-            (decayed if p.ndim >= 2 else plain).append(p)
+            decayed.append(p)
+    peak = train.lr_adamw if muon else train.lr
     groups = [
-        {"params": decayed, "weight_decay": train.weight_decay, "peak": train.lr},
-        {"params": plain, "weight_decay": 0.0, "peak": train.lr},
+        {"params": hidden, "weight_decay": train.weight_decay, "peak": train.lr, "momentum": 0.95},
+        {"params": decayed, "weight_decay": train.weight_decay, "peak": peak},
+        {"params": plain, "weight_decay": 0.0, "peak": peak},
         *({"params": own, "weight_decay": 0.0, "peak": peak} for peak, own in apart.items()),
     ]
     return [g for g in groups if g["params"]]
@@ -93,7 +105,7 @@ def steps(run: Run) -> Generator[int, None, None]:
     objective = _objective(run, student, pairs.teachers)
     together = Together(student, objective).to(device)
     wrapped = averaged_over_ranks(together) if world > 1 else together
-    optimizer = torch.optim.AdamW(parameter_groups(together, t), lr=t.lr, betas=t.betas, fused=True)
+    optimizer = Muon(parameter_groups(together, t), lr=t.lr, betas=t.betas, fused=True)
     averaged = (
         AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(t.ema), use_buffers=True)
         if t.ema
