@@ -1,9 +1,9 @@
 """Muon, the optimiser of matrices that the students of a short training are trained with.
 
-torch has one (`torch.optim.Muon`), which takes matrices only and orthogonalises in bf16 with
-products of the whole matrix: on a CPU a third of the default's training step. This one takes the
-kernels of convolutions as well, as matrices with a row for each output channel, and has the
-iteration work on the small Gram matrix: the same polynomials in fp32, in a third of the time.
+torch has one (`torch.optim.Muon`), which orthogonalises in bf16 with products of the whole matrix,
+slow on a CPU without bf16 units, and steps beside a second optimiser for everything else. This one
+is both, and its iteration works in fp32 on the small Gram matrix (all matrices and kernels of the
+default student: 51 ms a step where whole fp32 products take 89, bf16 ones 55).
 """
 
 import torch
@@ -63,6 +63,7 @@ class Muon(torch.optim.AdamW):
     def _orthogonal_step(self, p: Tensor, group: dict) -> None:
         state, grad = self.state[p], p.grad
         if not state:
+            state["step"] = torch.tensor(0.0)  # unused; AdamW's loading looks for it
             state["average"] = torch.zeros_like(grad)
         average = state["average"].lerp_(grad, 1 - group["momentum"])
         update = orthogonal(grad.lerp(average, group["momentum"]).flatten(1))
