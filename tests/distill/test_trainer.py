@@ -366,10 +366,10 @@ def test_pictures_and_weights_are_channels_last_and_the_optimizer_fused(
             return step(wrapped, together, *rest)
 
     made = []
-    adamw = torch.optim.AdamW
+    optimizer = trainer.Muon
     monkeypatch.setattr(trainer, "backward", look)
     monkeypatch.setattr(
-        torch.optim, "AdamW", lambda *a, **k: made.append(adamw(*a, **k)) or made[-1]
+        trainer, "Muon", lambda *a, **k: made.append(optimizer(*a, **k)) or made[-1]
     )
     run = make_run("demo-student", training_set, tmp_path, samples=8, precision="bf16")
     trainer.train(dataclasses.replace(run, data=dataclasses.replace(run.data, image_px=None)))
