@@ -1,7 +1,7 @@
 """One batch through student and objective, forward and backward, whole or in parts."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -52,11 +52,20 @@ class Together(nn.Module):
         with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
             out = {"image": self.student.encode_image(x)}
             if "syn_tokens" in batch:  # one pass of the text tower for both captions
-                both = self.encode_text(torch.cat([batch["tokens"], batch["syn_tokens"]]))
-                out["text"], out["syn_text"] = both.chunk(2)
+                both = torch.cat([batch["tokens"], batch["syn_tokens"]])
+                out["text"], out["syn_text"] = encode_distinct(self.encode_text, both).chunk(2)
             else:
-                out["text"] = self.encode_text(batch["tokens"])
+                out["text"] = encode_distinct(self.encode_text, batch["tokens"])
         return {k: F.normalize(v.float(), dim=-1) for k, v in out.items()}
+
+
+def encode_distinct(
+    encode: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor
+) -> torch.Tensor:
+    """`encode(tokens)`, each distinct row of tokens encoded once: (b, context) -> (b, d)."""
+    rows, inverse = torch.unique(tokens, dim=0, return_inverse=True)
+    # its backward adds in a fixed order, unlike that of encode(rows)[inverse]
+    return encode(rows).index_select(0, inverse)
 
 
 def backward(
@@ -77,6 +86,15 @@ def backward(
     collect all features, then each part again with them, its rows replaced in the whole, so that
     the contrastive batch is the whole one.
     """
+    with models.fast_attention(batch["image"].device):
+        return _backward(
+            wrapped, together, batch, mean, std, precision, accumulate, grad_checkpoint
+        )
+
+
+def _backward(
+    wrapped, together, batch, mean, std, precision, accumulate, grad_checkpoint
+) -> dict[str, torch.Tensor]:
     # what goes through the towers a second time, in accumulation or a checkpoint's backward, was
     # counted before
     again = _statistics_kept if grad_checkpoint else contextlib.nullcontext

@@ -26,12 +26,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mclip import models
 from mclip.data.stores import clusters as cluster_store
 from mclip.distill import checkpoint, loaders, sharding, targets, terms
+from mclip.distill.muon import Muon
 from mclip.distill.objective import Objective
 from mclip.distill.pairs import AllPairs, Side, open_pairs
 from mclip.distill.pixels import pixel_cache
 from mclip.distill.runs import Run
 from mclip.distill.step import Together, averaged_over_ranks, backward
-from mclip.distill.vocabulary import Kept, shrink
 from mclip.losses.backends import is_plain
 from mclip.params import Train
 from mclip.system.files import whole, write_whole
@@ -42,21 +42,32 @@ HISTORY_EVERY = 10  # steps a row of history.csv is the mean of
 
 
 def parameter_groups(together: Together, train: Train) -> list[dict]:
-    """AdamW's groups: weight decay on matrices only; apart what a term of the loss gives a learning
-    rate of its own.
+    """The optimiser's groups, for `Muon`: weight decay on matrices only; apart what a term of the
+    loss gives a learning rate of its own.
+
+    Muon trains the student's hidden matrices but embeddings. Kernels of convolutions it could train
+    as well, for a twelfth of the step and the same accuracy (25,600 samples, one seed).
     """
     peaks = together.objective.learning_rates(train)
+    muon = train.optimizer == "muon"
+    hidden: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     apart: dict[float, list[nn.Parameter]] = {}
     for name, p in together.named_parameters():
         if (peak := peaks.get(name.removeprefix("objective."))) is not None:
             apart.setdefault(peak, []).append(p)
+        elif p.ndim < 2:
+            plain.append(p)
+        elif muon and p.ndim == 2 and name.startswith("student.") and "embed" not in name:
+            hidden.append(p)
         else:
-            (decayed if p.ndim >= 2 else plain).append(p)
+            decayed.append(p)
+    peak = train.lr_adamw if muon else train.lr
     groups = [
-        {"params": decayed, "weight_decay": train.weight_decay, "peak": train.lr},
-        {"params": plain, "weight_decay": 0.0, "peak": train.lr},
+        {"params": hidden, "weight_decay": train.weight_decay, "peak": train.lr, "momentum": 0.95},
+        {"params": decayed, "weight_decay": train.weight_decay, "peak": peak},
+        {"params": plain, "weight_decay": 0.0, "peak": peak},
         *({"params": own, "weight_decay": 0.0, "peak": peak} for peak, own in apart.items()),
     ]
     return [g for g in groups if g["params"]]
@@ -89,11 +100,11 @@ def steps(run: Run) -> Generator[int, None, None]:
         student.logit_scale.fill_(math.log(t.logit_scale_init))
     precision = models.resolve_precision(t.precision, device)
     pairs = open_pairs(run.data)
-    side, vocabulary = _side(run, pairs, student, tokenizer) if t.cache_pixels else (None, None)
+    side = _side(run, pairs, tokenizer) if t.cache_pixels else None
     objective = _objective(run, student, pairs.teachers)
     together = Together(student, objective).to(device)
     wrapped = averaged_over_ranks(together) if world > 1 else together
-    optimizer = torch.optim.AdamW(parameter_groups(together, t), lr=t.lr, betas=t.betas, fused=True)
+    optimizer = Muon(parameter_groups(together, t), lr=t.lr, betas=t.betas, fused=True)
     averaged = (
         AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(t.ema), use_buffers=True)
         if t.ema
@@ -164,8 +175,6 @@ def steps(run: Run) -> Generator[int, None, None]:
         progress.close()
         final = averaged.module if averaged is not None else student
         final.mclip = student.mclip
-        if vocabulary is not None:
-            vocabulary.restore(final)
         _finish(run, pairs, final.eval(), history)
     if world > 1:
         dist.barrier()
@@ -186,17 +195,11 @@ def _objective(run: Run, student: nn.Module, ensemble: list[dict]) -> Objective:
     )
 
 
-def _side(run: Run, pairs: AllPairs, student: nn.Module, tokenizer) -> tuple[Side, Kept | None]:
-    """What the set has beside pixels, its tokens those of the student, whose vocabulary is cut to
-    them.
-    """
+def _side(run: Run, pairs: AllPairs, tokenizer) -> Side:
+    """What the set has beside pixels, its tokens those of the student."""
     side = targets.load_side(pairs)
     targets.add_tokens(side, tokenizer, synthetic=run.recipe.synthetic, cache=run.data.cache)
-    captions = {name: side.arrays[name] for name in ("tokens", "syn_tokens") if name in side.arrays}
-    vocabulary = shrink(student, list(captions.values()))
-    if vocabulary is not None:
-        side.arrays |= {name: vocabulary.tokens(tokens) for name, tokens in captions.items()}
-    return side, vocabulary
+    return side
 
 
 def _loader(

@@ -18,6 +18,7 @@
 """
 
 from mclip.models import fastvit, mct, resnet, tokens  # noqa: F401 - they register towers and encoders
+from mclip.models.attention import fast_attention
 from mclip.models.factory import ModelError, create, export, image_size, logit_scale, weights_sha256
 from mclip.models.inference import (
     encode_images,
@@ -37,6 +38,7 @@ __all__ = [
     "encode_texts",
     "encode_texts_with_all",
     "export",
+    "fast_attention",
     "for_inference",
     "image_encoder",
     "image_size",

@@ -8,6 +8,8 @@ What is added to `open_clip.create_model_and_transforms`:
   directory), so it loads such a folder from the directory where the folder was written, i.e. the
   repository's root;
 - tags trained with QuickGELU (`ViT-B-32/openai`) get it, where open_clip would only warn;
+- an architecture with a smaller `vocab_size` than CLIP's gets CLIP's tokenizer cut to it, where
+  open_clip would give it the whole one (mclip/models/vocabulary.py);
 - a file of weights in place of a tag, MobileCLIP's published ones (`image_encoder.*`,
   `text_encoder.*`) with the preprocessing that they were trained with, where open_clip would take
   CLIP's. open_clip's and timm's converters rename their parameters; the names of MobileCLIP-S0's
@@ -15,7 +17,8 @@ What is added to `open_clip.create_model_and_transforms`:
 
     local-dir layout: open_clip_config.json (model_cfg, preprocess_cfg),
                       open_clip_model.safetensors,
-                      and for Hugging Face text towers config.json and the tokenizer's files
+                      a Hugging Face tokenizer's files (also those of a cut vocabulary),
+                      and for Hugging Face text towers config.json
 """
 
 import contextlib
@@ -39,6 +42,7 @@ from safetensors.torch import save_file
 from mclip.models import weights
 from mclip.models.fastvit import avoid_crash
 from mclip.models.inference import is_folded
+from mclip.models.vocabulary import small_tokenizer
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -130,6 +134,12 @@ def create(
             tokenizer = open_clip.get_tokenizer(arch)
             if config is None:
                 config = open_clip.get_model_config(arch)
+            text = config["text_cfg"]
+            if (
+                type(tokenizer) is open_clip.SimpleTokenizer
+                and text.get("vocab_size", tokenizer.vocab_size) < tokenizer.vocab_size
+            ):
+                tokenizer = small_tokenizer(text["vocab_size"], tokenizer.context_length)
     except (RuntimeError, OSError, ValueError, TypeError, AssertionError, KeyError) as err:
         raise ModelError(
             f"{name}: {_misfit(name, arch, tag, overrides) or _first_line(err)}"
@@ -178,7 +188,7 @@ def export(
     >>> import tempfile
     >>> from mclip import models
     >>> folder = models.export(models.create("demo-student")[0], tempfile.mkdtemp())
-    >>> sorted(file.name for file in folder.iterdir())
+    >>> sorted(file.name for file in folder.glob("open_clip_*"))
     ['open_clip_config.json', 'open_clip_model.safetensors']
     >>> model, *_ = models.create(f"local-dir:{folder}")
     """

@@ -222,7 +222,9 @@ class Train(Section):
     accumulate: PositiveInt
     grad_checkpoint: bool
     loss_kernel: Literal["auto", "plain", "tiled", "triton"]
+    optimizer: Literal["muon", "adamw"]
     lr: PositiveFloat
+    lr_adamw: PositiveFloat
     lr_min: NonNegativeFloat
     lr_centres: PositiveFloat
     warmup_steps: NonNegativeInt

@@ -226,7 +226,7 @@ def test_the_default_is_valid(tree):
         (
             "distill.train.processes",
             3,
-            "distill.train: batch_size 64 is no multiple of processes 3",
+            "distill.train: batch_size 256 is no multiple of processes 3",
         ),
         (
             "distill.train.loss_kernel",
