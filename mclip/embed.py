@@ -2,7 +2,9 @@
 
 `mclip.data.stores.embeddings` has the layout and reads it. `run` writes a shard's three files
 whole, so an interrupted run continues where it stopped; a shard is embedded again when the model's
-weights, the precision or the shard's bytes have changed.
+weights, the precision or the shard's bytes have changed. Where the stage `teachers` has kept the
+features of a teacher's frozen trunk (mclip.data.stores.features), only the head is applied: the
+same bytes, sooner.
 
     embeddings = mclip.embed.load("data/embeddings/large")
     embeddings.image        # (n, d) fp16
@@ -19,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from mclip.data import shards
+from mclip.data.stores import features
 from mclip.data.stores.embeddings import (
     PARTS,
     Embeddings,
@@ -37,6 +40,7 @@ def run(
     *,
     pairs: str | Path = "data/pairs",
     out: str | Path = "data/embeddings",
+    cache: str | Path = features.CACHE,
     batch_size: int = 64,
     precision: str = "auto",
     decoders: int | None = None,
@@ -53,6 +57,7 @@ def run(
     teachers : name -> open_clip model string: the entries of `teachers.models` that
         `embed.teachers` names.
     pairs : folder with the manifest of stage `data`.
+    cache : folder of the trunks' features that are known already; nothing is written there.
     decoders : decoding processes; 0 decodes in the one that embeds, None: see
         mclip.system.workers.decoding_processes.
     workers, backend : processes that shards are dealt out to, each with a GPU of its own where
@@ -79,6 +84,7 @@ def run(
         "batch_size": batch_size,
         "precision": precision,
         "decoders": decoders,
+        "cache": cache,
     }
     total = sum(manifest["shards"][i]["samples"] * len(wanted) for i, wanted in todo.items())
     with progress.bar(desc="embed", unit="embedding", total=total, hidden=not total) as bar:
@@ -205,6 +211,7 @@ def _embed_shard(
     batch_size: int,
     precision: str,
     decoders: int | None,
+    cache: str | Path,
     device: str,
 ) -> None:
     """The shard's files of each of the teachers; a text encoder that they share runs once."""
@@ -213,6 +220,7 @@ def _embed_shard(
     from mclip import models
 
     samples = list(shards.iter_samples(pairs, shards=[i]))
+    entry = shards.read_manifest(pairs)["shards"][i]
     table = pd.DataFrame(
         {
             "key": [s.key for s in samples],
@@ -226,13 +234,27 @@ def _embed_shard(
         precision=precision,
     )
     for (teacher, folder), text in zip(teachers, texts, strict=True):
-        loader: DataLoader = DataLoader(
-            shards.Pictures(samples, teacher.preprocess),  # type: ignore[arg-type]
-            batch_size=batch_size,
-            num_workers=decoding_processes(device, decoders),
-            pin_memory=device.startswith("cuda"),
-        )
-        image = models.encode_images(teacher.model, _counted(loader, done), precision=precision)
+        options: dict[str, Any] = {"precision": precision, "batch_size": batch_size}
+        processes = decoding_processes(device, decoders)
+        if features.has_trunk(teacher.model):
+            rows = features.image_features(
+                teacher.model,
+                samples,
+                entry,
+                decoders=processes,
+                cache=cache,
+                done=done,
+                **options,
+            )
+            image = features.embed_images(teacher.model, rows, **options)
+        else:
+            loader: DataLoader = DataLoader(
+                shards.Pictures(samples, teacher.preprocess),  # type: ignore[arg-type]
+                batch_size=batch_size,
+                num_workers=processes,
+                pin_memory=device.startswith("cuda"),
+            )
+            image = models.encode_images(teacher.model, _counted(loader, done), precision=precision)
         write_whole(part_file(folder, "img_emb", i), _npy(image.numpy().astype(np.float16)))
         write_whole(part_file(folder, "text_emb", i), _npy(text.numpy().astype(np.float16)))
         write_whole(part_file(folder, "metadata", i), table)

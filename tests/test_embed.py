@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from mclip import embed, models
 from mclip.data import shards
 from mclip.data.stores import embeddings as embedding_store
+from mclip.data.stores import features
 from tests.models.test_models import CONFIG, tiny
 
 
@@ -36,6 +38,7 @@ def run(world, **options):
         {"t": f"local-dir:{world / 'tiny'}"},
         pairs=world / "pairs",
         out=world / "emb",
+        cache=world / "features",
         batch_size=2,
         precision="fp32",
         decoders=0,
@@ -82,6 +85,70 @@ def test_resumes_by_shard_with_the_same_bytes(world, monkeypatch):
     assert read == [1, 0, 1, 2]
 
 
+def read_shard(world, i):
+    pairs = world / "pairs"
+    return list(shards.iter_samples(pairs, shards=[i])), shards.read_manifest(pairs)["shards"][i]
+
+
+def keep_features(world, i, **options):
+    """What the stage `teachers` leaves of a shard, as `run` will look for it."""
+    model, *_ = models.create(f"local-dir:{world / 'tiny'}")
+    options = {"precision": "fp32", "batch_size": 2, "cache": world / "features"} | options
+    return features.image_features(
+        models.for_inference(model), *read_shard(world, i), keep=True, **options
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_kept_features_give_the_same_bytes(world, monkeypatch, precision):
+    def embedded(out):
+        options = {"precision": precision, "batch_size": 2, "cache": world / "features"}
+        names = {"t": f"local-dir:{world / 'tiny'}"}
+        embed.run(names, pairs=world / "pairs", out=out, decoders=0, **options)
+        return {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+    computed = embedded(world / "computed")
+    assert not (world / "features").exists()  # who embeds keeps nothing: a web set has no room
+    for shard in range(3):
+        rows = keep_features(world, shard, precision=precision)
+        again = keep_features(world, shard, precision=precision)
+        assert rows.dtype == again.dtype and rows.equal(again)
+    assert len(list((world / "features").iterdir())) == 3
+    monkeypatch.setattr(shards.Pictures, "__getitem__", lambda *_: pytest.fail("decodes"))
+    assert embedded(world / "read") == computed
+
+
+def test_features_are_kept_by_all_that_they_depend_on(world):
+    model, *_ = models.create(f"local-dir:{world / 'tiny'}")
+
+    def path(i=0, **options):
+        options = {"precision": "fp32", "batch_size": 2} | options
+        return features.path(models.for_inference(model), read_shard(world, i)[1], **options)
+
+    assert path() == path()
+    paths = {path(), path(1), path(precision="bf16"), path(batch_size=3)}
+    model.visual.preprocess_cfg["mean"] = [0.4] * 3
+    paths.add(path())
+    model.visual.image_size = (40, 40)
+    paths.add(path())
+    with torch.no_grad():
+        model.visual.trunk.conv1[0].weight[0, 0, 0, 0] += 1
+    paths.add(path())
+    assert len(paths) == 7
+    with torch.no_grad():
+        model.visual.head.proj.weight.add_(1)  # the head is not the trunk's
+    assert path() in paths
+
+
+def test_features_with_their_head_are_the_embeddings(world):
+    model, _, preprocess, _ = models.create(f"local-dir:{world / 'tiny'}")
+    fast, (samples, shard) = models.for_inference(model), read_shard(world, 1)
+    pictures = torch.stack([preprocess(shards.decode(s)) for s in samples])
+    rows = features.image_features(fast, samples, shard, precision="fp32", cache=world / "none")
+    embedded = features.embed_images(fast, rows, precision="fp32")
+    assert torch.equal(embedded, models.encode_images(fast, [pictures], precision="fp32"))
+
+
 @pytest.mark.slow
 def test_teachers_together_as_each_alone(world, monkeypatch):
     models.export(tiny(seed=1), world / "other", config=CONFIG)
@@ -96,9 +163,9 @@ def test_teachers_together_as_each_alone(world, monkeypatch):
         (world / "alone" / f).read_bytes() == (world / "emb" / f).read_bytes() for f in files
     )
     (world / "emb/u/img_emb/img_emb_0002.npy").unlink()
-    seen, plain = [], models.encode_images
+    seen, plain = [], features.image_features
     monkeypatch.setattr(
-        models, "encode_images", lambda *args, **kw: (seen.append(1), plain(*args, **kw))[1]
+        features, "image_features", lambda *args, **kw: (seen.append(1), plain(*args, **kw))[1]
     )
     embed.run(names, out=world / "emb", **options)
     assert len(seen) == 1  # one shard of one teacher

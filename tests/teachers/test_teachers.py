@@ -16,7 +16,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import save
 
-from mclip import models, params
+from mclip import embed, models, params
 from mclip.data import fetch, shards
 from mclip.teachers import align, captioner
 from tests.models.test_models import CONFIG, tiny
@@ -117,6 +117,44 @@ def section(**assemble):
         align=ALIGN,
         captioner_train=WRITER,
     )
+
+
+def test_teachers_are_aligned_on_clean_captions_of_all_pairs(world, monkeypatch):
+    """A pair's own caption may be a file name; further pairs come after those of the students."""
+    samples = list(shards.iter_samples("data/pairs"))
+    named = [s._replace(caption="1f419", meta={"clean": s.caption}) for s in samples[:9]]
+    shards.write_shards([*named, *samples[9:]], "data/pairs", shard_size=16)
+    seen = []
+
+    def look(model, image, text, caption_of, p):
+        seen.append((image, text, caption_of))
+        return align_plainly(model, image, text, caption_of, p)
+
+    align_plainly = align.align
+    monkeypatch.setattr(align, "align", look)
+    align.assemble(section(), workers=0)
+    assert len(seen[0][1]) == len(NAMES)  # no "1f419"
+    shards.write_shards([], "data/align", shard_size=16)
+    align.assemble(section(), workers=0)
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
+    more = [s._replace(key=f"more-{s.key}", caption="a red square") for s in samples[:2]]
+    shards.write_shards(more, "data/align", shard_size=16)
+    align.assemble(section(), workers=0)
+    assert [len(x) for x in seen[2]] == [34, len(NAMES) + 1, 34]
+    assert torch.equal(seen[2][0][:32], seen[0][0])
+    assert seen[2][2][32:].tolist() == [0, 0]  # "a red square" is the first by the alphabet
+
+
+@pytest.mark.slow
+def test_embed_reads_the_features_that_alignment_kept(world, monkeypatch):
+    align.assemble(section(), workers=0)
+    teachers = section().models
+    computed = embed.run(teachers, out="computed", cache="nowhere")
+    monkeypatch.setattr(shards.Pictures, "__getitem__", lambda *_: pytest.fail("decodes"))
+    assert embed.run(teachers, out="read") == computed
+    for file in (world / "computed/small").rglob("*.npy"):
+        read = world / "read" / file.relative_to(world / "computed")
+        assert read.read_bytes() == file.read_bytes()
 
 
 @pytest.mark.slow
