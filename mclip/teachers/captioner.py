@@ -148,7 +148,8 @@ def fit(
     generator = torch.Generator().manual_seed(p.seed)
     dtype = resolve_precision(p.precision, "cpu")
     _, caption_of = tokens.unique(dim=0, return_inverse=True)
-    length = (tokens != model.pad_id).sum(1)
+    pad: Any = model.pad_id
+    length = (tokens != pad).sum(1)
     _whiten(model.visual.trunk, features)
     model.train().visual.trunk.trunk.requires_grad_(False).eval()
     optimizers = _optimizers(model, p)
@@ -171,7 +172,7 @@ def fit(
                 None, captions, image_latent=F.normalize(latent, dim=-1), image_embs=image_tokens
             )
         caption = F.cross_entropy(
-            out["logits"].float().transpose(1, 2), out["labels"], ignore_index=model.pad_id
+            out["logits"].float().transpose(1, 2), out["labels"], ignore_index=pad
         )
         # the scale goes to the rows first: in another order the last bit differs
         scaled = out["logit_scale"] * out["image_features"].float()
@@ -294,7 +295,7 @@ def generate(
 
 
 def _sample(
-    model: nn.Module,
+    model: Any,
     latent: Tensor,
     image_tokens: Tensor,
     tokenizer: Any,
