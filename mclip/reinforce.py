@@ -361,6 +361,7 @@ def _candidates(
         n=max(settings.n_syn, settings.caption_candidates),
         top_p=settings.caption_top_p,
         seed=seed,
+        precision=settings.precision,
         prepare=lambda pictures: augment.to_input(pictures, *shape),
         done=done,
     )

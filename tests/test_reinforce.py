@@ -216,7 +216,7 @@ def test_captions_come_from_the_captioner(world, teachers, tmp_path, monkeypatch
     """n_syn captions an image, in its row; the captioner itself is tested in test_teachers."""
     from mclip.teachers import captioner
 
-    def generate(model, images, *, n, top_p, seed, prepare, done):
+    def generate(model, images, *, n, top_p, seed, precision, prepare, done):
         images = prepare(images)
         assert images.shape[1:] == (3, 16, 16)
         done(len(images))

@@ -18,6 +18,7 @@ Its tokens are whole words, so every word that it writes occurs in the captions 
 find most similar to the picture: they are reranked by the teachers.
 """
 
+import contextlib
 import itertools
 import tempfile
 from collections.abc import Callable, Sequence
@@ -166,7 +167,7 @@ def fit(
             order = torch.cat([order, torch.randperm(len(features), generator=generator)])
         pick, order = order[:batch], order[batch:]
         captions = tokens[pick, : int(length[pick].max())]
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", dtype, dtype != torch.float32):
+        with torch.autocast("cpu", dtype, dtype != torch.float32), _attention("cpu"):
             latent, image_tokens = model.visual.trunk.head(features[pick].float())
             out = model(
                 None, captions, image_latent=F.normalize(latent, dim=-1), image_embs=image_tokens
@@ -236,6 +237,7 @@ def generate(
     top_p: float,
     seed: int,
     tokenizer: Any = None,
+    precision: str = "auto",
     batch_size: int = 256,
     prepare: Callable[[Tensor], Tensor] = lambda images: images,
     done: Callable[[int], object] = lambda n: None,
@@ -255,9 +257,11 @@ def generate(
     top_p : float in (0, 1]
         Share of the probability that is sampled from.
     seed : int
-        Of the sampling. The same seed, images and batch_size give the same captions.
+        Of the sampling. The same seed, images, precision and batch_size give the same captions.
     tokenizer : optional
         open_clip's tokenizer of the model; None: the one that `models.create` made.
+    precision : {"auto", "fp32", "bf16"}, default "auto"
+        Of the arithmetic, see `mclip.models.resolve_precision`.
     batch_size : int, default 256
         Captions at a time.
     prepare : callable, optional
@@ -280,12 +284,13 @@ def generate(
     tokenizer = tokenizer if tokenizer is not None else model.mclip["tokenizer"]
     device, out = next(model.parameters()).device, []
     random = torch.Generator(device).manual_seed(seed)
-    training = model.training
+    dtype, training = resolve_precision(precision, device), model.training
     model.eval()
     try:
         for chunk in images.split(max(1, batch_size // n)):
-            latent, tokens = model._encode_image(prepare(chunk.to(device)))
-            ids = _sample(model, latent, tokens, tokenizer, n, top_p, random)
+            with torch.autocast(device.type, dtype, dtype != torch.float32), _attention(device):
+                latent, tokens = model._encode_image(prepare(chunk.to(device)))
+                ids = _sample(model, latent, tokens, tokenizer, n, top_p, random)
             texts = [_decode(row, tokenizer) for row in ids.tolist()]
             out += [texts[i : i + n] for i in range(0, len(texts), n)]
             done(len(chunk))
@@ -430,6 +435,13 @@ def _features(model: nn.Module, samples: list, size: int, workers: int | None) -
             )
         )
     ).clone()
+
+
+def _attention(device: torch.device | str) -> contextlib.AbstractContextManager[None]:
+    """Attention by plain matrix products on a CPU, where they are faster for short captions."""
+    if torch.device(device).type != "cpu":
+        return contextlib.nullcontext()
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def _special(model: nn.Module, tokenizer: Any) -> tuple[int, int, list[int]]:
