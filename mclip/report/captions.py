@@ -99,7 +99,7 @@ def describe(
     name: str,
     spec: EvalSet,
     *,
-    pictures: int = 1000,
+    pictures: int = 500,
 ) -> Described:
     """Caption pictures of an evaluation set, as `mclip.reinforce` captions those of the pairs.
 
@@ -113,7 +113,7 @@ def describe(
         Its model string.
     name, spec : str, params.EvalSet
         Of a set of `evaluate.sets`: classification or retrieval.
-    pictures : int, default 1000
+    pictures : int, default 500
         At most so many, evenly spread over the set.
 
     Returns
@@ -196,3 +196,46 @@ def goals(described: Sequence[Described], vocabulary: set[str]) -> pd.DataFrame:
             for d in described
         }
     ).T
+
+
+def show(
+    pictures: Sequence[Image],
+    true: Sequence[str],
+    synthetic: Sequence[str],
+    similarity: np.ndarray,
+    *,
+    title: str,
+) -> None:
+    """Pictures, numbered, and below them a table of their captions.
+
+    Parameters
+    ----------
+    pictures : sequence of n PIL images
+    true, synthetic : sequences of n str
+    similarity : np.ndarray, shape (n, 2)
+        Of the picture and its true, its synthetic caption.
+    title : str
+        Of the pictures and the table.
+    """
+    from mclip.report import plots
+
+    numbers = list(range(1, len(pictures) + 1))
+    nearer = similarity[:, 1] >= similarity[:, 0]
+    plots.gallery(
+        pictures,
+        [str(number) for number in numbers],
+        columns=10,
+        lines=1,
+        title=title,
+        colours=["tab:green" if near else "black" for near in nearer],
+    )
+    frame = pd.DataFrame(
+        {
+            "true caption": true,
+            "its similarity": similarity[:, 0],
+            "synthetic caption": synthetic,
+            "similarity": similarity[:, 1],
+        },
+        index=numbers,
+    )
+    plots.table(frame, digits=2, caption=title)
