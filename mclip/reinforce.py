@@ -2,7 +2,9 @@
 
 Stored for each pair, of all or of those that `balance` kept (`reinforce.pairs`): n_aug strong
 augmentations as parameters, n_syn synthetic captions, and the ensemble's embeddings of each
-augmented picture and of each caption, the true one first. Work proceeds shard by shard: a shard
+augmented picture and of each caption, the true one first. The captioner writes caption_candidates
+captions of a picture, reranked by the teachers: those that the ensemble finds most similar to the
+stored views are kept (the paper keeps what CoCa samples). Work proceeds shard by shard: a shard
 appears when it is whole, and a rerun with the same settings makes the missing ones, by one process
 or by several.
 """
@@ -63,14 +65,14 @@ class _Views(Dataset):
         )
 
 
-class _Makers(NamedTuple):
+class Makers(NamedTuple):
     """What a shard is made with."""
 
     ensemble: list[tuple]  # (model, tokenizer) of each teacher
     writer: torch.nn.Module | None
 
     @classmethod
-    def of(cls, teachers: Iterable[str], captioner: str | None, device: str) -> "_Makers":
+    def of(cls, teachers: Iterable[str], captioner: str | None, device: str) -> "Makers":
         found = [models.create(name, device=device) for name in teachers]
         return cls(
             [(models.for_inference(model), tokenizer) for model, _, _, tokenizer in found],
@@ -78,7 +80,7 @@ class _Makers(NamedTuple):
         )
 
 
-_makers_once = functools.cache(_Makers.of)  # by a worker, for all its shards
+_makers_once = functools.cache(Makers.of)  # by a worker, for all its shards
 
 
 class _Job(NamedTuple):
@@ -94,7 +96,7 @@ class _Job(NamedTuple):
     cache: Path
     decoders: int | None
 
-    def make(self, index: int, makers: _Makers, done: Callable[[int], object]) -> int:
+    def make(self, index: int, makers: Makers, done: Callable[[int], object]) -> int:
         """Write a shard; how many pairs it has."""
         samples = list(shards.iter_samples(self.pairs, shards=[index]))
         if self.settings.pairs == "kept":
@@ -176,7 +178,7 @@ def run(
     job.out.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     alone = is_alone(settings.workers, settings.backend)
-    makers = _Makers.of(chosen, job.captioner if alone else None, device if alone else "cpu")
+    makers = Makers.of(chosen, job.captioner if alone else None, device if alone else "cpu")
     identity = {
         "settings": result_settings(settings),
         "teachers": _described(settings.ensemble, chosen, makers.ensemble),
@@ -316,37 +318,93 @@ def reinforce_samples(
     for part in side_by_side(embed, views(), device):
         image_emb.append(part)
         done(len(part))
-    captions: list[list[str]] = [[] for _ in samples]
-    if writer is not None:
-        from mclip.teachers.captioner import generate
-
-        seed = int.from_bytes(
-            hashlib.sha256(f"{settings.seed}\0{samples[0].key}".encode()).digest()[:4], "big"
-        )
-        shape = models.image_size(writer), *_normalisation(writer)
-        captions = generate(
-            writer,
-            torch.cat(plain),
-            n=settings.n_syn,
-            top_p=settings.caption_top_p,
-            seed=seed,
-            prepare=lambda pictures: augment.to_input(pictures, *shape),
-            done=done,
-        )
-    texts = [
-        t for sample, syn in zip(samples, captions, strict=True) for t in (sample.caption, *syn)
-    ]
-    text_emb = models.encode_texts_with_all(ensemble, texts, precision=settings.precision)
+    pictures = torch.cat(image_emb)
+    true = [s.caption for s in samples]
+    candidates: list[list[str]] = [[] for _ in samples]
+    if writer is not None and settings.n_syn:
+        candidates = _candidates(writer, torch.cat(plain), settings, samples[0].key, done)
+    texts = [text for pair in zip(true, candidates, strict=True) for text in (pair[0], *pair[1])]
+    encoded = torch.cat(
+        models.encode_texts_with_all(ensemble, texts, precision=settings.precision), dim=-1
+    ).unflatten(0, (len(samples), -1))
+    count = settings.n_syn if candidates[0] else 0
+    chosen = best_captions(candidates, pictures.float().mean(1), encoded[:, 1:], count)
+    columns = torch.tensor([[0, *(1 + i for i in row)] for row in chosen])
+    text_emb = encoded.gather(1, columns[:, :, None].expand(-1, -1, encoded.shape[-1]))
     return Shard(
         keys=[s.key for s in samples],
-        captions=[s.caption for s in samples],
-        syn_text=captions,
+        captions=true,
+        syn_text=[
+            [written[i] for i in row] for written, row in zip(candidates, chosen, strict=True)
+        ],
         augment=torch.cat(rows).numpy(),
-        image_emb=torch.cat(image_emb),
-        text_emb=torch.cat(text_emb, dim=-1)
-        .view(len(samples), len(texts) // len(samples), -1)
-        .bfloat16(),
+        image_emb=pictures,
+        text_emb=text_emb.bfloat16(),
     )
+
+
+def _candidates(
+    writer: torch.nn.Module,
+    pictures: torch.Tensor,
+    settings: Reinforce,
+    key: str,
+    done: Callable[[int], object],
+) -> list[list[str]]:
+    """What the captioner writes of a shard's pictures; seeded by the shard's first key."""
+    from mclip.teachers.captioner import generate
+
+    seed = int.from_bytes(hashlib.sha256(f"{settings.seed}\0{key}".encode()).digest()[:4], "big")
+    shape = models.image_size(writer), *_normalisation(writer)
+    return generate(
+        writer,
+        pictures,
+        n=max(settings.n_syn, settings.caption_candidates),
+        top_p=settings.caption_top_p,
+        seed=seed,
+        precision=settings.precision,
+        prepare=lambda pictures: augment.to_input(pictures, *shape),
+        done=done,
+    )
+
+
+def best_captions(
+    candidates: Sequence[Sequence[str]], pictures: torch.Tensor, texts: torch.Tensor, n: int
+) -> list[list[int]]:
+    """Rerank captions by the teachers: the distinct ones that are most similar to their picture.
+
+    Parameters
+    ----------
+    candidates : sequence of b sequences of k str
+        What the captioner wrote of each picture.
+    pictures : Tensor, shape (b, d)
+        Of each picture the mean of its stored embeddings, all teachers side by side.
+    texts : Tensor, shape (b, k, d)
+        The teachers' embeddings of the candidates.
+    n : int
+        Captions to choose per picture, at most k.
+
+    Returns
+    -------
+    list of b lists of n int
+        Columns of `candidates`, best first. Where fewer than n are distinct, they repeat.
+
+    Examples
+    --------
+    >>> texts = torch.tensor([[[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]])
+    >>> best_captions([["a dog", "a cat", "a dog"]], torch.tensor([[0.9, 0.4]]), texts, 2)
+    [[1, 0]]
+    """
+    ranked = torch.einsum("bd,bkd->bk", pictures, texts).argsort(
+        dim=1, descending=True, stable=True
+    )
+    chosen = []
+    for written, order in zip(candidates, ranked.tolist(), strict=True):
+        first: dict[str, int] = {}
+        for i in order:
+            first.setdefault(written[i], i)
+        distinct = list(first.values())
+        chosen.append([distinct[j % len(distinct)] for j in range(n)])
+    return chosen
 
 
 def _nothing(settings: Reinforce, ensemble: Sequence[tuple]) -> Shard:

@@ -29,6 +29,7 @@ SETTINGS = Reinforce(
     randaugment_ops=2,
     randaugment_magnitude=9,
     caption_top_p=0.9,
+    caption_candidates=2,
     batch_size=3,
     precision="fp32",
     seed=0,
@@ -215,7 +216,7 @@ def test_captions_come_from_the_captioner(world, teachers, tmp_path, monkeypatch
     """n_syn captions an image, in its row; the captioner itself is tested in test_teachers."""
     from mclip.teachers import captioner
 
-    def generate(model, images, *, n, top_p, seed, prepare, done):
+    def generate(model, images, *, n, top_p, seed, precision, prepare, done):
         images = prepare(images)
         assert images.shape[1:] == (3, 16, 16)
         done(len(images))
@@ -230,12 +231,30 @@ def test_captions_come_from_the_captioner(world, teachers, tmp_path, monkeypatch
         teachers,
         captioner=teachers["a"],
         n_syn=2,
+        caption_candidates=2,
         balance=keeping(tmp_path / "balance", [f"k{i:03d}" for i in range(N)]),
     )
     assert bars[0].n == bars[0].total == 2 * N
     shard = reinforced.read_shard(tmp_path / "r", 0)
     assert shard.text_emb.shape == (8, 3, 11) and len({s[0] for s in shard.syn_text}) == 8
-    assert all(s[1].startswith("caption 1") for s in shard.syn_text)
+    assert all(sorted(t[8] for t in s) == ["0", "1"] for s in shard.syn_text)
+    near = (shard.image_emb.float().mean(1)[:, None] * shard.text_emb.float()).sum(-1)
+    assert (near[:, 1] >= near[:, 2] - 1e-3).all()  # reranked by the teachers
     model, _, _, tokenizer = models.create(teachers["b"])
     text = models.encode_texts(model, tokenizer, [shard.syn_text[3][1]])
     assert torch.allclose(shard.text_emb[3, 2, 5:].float(), text[0], atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("written", "n", "chosen"),
+    [
+        (["a", "b", "c"], 2, [2, 0]),
+        (["a", "b", "a"], 2, [2, 1]),
+        (["a", "a", "a"], 2, [2, 2]),
+        (["a", "b", "c"], 0, []),
+    ],
+)
+def test_distinct_captions_that_are_nearest_are_kept(written, n, chosen):
+    pictures = torch.tensor([[1.0, 0.0]])
+    texts = torch.tensor([[[0.6, 0.8], [0.0, 1.0], [0.8, 0.6]]])
+    assert reinforce.best_captions([written], pictures, texts, n) == [chosen]

@@ -208,7 +208,7 @@ def at_hand(name: str, sets: Mapping[str, Any], task: str | None = None) -> str:
 
 def read_image(place: tuple[str, int, int]) -> Image.Image:
     """One picture as RGB, transparent parts on white."""
-    return decode(_bytes(place))
+    return decode(read_bytes(place))
 
 
 def same_pictures(a: Split, b: Split) -> bool:
@@ -218,12 +218,13 @@ def same_pictures(a: Split, b: Split) -> bool:
     if [size for *_, size in a.places] != [size for *_, size in b.places]:
         return False
     return all(
-        one == other or _bytes(one) == _bytes(other)
+        one == other or read_bytes(one) == read_bytes(other)
         for one, other in zip(a.places, b.places, strict=True)
     )
 
 
-def _bytes(place: tuple[str, int, int]) -> bytes:
+def read_bytes(place: tuple[str, int, int]) -> bytes:
+    """One picture's encoded file."""
     path, offset, size = place
     with open(path, "rb") as file:
         file.seek(offset)

@@ -105,7 +105,7 @@ class Align(Section):
 
 class CaptionerTrain(Section):
     tower: Literal["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"]
-    vocabulary: Annotated[int, Field(ge=300)]
+    vocabulary: Annotated[int, Field(ge=8)]
     image_px: Annotated[int, Field(ge=32)]
     width: Annotated[int, Field(ge=64, multiple_of=64)]
     layers: PositiveInt
@@ -113,6 +113,8 @@ class CaptionerTrain(Section):
     steps: PositiveInt
     batch_size: PositiveInt
     lr: PositiveFloat
+    lr_adamw: PositiveFloat
+    precision: Precision
     seed: NonNegativeInt
 
 
@@ -164,6 +166,7 @@ class Reinforce(Spread):
     randaugment_ops: NonNegativeInt
     randaugment_magnitude: Annotated[int, Field(ge=0, le=30)]
     caption_top_p: Annotated[float, Field(gt=0, le=1)]
+    caption_candidates: PositiveInt
     batch_size: PositiveInt
     precision: Precision
     seed: NonNegativeInt

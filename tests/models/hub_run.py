@@ -90,6 +90,7 @@ def main() -> None:
         randaugment_ops=2,
         randaugment_magnitude=9,
         caption_top_p=0.9,
+        caption_candidates=2,
         batch_size=2,
         precision="fp32",
         seed=0,

@@ -23,6 +23,7 @@ SETTINGS = Reinforce(
     randaugment_ops=0,
     randaugment_magnitude=9,
     caption_top_p=0.9,
+    caption_candidates=2,
     batch_size=4,
     precision="fp32",
     seed=0,
