@@ -10,7 +10,7 @@ import pandas as pd
 from torch import Tensor
 
 from mclip.data.evalsets import Split
-from mclip.data.stores.metrics import COLUMNS
+from mclip.data.stores.metrics import COLUMNS, write_items
 from mclip.params import EvalSet
 from mclip.params.registry import IN_DOMAIN
 from mclip.system.files import write_whole
@@ -41,6 +41,9 @@ class Result(NamedTuple):
         The models' logit scales; 100, CLIP's, where one has none.
     train : dict of str to tuple
         Of sets with a probe: the train split's labels, and its pictures' embeddings.
+    items : list of dict
+        For each model: set -> picture's key -> its share of the set's main metric, whose mean is
+        the metric. Sets whose main metric is no mean over pictures have none.
 
     Examples
     --------
@@ -63,6 +66,7 @@ class Result(NamedTuple):
     gallery: dict[str, list[str]]  # what the rows of `texts` are: class names or captions
     probe_c: dict[str, list[float]]  # the C that each model's probe chose
     scale: list[float]  # the models' logit scales; 100, CLIP's, where one has none
+    items: list[dict[str, dict[str, float]]]  # a model -> set -> picture -> share of the metric
     train: dict[
         str, tuple[list[int], list[Tensor]]
     ]  # sets with a probe: the train split's labels, (n, d) pictures
@@ -156,7 +160,7 @@ def write(
     """Write the metrics of a recipe's seeds as files.
 
     FOLDER/RECIPE.json has {recipe: summary}, for DVC; FOLDER/RECIPE.csv has every seed's numbers
-    and chance.
+    and chance; FOLDER/items/RECIPE.parquet has each picture's share of the main metrics.
 
     Parameters
     ----------
@@ -191,6 +195,7 @@ def write(
     clip,pets,,classification,top1,0,0.5,0.03,top1
     """
     write_all(recipe, {recipe: result.metrics}, {recipe: seeds}, result.chance, sets, folder)
+    write_items(recipe, {recipe: result.items}, {recipe: seeds}, folder)
 
 
 def write_all(

@@ -107,7 +107,19 @@ def evaluate_many(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     models = [model.to(device).eval() for model in models]
     scale = [logit_scale(model) if hasattr(model, "logit_scale") else 100.0 for model in models]
-    result = Result([{} for _ in models], {}, [], {}, {}, {}, {}, {}, scale, {})
+    result = Result(
+        metrics=[{} for _ in models],
+        chance={},
+        problems=[],
+        splits={},
+        images={},
+        texts={},
+        gallery={},
+        probe_c={},
+        scale=scale,
+        train={},
+        items=[{} for _ in models],
+    )
     loading: dict[str, Any] = {
         "batch_size": batch_size,
         "workers": decoding_processes(device, workers),
@@ -159,6 +171,9 @@ def evaluate_many(
         result.splits[name], result.images[name] = split, images
         scores = task.score(split, spec, images, encode)
         result.gallery[name], result.texts[name] = scores.gallery, scores.texts
+        for of_model, shares in zip(result.items, scores.items, strict=False):
+            values = [round(float(share), 6) for share in shares]
+            of_model[name] = dict(zip(split.keys, values, strict=True))
         scored = scores.metrics
         if train:
             fits = probe.probes(

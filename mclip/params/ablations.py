@@ -14,7 +14,7 @@ import pydantic
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from mclip.params import terms
-from mclip.params.sections import Recipe, reinforced_as_asked
+from mclip.params.sections import Claim, Recipe, reinforced_as_asked, unknown_claims
 from mclip.params.tree import Section, absent, explain, varied
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
@@ -93,9 +93,11 @@ class Study(Section):
     samples: PositiveInt | None = None
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
     variants: dict[str, Variant] = Field(min_length=1)
+    claims: list[Claim] = Field(default=[], max_length=5)
 
     def check(self, p: Any) -> Iterator[str]:
         yield from absent("recipe", [self.recipe], p.distill.recipes, "recipe")
+        yield from unknown_claims(self.claims, self.variants, p)
         if recipe := p.distill.recipes.get(self.recipe):
             for name, variant in self.variants.items():
                 yield from (

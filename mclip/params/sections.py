@@ -2,7 +2,7 @@
 
 import pkgutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -256,13 +256,38 @@ class Train(Section):
         return self
 
 
+class Probe(Section):
+    probe: str  # a set with a linear probe
+
+
+class Claim(Section):
+    """What a paper says, fixed before the run: `better` is above `worse` on `outcome`."""
+
+    claim: str
+    better: str
+    worse: str
+    paper: str = ""
+    outcome: str | Probe = "held-out mean"  # or the name of a set, or {probe: SET}
+
+
+def unknown_claims(claims: list[Claim], names: Iterable[str], p: Any) -> Iterator[str]:
+    """As `Section.check`: claims about recipes or variants, or on sets, that there are not."""
+    for claim in claims:
+        yield from absent("claims", [claim.better, claim.worse], names, "recipe or variant")
+        wanted = claim.outcome.probe if isinstance(claim.outcome, Probe) else claim.outcome
+        if wanted != "held-out mean":
+            yield from absent("claims.outcome", [wanted], p.evaluate.sets, "evaluation set")
+
+
 class Distill(Section):
     student: str
     seeds: list[NonNegativeInt] = Field(min_length=1)
     train: Train
     recipes: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], Recipe] = Field(min_length=1)
+    claims: list[Claim] = Field(default=[], max_length=5)  # settled by the report
 
     def check(self, p: Any) -> Iterator[str]:
+        yield from unknown_claims(self.claims, self.recipes, p)
         for name, recipe in self.recipes.items():
             yield from (f"recipes.{name}.{line}" for line in reinforced_as_asked(recipe, p))
 

@@ -1,24 +1,328 @@
-"""Does what a paper says hold here? Differences between variants with few seeds.
+"""Do a paper's claims hold here? Paired differences, with the noise of seeds and of test pictures.
 
-With two or three seeds a variant's own spread says little. But the runs of a seed start from the
-same weights and, where they train on the same pairs, see them in the same order: a lucky seed is
-lucky in all variants. So a value is taken to be the sum of what the variant does, what the seed
-does, and a rest whose variance is the same for all variants (a randomised block design; least
-squares, also where a variant lacks a seed). V variants with S seeds leave (V - 1)(S - 1) degrees of
-freedom to the rest, and an interval is Student's t with them. Each interval stands for itself: they
-are not widened for being several.
+    frame, _ = metrics.read_seeds(recipes)              # mclip.data.stores.metrics
+    settled = claims.settle("recipes", frame, metrics.read_items(recipes), p.distill.claims)
+    claims.answer(settled)
+
+A claim says that `better` is above `worse` on an outcome. The difference is the mean over the seeds
+of each seed's own difference. It is uncertain for two reasons, which are stated apart:
+
+- seeds: another draw of seeds would give another mean. Student's standard error of the paired
+  differences, sd / sqrt(S), with S - 1 degrees of freedom.
+- items: the test pictures are a sample. Each concept adds its influence on the difference, summed
+  over its pictures and over the sets that show it; the spread of these sums is the standard error.
+
+The variances add up, with the degrees of freedom of Welch and Satterthwaite. Intervals cover 95 %,
+each for itself; `adjusted` are p values after Holm's correction for the claims of a study, and the
+verdict follows them. So an interval may leave out 0 where the verdict is "within noise".
 """
 
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from mclip.report.compare import HELD_OUT
+from mclip.params.registry import IN_DOMAIN
+from mclip.report.compare import HELD_OUT, main_metric
+from mclip.system.files import write_json
 
-HOLDS, REVERSED, OPEN = "holds", "does not hold", "can't be told"
+HOLDS, REVERSED, OPEN = "holds", "reversed", "within noise"
+COLUMNS = [
+    "study",
+    "claim",
+    "outcome",
+    "difference",
+    "low",
+    "high",
+    "adjusted",
+    "seeds",
+    "paper",
+    "verdict",
+    "se_seeds",
+    "se_items",
+]
+SIGNIFICANT = 0.05
+POWER = 0.8
+
+
+def settle(study: str, frame: pd.DataFrame, items: pd.DataFrame, claims: Sequence) -> pd.DataFrame:
+    """Settle the claims of a study.
+
+    Parameters
+    ----------
+    study : str
+        Its name.
+    frame : DataFrame
+        Every seed's metrics, of `mclip.data.stores.metrics.read_seeds`; the column recipe holds
+        the recipe or the variant.
+    items : DataFrame
+        Every picture's share of the metrics, of `mclip.data.stores.metrics.read_items`. Without
+        those of a set, such as a linear probe's, only the seeds count.
+    claims : sequence of mclip.params.sections.Claim
+        Those about recipes that were not run are left out.
+
+    Returns
+    -------
+    DataFrame
+        A row a claim, COLUMNS: differences, intervals and standard errors in percentage points;
+        `adjusted`, the two-sided p value after Holm; `seeds`, how many both recipes share. NaN
+        where a single seed leaves the interval open.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from mclip.data.stores.metrics import COLUMNS, ITEMS
+    >>> from mclip.params.sections import Claim
+    >>> from mclip.report import claims
+    >>> rows = [
+    ...     (name, "pets", "", "classification", "top1", seed, value, 0.1, "top1")
+    ...     for name, values in {"a": [0.50, 0.52, 0.53], "b": [0.40, 0.41, 0.43]}.items()
+    ...     for seed, value in enumerate(values)
+    ... ]
+    >>> frame, items = pd.DataFrame(rows, columns=COLUMNS), pd.DataFrame(columns=ITEMS)
+    >>> claim = Claim(claim="A is better than B", better="a", worse="b")
+    >>> claims.settle("study", frame, items, [claim])["verdict"].tolist()
+    ['holds']
+    """
+    rows = []
+    for claim in claims:
+        outcome, values = _outcome(frame, claim.outcome)
+        wide = values.pivot_table(index="seed", columns="recipe", values="value")
+        if not {claim.better, claim.worse} <= set(wide.columns):
+            continue
+        paired = 100 * (wide[claim.better] - wide[claim.worse]).dropna()
+        if not len(paired):
+            continue
+        se_seeds = paired.std() / math.sqrt(len(paired))
+        probe = not isinstance(claim.outcome, str)
+        sets = [] if probe else list(dict.fromkeys(values.attrs["sets"]))
+        se_items, clusters = _se_items(items, claim.better, claim.worse, sets, paired.index)
+        low, high, p = _test(paired.mean(), se_seeds, len(paired), se_items, clusters)
+        rows.append(
+            (
+                study,
+                claim.claim,
+                outcome,
+                paired.mean(),
+                low,
+                high,
+                p,
+                len(paired),
+                claim.paper,
+                "",
+                se_seeds,
+                se_items,
+            )
+        )
+    settled = pd.DataFrame(rows, columns=COLUMNS)
+    settled["adjusted"] = holm(settled["adjusted"].to_numpy(float))
+    settled["verdict"] = [
+        OPEN if not row.adjusted < SIGNIFICANT else HOLDS if row.difference > 0 else REVERSED
+        for row in settled.itertuples()
+    ]
+    return settled
+
+
+def _outcome(frame: pd.DataFrame, outcome: Any) -> tuple[str, pd.DataFrame]:
+    """The name of an outcome and its values: recipe, seed, value; attrs: the sets it averages."""
+    if not isinstance(outcome, str):
+        values = frame[(frame["metric"] == "probe_top1") & (frame["set"] == outcome.probe)]
+        return f"linear probe on {outcome.probe}", values
+    main = main_metric(frame)
+    values = main[main["set"] == outcome]
+    sets = [outcome]
+    if outcome == HELD_OUT:
+        each = main[main["set"] != HELD_OUT]
+        held_out = each[each["kind"] != IN_DOMAIN]
+        sets = list((held_out if len(held_out) else each)["set"].unique())
+    values.attrs["sets"] = sets
+    return outcome, values
+
+
+def concept(picture: str) -> str:
+    """What a picture shows: the emoji's code points that end its key, else the key itself.
+
+    Examples
+    --------
+    >>> from mclip.report import claims
+    >>> claims.concept("openmoji-black-002a-20e3"), claims.concept("photo7")
+    ('002a-20e3', 'photo7')
+    """
+    found = re.search(r"(?<=-)[0-9a-f]{4,6}(-[0-9a-f]{4,6})*$", picture)
+    return found.group() if found else picture
+
+
+def _se_items(
+    items: pd.DataFrame, better: str, worse: str, sets: Sequence[str], seeds: Any
+) -> tuple[float, int]:
+    """The standard error from the pictures, points, and the number of concepts; 0 without items."""
+    used = items[
+        items["set"].isin(sets) & items["recipe"].isin([better, worse]) & items["seed"].isin(seeds)
+    ]
+    influence = []
+    for _, own in used.groupby("set", sort=False):
+        mean = own.groupby(["picture", "recipe"])["value"].mean().unstack()
+        if {better, worse} <= set(mean.columns):
+            gap = 100 * (mean[better] - mean[worse])
+            influence.append((gap - gap.mean()) / len(gap) / len(sets))
+    if not influence:
+        return 0.0, 0
+    each = pd.concat(influence)
+    sums = each.groupby(each.index.map(concept)).sum()
+    if len(sums) < 2:
+        return 0.0, 0
+    return math.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)), len(sums)
+
+
+def _degrees(se_seeds: float, seeds: int, se_items: float, concepts: int) -> float:
+    """Welch and Satterthwaite's degrees of freedom of the two standard errors together."""
+    parts = se_seeds**4 / (seeds - 1) + (se_items**4 / (concepts - 1) if concepts > 1 else 0)
+    return (se_seeds**2 + se_items**2) ** 2 / parts if parts else math.inf
+
+
+def _test(
+    difference: float, se_seeds: float, seeds: int, se_items: float, concepts: int
+) -> tuple[float, float, float]:
+    """The 95 % interval of a difference, and its two-sided p value; NaN with a single seed."""
+    if seeds < 2:
+        return math.nan, math.nan, math.nan
+    from scipy import stats  # slow to import
+
+    se = math.hypot(se_seeds, se_items)
+    if not se:
+        return difference, difference, float(difference == 0)
+    df = _degrees(se_seeds, seeds, se_items, concepts)
+    half = stats.t.ppf(0.975, df) * se
+    return difference - half, difference + half, float(2 * stats.t.sf(abs(difference) / se, df))
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """Holm's adjusted p values; NaN stays NaN and is counted.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mclip.report import claims
+    >>> claims.holm(np.array([0.03, 0.01, 0.04])).tolist()
+    [0.06, 0.03, 0.06]
+    """
+    order = np.argsort(p, kind="stable")
+    steps = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p))))
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(steps, 1)
+    return adjusted
+
+
+def power(
+    sd_seeds: float, se_items: float, seeds: int, claims: int = 1, concepts: int = 500
+) -> float:
+    """The true difference that this design finds significant four times in five.
+
+    Two-sided, at the first and strictest of Holm's steps.
+
+    Parameters
+    ----------
+    sd_seeds : float
+        Standard deviation of the paired differences over the seeds, points.
+    se_items : float
+        Standard error from the test pictures, points.
+    seeds : int
+        At least 2.
+    claims : int, default 1
+        How many are settled together.
+    concepts : int, default 500
+        How many the pictures show.
+
+    Returns
+    -------
+    float
+        Points.
+
+    Examples
+    --------
+    >>> from mclip.report import claims
+    >>> round(claims.power(0.5, 0.5, seeds=3, claims=5), 1)
+    2.1
+    """
+    from scipy import stats  # slow to import
+
+    se_seeds = sd_seeds / math.sqrt(seeds)
+    df = _degrees(se_seeds, seeds, se_items, concepts)
+    quantiles = stats.t.ppf([1 - SIGNIFICANT / claims / 2, POWER], df)
+    return float(quantiles.sum() * math.hypot(se_seeds, se_items))
+
+
+def seeds_needed(
+    sd_seeds: float, se_items: float, difference: float = 1.5, claims: int = 1, most: int = 1000
+) -> int | None:
+    """The fewest seeds with which `power` reaches a difference; None where the pictures are too
+    few, or more than `most` seeds are needed.
+
+    Examples
+    --------
+    >>> from mclip.report import claims
+    >>> claims.seeds_needed(0.8, 0.3), claims.seeds_needed(0.8, 0.6)
+    (5, None)
+    """
+    needed = (n for n in range(2, most) if power(sd_seeds, se_items, n, claims) <= difference)
+    return next(needed, None)
+
+
+def answer(settled: pd.DataFrame) -> str:
+    """Say in a sentence or two what `settle` found.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from mclip.report import claims
+    >>> values = ["s", "A is better than B", "pets", 2.1, 0.8, 3.4, 0.01, 3, "", "holds", 0.5, 0.2]
+    >>> claims.answer(pd.DataFrame([values], columns=claims.COLUMNS))
+    '1 of 1 claim holds: A is better than B (+2.1 points on pets, 95 % CI 0.8 to 3.4).'
+    """
+    if not len(settled):
+        return "The variants that the paper compares were not run."
+    parts = []
+    for verdict in (HOLDS, REVERSED, OPEN):
+        each = [_sentence(row) for row in settled[settled["verdict"] == verdict].itertuples()]
+        if not each:
+            continue
+        many = "s" if len(settled) > 1 else ""
+        verb = {HOLDS: "holds" if len(each) == 1 else "hold", OPEN: OPEN, REVERSED: REVERSED}
+        be = "" if verdict == HOLDS else "is " if len(each) == 1 else "are "
+        count = f"{len(each)} of {len(settled)} claim{many}" if not parts else f"{len(each)}"
+        parts.append(f"{count} {be}{verb[verdict]}: {'; '.join(each)}")
+    return ". ".join(parts) + "."
+
+
+def _sentence(row: Any) -> str:
+    if math.isnan(row.low):
+        return f"{row.claim} ({row.difference:+.1f} points on {row.outcome}, a single seed)"
+    interval = f"95 % CI {row.low:.1f} to {row.high:.1f}"
+    return f"{row.claim} ({row.difference:+.1f} points on {row.outcome}, {interval})"
+
+
+def write(study: str, settled: pd.DataFrame, folder: str | Path = "reports/claims") -> None:
+    """Write FOLDER/STUDY.json: a list of `settle`'s rows, NaN as null."""
+    write_json(Path(folder) / f"{study}.json", json.loads(settled.to_json(orient="records")))
+
+
+def join(folder: str | Path = "reports/claims", out: str | Path = "reports/claims.json") -> list:
+    """Join the claims of all studies in one file, and return them."""
+    rows = [row for path in sorted(Path(folder).glob("*.json")) for row in read_json(path)]
+    write_json(out, rows)
+    return rows
+
+
+def read_json(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())
+
+
+# ---------------------------------------------------------------- pooled over the variants
 
 
 class Claim(NamedTuple):
@@ -30,7 +334,9 @@ class Claim(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """value = variant + seed + rest, of one set."""
+    """value = variant + seed + rest, of one set: a randomised block design, whose rest has the same
+    variance for all variants. Least squares, also where a variant lacks a seed.
+    """
 
     variants: list[str]
     effect: np.ndarray  # (V,)
@@ -159,13 +465,13 @@ def against(
 def verdict(
     found: pd.DataFrame, sets: Sequence[str] = (HELD_OUT,), what: str = "The paper's direction"
 ) -> str:
-    """How many claims hold on some sets, and which of them can be told, in a sentence; found: of
+    """How many claims hold on some sets, and which of them are significant, in a sentence; found: of
     `differences`.
     """
     parts = []
     for name in sets:
         own = found[found["set"] == name]
-        told = {
+        significant = {
             said: [
                 f"{r.claim}, {100 * r.difference:+.1f} ± {100 * r.half:.1f} points"
                 for r in own.itertuples()
@@ -174,11 +480,13 @@ def verdict(
             for said in (HOLDS, REVERSED)
         }
         said = [
-            f"{word} for {len(each)} ({'; '.join(each)})" for word, each in told.items() if each
+            f"{'is ' * (word == REVERSED)}{word} for {len(each)} ({'; '.join(each)})"
+            for word, each in significant.items()
+            if each
         ]
-        left = len(own) - sum(map(len, told.values()))
+        left = len(own) - sum(map(len, significant.values()))
         if left:
-            said.append(f"{OPEN} at this size for {left}")
+            said.append(f"is {OPEN} for {left}")
         if len(own):
             parts.append(f"on {name} it {', '.join(said)}")
     if not parts:

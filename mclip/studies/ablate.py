@@ -26,6 +26,7 @@ import pandas as pd
 from filelock import FileLock
 
 from mclip import evaluate, models
+from mclip.data.stores.metrics import write_items
 from mclip.distill import plan as distill
 from mclip.distill.runs import Run
 from mclip.evaluate import scores as tables
@@ -214,6 +215,7 @@ class Scores(NamedTuple):
     ]  # a run's folder -> set -> metric; a missing set has no metrics
     chance: dict[str, dict[str, float]]
     problems: list[str]
+    items: dict[str, dict[str, dict[str, float]]]  # a run's folder -> set -> picture -> share
 
 
 def scores(
@@ -245,13 +247,21 @@ def scores(
         result = evaluate.evaluate_many(
             students, preprocess, tokenizer, sets, batch_size=batch_size
         )
-        for out, metrics in zip(todo, result.metrics, strict=True):
-            entry = {"metrics": metrics, "chance": result.chance, "problems": result.problems}
-            write_whole(files[out], json.dumps(entry, indent=1, allow_nan=False) + "\n")
+        for out, metrics, items in zip(todo, result.metrics, result.items, strict=True):
+            entry = {
+                "metrics": metrics,
+                "chance": result.chance,
+                "problems": result.problems,
+                "items": items,
+            }
+            write_whole(files[out], json.dumps(entry, allow_nan=False) + "\n")
     found = {out: json.loads(file.read_text()) for out, file in files.items()}
     first = next(iter(found.values()))
     return Scores(
-        {out: entry["metrics"] for out, entry in found.items()}, first["chance"], first["problems"]
+        {out: entry["metrics"] for out, entry in found.items()},
+        first["chance"],
+        first["problems"],
+        {out: entry["items"] for out, entry in found.items()},
     )
 
 
@@ -287,10 +297,17 @@ def score(
     )
     for line in found.problems:
         print(line)
+    seeds = {variant: [run.seed for run in own] for variant, own in runs.items()}
+    write_items(
+        study,
+        {variant: [found.items[run.out] for run in own] for variant, own in runs.items()},
+        seeds,
+        folder,
+    )
     return tables.write_all(
         study,
         {variant: [found.metrics[run.out] for run in own] for variant, own in runs.items()},
-        {variant: [run.seed for run in own] for variant, own in runs.items()},
+        seeds,
         found.chance,
         sets,
         folder,

@@ -147,8 +147,9 @@ def test_a_study_trains_and_scores_what_no_other_has(shared, tmp_path, monkeypat
         assert not any(spec.probe for spec in sets.values())
         seen.append(len(students))
         values = [{"there": {"top1": 0.1 * (i + 1)}, "gone": {}} for i in range(len(students))]
+        items = [{"there": {"a": 1.0, "b": 0.0}} for _ in students]
         return ablate.evaluate.Result(
-            values, {"there": {"top1": 0.05}}, ["gone: missing"], {}, {}, {}, {}, {}, [], {}
+            values, {"there": {"top1": 0.05}}, ["gone: missing"], {}, {}, {}, {}, {}, [], items, {}
         )
 
     monkeypatch.setattr(ablate.evaluate, "evaluate_many", evaluate_many)

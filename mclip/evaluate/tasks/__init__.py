@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NamedTuple, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from mclip.data.evalsets import Answer, EvalError, Split
@@ -30,6 +31,9 @@ class Scores(NamedTuple):
     texts: list[Tensor]  # (gallery, d) unit-norm embeddings of them
     metrics: list[dict[str, float]]  # 0 to 1
     chance: dict[str, float]  # what guessing scores in these metrics, and in a linear probe
+    # each picture's share of the set's main metric, (n,) a model: their mean is the metric; empty
+    # where the metric is no mean over pictures, such as F1
+    items: Sequence[np.ndarray] = ()
 
 
 class Task(Protocol):

@@ -60,7 +60,53 @@ def score(split: Split, spec: EvalSet, images: Sequence[Tensor], encode: Encode)
         accuracy(x, y, split.answers, groups=split.groups, f1=spec.metric == "f1_macro")
         for x, y in zip(images, classes, strict=True)
     ]
-    return Scores(split.classes, classes, metrics, chance(len(split.classes)))
+    items = [
+        correct(x, y, split.answers, spec.metric) for x, y in zip(images, classes, strict=True)
+    ]
+    shares = [each for each in items if each is not None]
+    return Scores(split.classes, classes, metrics, chance(len(split.classes)), shares)
+
+
+def correct(
+    images: Tensor, classes: Tensor, labels: Sequence[int] | np.ndarray, metric: str
+) -> np.ndarray | None:
+    """Each picture's share of a metric: the mean of the shares is the metric.
+
+    Parameters
+    ----------
+    images : Tensor, (n, d)
+        Unit-norm embeddings of the pictures.
+    classes : Tensor, (c, d)
+        Unit-norm embeddings of the classes.
+    labels : sequence of int, (n,)
+        Each picture's row of `classes`.
+    metric : str
+        One of `METRICS`.
+
+    Returns
+    -------
+    ndarray of float64, (n,), or None
+        For top1 and top5, 1 where the picture is right, else 0; for mean_per_class the same,
+        weighted by n / (classes * pictures of its class). None for the other metrics, which are no
+        mean over pictures.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mclip.evaluate.tasks import classification
+    >>> images, classes = torch.eye(4)[[0, 1, 1, 0]], torch.eye(4)[:2]
+    >>> classification.correct(images, classes, [0, 1, 0, 0], "top1").tolist()
+    [1.0, 1.0, 0.0, 1.0]
+    """
+    if metric not in ("top1", "top5", "mean_per_class"):
+        return None
+    labels = np.asarray(labels)
+    rank = ranks(images, classes, np.stack([np.arange(len(labels)), labels], 1)).numpy()
+    right = (rank < (5 if metric == "top5" else 1)).astype(float)
+    if metric == "mean_per_class":
+        counts = np.bincount(labels)
+        right *= len(labels) / ((counts > 0).sum() * counts[labels])
+    return right
 
 
 def accuracy(

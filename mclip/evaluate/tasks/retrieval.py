@@ -51,7 +51,44 @@ def score(split: Split, spec: EvalSet, images: Sequence[Tensor], encode: Encode)
     entries, pairs = caption_pairs(split.answers, distinct=spec.captions == "distinct")
     embeddings = encode(entries)
     metrics = [recall(x, y, pairs) for x, y in zip(images, embeddings, strict=True)]
-    return Scores(entries, embeddings, metrics, chance(pairs))
+    items = []
+    if spec.metric == MAIN:
+        items = [correct(x, y, pairs) for x, y in zip(images, embeddings, strict=True)]
+    return Scores(entries, embeddings, metrics, chance(pairs), items)
+
+
+def correct(images: Tensor, texts: Tensor, pairs: np.ndarray) -> np.ndarray:
+    """Each picture's share of mean_r1: the mean of the shares is the metric.
+
+    A caption's hit at 1 is divided evenly among its pictures, so that both directions count.
+
+    Parameters
+    ----------
+    images : Tensor, (n, d)
+        Unit-norm embeddings of the pictures.
+    texts : Tensor, (m, d)
+        Unit-norm embeddings of the captions.
+    pairs : ndarray of int, (p, 2)
+        Rows (picture, caption) that belong together, see `caption_pairs`.
+
+    Returns
+    -------
+    ndarray of float64, (n,)
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from mclip.evaluate.tasks import retrieval
+    >>> pairs = np.array([[0, 0], [1, 1]])
+    >>> retrieval.correct(torch.eye(2), torch.eye(2)[[0, 0]], pairs).tolist()
+    [1.0, 0.0]
+    """
+    picture, caption = pairs.T
+    found = (ranks(images, texts, pairs) == 0).double().numpy()
+    back = (ranks(texts, images, pairs[:, ::-1].copy()) == 0).double().numpy()
+    each = (back / np.maximum(np.bincount(caption, minlength=len(back)), 1))[caption]
+    shared = np.bincount(picture, weights=each, minlength=len(found))
+    return (found + shared * len(found) / len(back)) / 2
 
 
 def caption_pairs(
