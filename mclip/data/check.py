@@ -41,7 +41,6 @@ APART = (
     "them"
 )
 ORIENTATION = ExifTags.Base.Orientation
-TARS = (".tar", ".tar.gz", ".tgz")  # files of a folder that are shards
 
 
 def expand(patterns: Iterable[str]) -> list[str]:
@@ -61,7 +60,9 @@ def expand(patterns: Iterable[str]) -> list[str]:
                 matches = sorted(glob(url, recursive=True))
             for match in matches or [url]:
                 inside = Path(match).iterdir() if os.path.isdir(match) else ()
-                found.extend(sorted(str(p) for p in inside if p.name.endswith(TARS)) or [match])
+                found.extend(
+                    sorted(str(p) for p in inside if p.name.endswith(tars.TARS)) or [match]
+                )
     return list(dict.fromkeys(found))
 
 
@@ -244,14 +245,15 @@ def _look_through(source: str, captions: str) -> _Found:
             for index, (key, files, damage) in enumerate(tars.groups(stream)):
                 if key is None:
                     skipped.append({"key": None, "reason": damage})
+                    continue
+                sample = as_sample(key, files, captions)
                 # a cut between files that nobody needs leaves the last sample whole
-                elif reason := (
-                    isinstance(sample := as_sample(key, files, captions), str) and damage
-                ) or _problem(key, sample):
+                reason = (isinstance(sample, str) and damage) or _problem(key, sample)
+                if reason or isinstance(sample, str):
                     skipped.append({"index": index, "key": _readable(key), "reason": reason})
-                else:
-                    good.append((index, key))
-                    turned += _wants_turning(sample)
+                    continue
+                good.append((index, key))
+                turned += _wants_turning(sample)
             stream.drain()
             if not stream.length and tars.is_url(source):
                 raise OSError("nothing came from it")
@@ -259,7 +261,7 @@ def _look_through(source: str, captions: str) -> _Found:
     except OSError as err:
         why = err.strerror or str(err)
         if os.path.isdir(source):
-            why = f"a folder without {' or '.join(TARS)} files"
+            why = f"a folder without {' or '.join(tars.TARS)} files"
         return _Found(None, [], [{"key": None, "reason": f"missing shard: {why}"}], 0)
 
 

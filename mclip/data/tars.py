@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from mclip.system.files import LFS_POINTER, is_lfs_pointer
 
+TARS = (".tar", ".tar.gz", ".tgz")  # how the names of tars end
 # what reading a damaged tar raises, compressed or not
 DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
 
