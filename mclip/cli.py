@@ -346,8 +346,8 @@ def balance(parser: Parser) -> Run:
     parser.add_argument(
         "embeddings",
         metavar="DIR",
-        help="folder in clip-retrieval's layout: img_emb/img_emb_N.npy, "
-        "metadata/metadata_N.parquet",
+        help="folder in clip-retrieval's layout (img_emb/img_emb_N.npy, "
+        "metadata/metadata_N.parquet) or DataComp's (UUID.npz, UUID.parquet)",
     )
     parser.add_argument("out", metavar="OUT", help="folder to write")
     parser.add_argument(
