@@ -252,8 +252,8 @@ class Pictures:
 def decode(sample: Sample | bytes) -> Image.Image:
     """The image as RGB; transparent pixels come out on white, 16 bits as their upper 8.
 
-    Float pixels are 0 to 1, else ValueError: which value is white can't be known. EXIF's
-    orientation is not applied, as open_clip does not.
+    Float pixels are 0 to 1; with others, and with integers of 32 bits, which value is white is not
+    known: ValueError. EXIF's orientation is not applied, as open_clip does not.
     """
     image: Image.Image = Image.open(
         io.BytesIO(sample.image if isinstance(sample, Sample) else sample)
@@ -268,16 +268,18 @@ def decode(sample: Sample | bytes) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A grey picture of wider pixels as one of 8 bits."""
+    """A grey picture of wider pixels as one of 8 bits; ValueError where it is not known which value
+    is white.
+    """
     pixels = np.asarray(image)
+    if image.mode.startswith("I;16") or image.format == "PNG":
+        return Image.fromarray((pixels >> 8).astype(np.uint8))
     low, high = float(pixels.min()), float(pixels.max())
-    most = 1.0 if image.mode == "F" else 65535
-    if not 0 <= low <= high <= most:
+    if image.mode != "F" or not 0 <= low <= high <= 1:
         raise ValueError(
-            f"pixels of mode {image.mode} from {low:g} to {high:g}, expected 0 to {most:g}"
+            f"32-bit pixels from {low:g} to {high:g}: write 8 or 16 bits, or floats from 0 to 1"
         )
-    scaled = pixels * 255 + 0.5 if image.mode == "F" else pixels.astype(np.uint16) >> 8
-    return Image.fromarray(scaled.astype(np.uint8))
+    return Image.fromarray((pixels * 255).round().astype(np.uint8))
 
 
 def manifest_of(

@@ -53,6 +53,11 @@ def preprocessing(arch: str, file: Path) -> tuple[dict[str, Any], str | None]:
     WeightsError : the file has something else than tensors, or is not whole
     """
     state = _names(file)
+    if merged := next((name for name in state if "reparam_conv" in name), None):
+        raise WeightsError(
+            f"{file} has a model whose branches are merged for inference ({merged}): take the "
+            "checkpoint before that, mclip.models.for_inference merges them"
+        )
     config = file.parent / "open_clip_config.json"
     if config.is_file():
         try:

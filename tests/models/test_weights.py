@@ -52,6 +52,13 @@ def test_preprocessing_follows_the_model(tmp_path, arch, wanted, suffix, name):
     assert (assumption is None) == (name == APPLE)  # Apple's own are what was published
 
 
+def test_weights_whose_branches_are_merged(tmp_path):
+    name = "image_encoder.model.patch_embed.0.reparam_conv.weight"
+    torch.save({name: torch.zeros(1)}, tmp_path / "mobileclip_s1.pt")
+    with pytest.raises(models.ModelError, match=rf"merged for inference \({name}\): take the che"):
+        models.create(f"MobileCLIP-S1/{tmp_path}/mobileclip_s1.pt")
+
+
 def test_other_weights_say_what_is_assumed(tmp_path):
     torch.save({OPEN_CLIP: torch.zeros(1)}, file := tmp_path / "epoch_3.pt")
     found, assumption = weights.preprocessing("ViT-B-16-SigLIP", file)
