@@ -449,11 +449,12 @@ def open_rows(path: str | Path) -> np.ndarray:
 
 
 def native(rows: np.ndarray) -> np.ndarray:
-    """Floats in this machine's byte order and of at most 64 bits, as torch needs them.
+    """Give floats this machine's byte order and at most 64 bits, as torch needs them.
 
     Parameters
     ----------
     rows : ndarray of float
+        Of any shape.
 
     Returns
     -------
