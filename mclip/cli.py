@@ -234,14 +234,25 @@ def check(parser: Parser) -> Run:
 
     Reads webdataset tars in img2dataset's layout (KEY.jpg, KEY.txt, KEY.json) as the stage `data`
     does: every image is decoded. Skipped are corrupt images, empty captions, duplicate keys, and
-    what a truncated tar cuts off. Writes nothing unless --manifest names a folder.
+    what a truncated tar cuts off. Writes nothing unless --manifest names a folder. Pictures are
+    taken as they are stored: an EXIF orientation is counted, and not applied.
 
     Examples:
       mclip check 'data/pairs/*.tar'
       mclip check '/data/cc3m/{00000..00331}.tar' --workers 8 --json > cc3m.json
     """
     parser.add_argument(
-        "shards", nargs="+", metavar="SHARD", help="paths, globs, {000..099} ranges or URLs of tars"
+        "shards",
+        nargs="+",
+        metavar="SHARD",
+        help="paths, globs, {000..099} ranges or URLs of tars, or folders of them",
+    )
+    parser.add_argument(
+        "--captions",
+        default="txt",
+        metavar="WHERE",
+        help="where captions are: extension of a file (cap, caption), or json.KEY for a key of the "
+        ".json (default: %(default)s)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print the manifest: each shard, each skipped sample"
@@ -260,10 +271,14 @@ def check(parser: Parser) -> Run:
         from mclip.data.shards import MANIFEST, manifest_of
         from mclip.system.files import write_json
 
-        shards, skipped = read_shards(
-            expand(args.shards), args.manifest or ".", workers=args.workers, backend=args.backend
+        shards, skipped, info = read_shards(
+            expand(args.shards),
+            args.manifest or ".",
+            captions=args.captions,
+            workers=args.workers,
+            backend=args.backend,
         )
-        manifest = manifest_of(shards, skipped)
+        manifest = manifest_of(shards, skipped, info)
         if args.manifest and manifest["samples"]:
             write_json(args.manifest / MANIFEST, manifest)
         usable = manifest["samples"]
@@ -271,6 +286,8 @@ def check(parser: Parser) -> Run:
             print(json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False))
             return 0 if usable else 1
         print(f"{len(shards):,} shards read: {usable:,} samples can be used")
+        if turned := info.get("exif_turned"):
+            print(f"{turned:,} of them have an EXIF orientation, which is not applied")
         print(f"{len(skipped):,} skipped{':' if skipped else ''}")
         reasons = Counter(entry["reason"].partition(":")[0] for entry in skipped)
         for reason, count in reasons.most_common():
@@ -329,8 +346,8 @@ def balance(parser: Parser) -> Run:
     parser.add_argument(
         "embeddings",
         metavar="DIR",
-        help="folder in clip-retrieval's layout: img_emb/img_emb_N.npy, "
-        "metadata/metadata_N.parquet",
+        help="folder in clip-retrieval's layout (img_emb/img_emb_N.npy, "
+        "metadata/metadata_N.parquet) or DataComp's (UUID.npz, UUID.parquet)",
     )
     parser.add_argument("out", metavar="OUT", help="folder to write")
     parser.add_argument(

@@ -27,6 +27,7 @@ from PIL import Image
 
 from mclip import models
 from mclip.data import evalsets
+from mclip.data.shards import decode
 from mclip.models.onnx import Tower, agreement, to_onnx
 from mclip.system.files import whole, write_whole
 
@@ -140,12 +141,16 @@ def read_pictures(folder: Path, limit: int = 64) -> list[Image.Image]:
         found = sorted(
             f for f in folder.rglob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
         )
-        read = Image.open
+        read = _read_picture
     if not found:
         raise NoPictures(
             f"{folder}: no picture in it (.png, .jpg, .webp, or an evaluation set's tars)"
         )
     return [read(f) for f in found[:: -(-len(found) // limit)]]
+
+
+def _read_picture(file: Path) -> Image.Image:
+    return decode(file.read_bytes())
 
 
 def run(

@@ -104,6 +104,20 @@ def test_a_wrong_name_and_no_pictures(folder, tmp_path, capsys):
     assert "no picture in it" in capsys.readouterr().err and not (tmp_path / "a").exists()
 
 
+def test_a_model_whose_pictures_are_no_squares(tmp_path):
+    config = SMALL | {"vision_cfg": SMALL["vision_cfg"] | {"image_size": [64, 96]}}
+    torch.manual_seed(0)
+    model = open_clip.CustomTextCLIP(**{k: v for k, v in config.items() if k != "custom_text"})
+    size = {"size": [64, 96], "mean": [0.5] * 3, "std": [0.4] * 3}
+    open_clip.model.set_model_preprocess_cfg(model, size)
+    folder = models.export(trained(model), tmp_path / "wide", config=config)
+    assert cli.main(["export", str(folder), str(tmp_path / "out")]) == 0
+    shape = onnx.load(tmp_path / "out/image.onnx").graph.input[0].type.tensor_type.shape
+    assert [side.dim_value for side in shape.dim[1:]] == [3, 64, 96]
+    wide, *_ = models.create(f"local-dir:{folder}")
+    assert towers.Tower(wide, "image").example(2).shape == (2, 3, 64, 96)
+
+
 def test_pictures_of_a_folder(tmp_path):
     for i, photo in enumerate(export.photographs(5)):
         photo.save(tmp_path / f"{i}.png")

@@ -20,31 +20,49 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from mclip.data import tars
-from mclip.data.shards import MANIFEST, ShardError, as_sample, manifest_of
-from mclip.system.files import digest, whole_folder, write_json, write_whole
+from mclip.data.shards import (
+    CAPTIONS,
+    MANIFEST,
+    Sample,
+    ShardError,
+    as_sample,
+    decode,
+    manifest_of,
+)
+from mclip.system.files import digest, plain_path, whole_folder, write_json, write_whole
 from mclip.system.progress import bar
 from mclip.system.workers import run_tasks
 
+APART = (
+    "files lie apart in the tar: a sample's must follow one another, as `tar --sort=name` writes "
+    "them"
+)
+ORIENTATION = ExifTags.Base.Orientation
+
 
 def expand(patterns: Iterable[str]) -> list[str]:
-    """Shards that patterns name, in order, each once: `{000..099}` and globs expand, URLs stay as
-    they are.
+    """Shards that patterns name, in order, each once: `{000..099}`, globs and `~` expand, a folder
+    stands for the tars in it, `file:` is dropped, other URLs stay as they are.
 
-    A glob that matches nothing stays too, so that it is reported as missing instead of silently
-    dropped.
+    A glob that matches nothing and a folder without tars stay too, so that they are reported
+    instead of silently dropped.
     """
     from webdataset.shardlists import expand_urls
 
     found: list[str] = []
     for pattern in patterns:
-        for url in expand_urls(pattern):
-            matches = (
-                sorted(glob(url, recursive=True)) if has_magic(url) and not tars.is_url(url) else []
-            )
-            found.extend(matches or [url])
+        for url in map(plain_path, expand_urls(pattern)):
+            matches = []
+            if has_magic(url) and not tars.is_url(url):
+                matches = sorted(glob(url, recursive=True))
+            for match in matches or [url]:
+                inside = Path(match).iterdir() if os.path.isdir(match) else ()
+                found.extend(
+                    sorted(str(p) for p in inside if p.name.endswith(tars.TARS)) or [match]
+                )
     return list(dict.fromkeys(found))
 
 
@@ -52,6 +70,7 @@ def check_shards(
     sources: Iterable[str],
     folder: str | Path,
     *,
+    captions: str = CAPTIONS,
     state: str | Path | None = None,
     workers: int | None = None,
     backend: str = "processes",
@@ -64,7 +83,7 @@ def check_shards(
     ----------
     sources : as `expand` takes them
     folder : where the manifest goes; not a folder that holds the sources
-    state, workers, backend : see `read_shards`
+    captions, state, workers, backend : see `read_shards`
 
     Returns
     -------
@@ -80,11 +99,13 @@ def check_shards(
         )
     if not sources:
         raise ShardError("data.shards: no shard named")
-    shards, skipped = read_shards(sources, folder, state=state, workers=workers, backend=backend)
+    shards, skipped, info = read_shards(
+        sources, folder, captions=captions, state=state, workers=workers, backend=backend
+    )
     if not any(shard["samples"] for shard in shards):
         first = f"; {skipped[0]['file']}: {skipped[0]['reason']}" if skipped else ""
         raise ShardError(f"data.shards: no good pair in {len(sources)} shards{first}")
-    manifest = manifest_of(shards, skipped)
+    manifest = manifest_of(shards, skipped, info)
     with whole_folder(folder) as scratch:
         write_json(scratch / MANIFEST, manifest)
     if state is not None:
@@ -96,20 +117,24 @@ def read_shards(
     sources: Iterable[str],
     relative_to: str | Path = ".",
     *,
+    captions: str = CAPTIONS,
     state: str | Path | None = None,
     workers: int | None = None,
     backend: str = "processes",
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
     """Read every shard once and decode every image; nothing is written beside `state`.
 
     Skipped, each named with its reason: a corrupt image, an empty or missing caption, a missing
-    image, an extension nobody reads, a duplicate key (the first good one is kept), what a truncated
-    tar cuts off (what comes before is kept), a missing shard.
+    image, an extension nobody reads, a duplicate key (the first good one is kept), samples whose
+    files lie apart in the tar, what a truncated tar cuts off (what comes before is kept), a shard
+    that is missing or can't be opened.
 
     Parameters
     ----------
     sources : shards, as `expand` returns them
     relative_to : the folder that relative paths in the result start from
+    captions : extension of the file that has a sample's caption, or `json.KEY` for a key of the
+        .json
     state : folder for the results so far, which the caller deletes; a file that has changed
         meanwhile is read again. None: a temporary one
     workers : processes; None: one a core
@@ -118,26 +143,31 @@ def read_shards(
     Returns
     -------
     shards, skipped : as the manifest lists them, see mclip.data.shards
+    info : further keys of the manifest
     """
     sources = list(sources)
     with tempfile.TemporaryDirectory() if state is None else nullcontext(state) as place:
         results = {
-            source: Path(place) / f"{digest([source, _stamp(source)])}.json" for source in sources
+            source: Path(place) / f"{digest([source, _stamp(source), captions])}.json"
+            for source in sources
         }
-        todo = [(source, file) for source, file in results.items() if not file.exists()]
+        todo = [(source, file, captions) for source, file in results.items() if not file.exists()]
         with bar(
             desc="check shards", unit="shard", total=len(sources), initial=len(sources) - len(todo)
         ) as progress:
             workers = min(workers or os.cpu_count() or 1, max(1, len(todo)))
             for _ in run_tasks(_check_shard, todo, workers=workers, backend=backend):
                 progress.update()
-        return _gathered(results, Path(relative_to))
+        shards, skipped, turned = _gathered(results, Path(relative_to))
+    info: dict[str, Any] = {} if captions == CAPTIONS else {"captions": captions}
+    return shards, skipped, info | ({"exif_turned": turned} if turned else {})
 
 
 class _Found(NamedTuple):
     sha256: str | None  # None: the shard could not be opened
     good: list[tuple[int, str]]  # (index in the shard, key)
     skipped: list[dict[str, Any]]
+    turned: int  # good ones whose EXIF orientation is not applied
 
     @classmethod
     def read(cls, result: Path) -> "_Found":
@@ -157,16 +187,17 @@ def _stamp(source: str) -> list[int] | None:
     return found and [found.st_size, found.st_mtime_ns]
 
 
-def _gathered(results: dict[str, Path], folder: Path) -> tuple[list[dict], list[dict]]:
+def _gathered(results: dict[str, Path], folder: Path) -> tuple[list[dict], list[dict], int]:
     """The manifest's shards and what they skip, in order: a duplicate key is known by all that
-    comes before it.
+    comes before it; and how many pictures want to be turned.
     """
     from mclip.data.stores import lookup  # here: the workers do without pandas
 
     twice = _twice(lookup.hashes(_Found.read(result).keys) for result in results.values())
-    shards, skipped, seen = [], [], set()
+    shards, skipped, seen, turned = [], [], set(), 0
     for source, result in results.items():
         found = _Found.read(result)
+        turned += found.turned
         file = (
             source
             if tars.is_url(source) or Path(source).is_absolute()
@@ -187,7 +218,7 @@ def _gathered(results: dict[str, Path], folder: Path) -> tuple[list[dict], list[
         else:
             result.unlink()  # it may be there the next time
         skipped += sorted(bad, key=lambda entry: entry.get("index", 1 << 62))
-    return shards, skipped
+    return shards, skipped, turned
 
 
 def _twice(hashes: Iterable[np.ndarray]) -> np.ndarray:
@@ -199,42 +230,45 @@ def _twice(hashes: Iterable[np.ndarray]) -> np.ndarray:
     return np.unique(every[1:][every[1:] == every[:-1]])
 
 
-def _check_shard(source: str, result: Path) -> None:
+def _check_shard(source: str, result: Path, captions: str) -> None:
     """Check one shard, a worker's task, and write the result as a file."""
-    write_whole(result, json.dumps(_look_through(source)._asdict()))
+    write_whole(result, json.dumps(_look_through(source, captions)._asdict()))
 
 
-def _look_through(source: str) -> _Found:
+def _look_through(source: str, captions: str) -> _Found:
     good: list[tuple[int, str]] = []
     skipped: list[dict[str, Any]] = []
+    turned = 0
     try:
         with tars.open_source(source) as file:
             stream = tars.Recorder(file)
             for index, (key, files, damage) in enumerate(tars.groups(stream)):
                 if key is None:
                     skipped.append({"key": None, "reason": damage})
+                    continue
+                sample = as_sample(key, files, captions)
                 # a cut between files that nobody needs leaves the last sample whole
-                elif reason := (isinstance(as_sample(key, files), str) and damage) or _problem(
-                    key, files
-                ):
+                reason = (isinstance(sample, str) and damage) or _problem(key, sample)
+                if reason or isinstance(sample, str):
                     skipped.append({"index": index, "key": _readable(key), "reason": reason})
-                else:
-                    good.append((index, key))
+                    continue
+                good.append((index, key))
+                turned += _wants_turning(sample)
             stream.drain()
             if not stream.length and tars.is_url(source):
                 raise OSError("nothing came from it")
-            return _Found(stream.sha256.hexdigest(), good, skipped)
+            return _Found(stream.sha256.hexdigest(), good, _apart(skipped), turned)
     except OSError as err:
-        return _Found(
-            None, [], [{"key": None, "reason": f"missing shard: {err.strerror or tars.short(err)}"}]
-        )
+        why = err.strerror or str(err)
+        if os.path.isdir(source):
+            why = f"a folder without {' or '.join(tars.TARS)} files"
+        return _Found(None, [], [{"key": None, "reason": f"missing shard: {why}"}], 0)
 
 
-def _problem(key: str, files: dict[str, bytes]) -> str | None:
+def _problem(key: str, sample: Sample | str) -> str | None:
     """Why a sample can't be used; None if it can."""
     if key != _readable(key):
         return "key is not UTF-8"  # nor could a table hold it
-    sample = as_sample(key, files)
     if isinstance(sample, str):
         return sample
     try:
@@ -243,9 +277,38 @@ def _problem(key: str, files: dict[str, bytes]) -> str | None:
                 "RGB", (32, 32)
             )  # JPEG: every byte is still parsed, eight times fewer pixels are made
             image.load()
+            if image.mode.startswith(("I", "F")):
+                decode(sample)  # which refuses some of these
     except Exception as err:  # Pillow's decoders raise nearly anything on damaged bytes
         return f"corrupt image: {tars.short(err)}"
     return None
+
+
+def _wants_turning(sample: Sample) -> bool:
+    """Is there an EXIF orientation other than upright?"""
+    try:
+        with Image.open(io.BytesIO(sample.image)) as image:
+            # without the first question, getexif would decode a PNG that has none
+            orientation = image.getexif().get(ORIENTATION) if "exif" in image.info else 1
+            return orientation in range(2, 9)
+    except Exception:  # broken EXIF data are none
+        return False
+
+
+def _apart(skipped: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is skipped, where the picture and the caption of a key lie apart with that as the
+    reason.
+    """
+    lacks: dict[str | None, set[str]] = {}
+    for entry in skipped:
+        lacks.setdefault(entry["key"], set()).add(entry["reason"].partition(":")[0])
+    both = {"missing image", "missing caption"}
+    return [
+        entry | {"reason": APART}
+        if entry["key"] is not None and both <= lacks[entry["key"]]
+        else entry
+        for entry in skipped
+    ]
 
 
 def _readable(key: str) -> str:

@@ -4,16 +4,21 @@ SET/{test,train}/{0,1,...}.tar + nshards.txt     KEY.{png,webp,jpg} + what is ri
                                                  or .txt, as its task says (mclip.evaluate.tasks)
                                                  KEY.npy: numbers about the picture: its region
 SET/classnames.txt                               one class a line; KEY.cls is its number, from 0
-SET/zeroshot_classification_templates.txt        one prompt a line, {c} is the class name
+SET/zeroshot_classification_templates.txt        one prompt a line, {c} or {} is the class name
+SET/dataset_type.txt                             "retrieval" where it is; may be missing
+
+A key includes its folders, so pictures of equal names in class folders are different ones. Tars may
+be compressed (N.tar or N.tar.gz), which is slow to read in any other order than theirs.
 """
 
 import io
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +28,14 @@ from PIL import Image
 from torch import Tensor
 
 from mclip.data import tars
-from mclip.data.shards import decode
+from mclip.data.shards import FIRST_DOT, decode
+from mclip.data.tars import TARS
+from mclip.system.files import LFS_POINTER, is_lfs_pointer
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
+# which task reads a file of this extension; there may be none of that name
+TASKS = {"cls": "classification", "txt": "retrieval", "npy": "multilabel"}
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # how gzip, bzip2 and xz begin
 
 
 class EvalError(ValueError):
@@ -74,12 +84,13 @@ def read_split(
     Returns
     -------
     Split
-        Samples that can't be used are left out and named in its `problems`.
+        Samples and templates that can't be used are left out and named in its `problems`.
 
     Raises
     ------
     EvalError
-        `folder` is not in this layout.
+        `folder` is not in this layout, or made for another task; no template has a place for the
+        class name.
     """
     folder = Path(folder)
     count = folder / split / "nshards.txt"
@@ -88,30 +99,35 @@ def read_split(
             f"{count} is missing: {folder} is not in CLIP_benchmark's webdataset layout"
         )
     classes = _lines(folder / "classnames.txt")
-    templates = _lines(folder / "zeroshot_classification_templates.txt")
-    out = Split([], [], [], classes, templates, [], [])
-    shards = _count(count)
+    templates, problems = _templates(folder / "zeroshot_classification_templates.txt")
+    out = Split([], [], [], classes, templates, problems if split == "test" else [], [])
+    shards, extensions = _count(count), set()
     for number in range(shards):
-        path = folder / split / f"{number}.tar"
+        path = _tar(folder / split, number)
         if not path.exists():
             out.problems.append(f"{path}: missing, nshards.txt counts {shards}")
             continue
         samples: dict[str, _Sample] = {}
         try:
             for key, extension, member, data in _members(path):
-                sample = samples.setdefault(key, _Sample())
-                if extension.lower() in IMAGES:
+                sample = samples.setdefault(key, _Sample(set()))
+                if extension in sample.extensions:
+                    out.problems.append(f"{path}: {key}.{extension}: again, the first counts")
+                    continue
+                sample.extensions.add(extension)
+                if extension in IMAGES:
                     sample.place = (str(path), member.offset_data, member.size)
                 elif answer and extension == answer.extension:
                     text = _text(data())
                     sample.answer = None if text is None else text.strip()
                 elif extension == "npy" and groups is not None:
                     sample.group = _number(data(), groups)
-        except (tarfile.TarError, OSError) as err:
+        except tars.DAMAGE as err:
             out.problems.append(
                 f"{path}: {err or type(err).__name__}, read {len(samples)} samples of it"
             )
         for key, sample in samples.items():
+            extensions |= sample.extensions
             try:
                 right = _answer(sample, answer, groups)
             except ValueError as err:
@@ -121,11 +137,37 @@ def read_split(
             out.places.append(sample.place)  # type: ignore[arg-type]
             out.answers.extend([right] if answer else [])
             out.groups.extend([] if groups is None else [sample.group])  # type: ignore[list-item]
+    if answer and extensions and answer.extension not in extensions:
+        others = [f"task: {TASKS[e]} has .{e}" for e in TASKS if e in extensions]
+        raise EvalError(
+            f"{folder}: no sample has a .{answer.extension}, they have "
+            f"{', '.join(f'.{e}' for e in sorted(extensions))}"
+            + (f"; {' and '.join(others)}" if others else "")
+        )
     return out
+
+
+def task_of(folder: str | Path) -> str:
+    """The task that a set is made for: what its dataset_type.txt says, else what its first sample
+    has beside the picture.
+    """
+    folder = Path(folder)
+    file = folder / "dataset_type.txt"
+    if file.exists():
+        return file.read_text().strip().lower()
+    path, found = _tar(folder / "test", 0), set()
+    with suppress(*tars.DAMAGE):
+        for key, extension, *_ in _members(path):
+            found.add((key, extension))
+            if len({key for key, _ in found}) > 1:
+                break
+    extensions = {extension for _, extension in found}
+    return next((TASKS[e] for e in TASKS if e in extensions), TASKS["cls"])
 
 
 @dataclass
 class _Sample:
+    extensions: set[str]
     place: tuple[str, int, int] | None = None
     answer: str | None = ""  # None: not UTF-8
     group: int | None = None
@@ -135,11 +177,14 @@ def _members(
     path: Path,
 ) -> Iterator[tuple[str, str, tarfile.TarInfo, Callable[[], bytes]]]:
     """(key, extension, member, what reads it) of a tar's files."""
+    with open(path, "rb") as file:
+        if is_lfs_pointer(file.read(64)):
+            raise OSError(LFS_POINTER)
     with tarfile.open(path) as tar:
         for member in tar:
-            if member.isfile():
-                key, _, extension = member.name.rpartition("/")[2].partition(".")
-                yield key, extension, member, partial(tars.content, tar, member)
+            parts = tars.name_parts(member.name) if member.isfile() else None
+            if parts:
+                yield *parts, member, partial(tars.content, tar, member)
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
             # tarfile passes over it
@@ -149,7 +194,9 @@ def _members(
 def _answer(sample: _Sample, answer: Answer | None, groups: int | None) -> Any:
     """What is right for a sample's picture; ValueError says why it can't be used."""
     if sample.place is None:
-        raise ValueError(f"no picture ({', '.join(IMAGES)})")
+        odd = next((e for e in sorted(sample.extensions) if e.endswith(IMAGES)), "")
+        why = f", .{odd} is none: {FIRST_DOT}" if odd else ""
+        raise ValueError(f"no picture ({', '.join(IMAGES)}){why}")
     right = None
     if answer:
         if not sample.answer:
@@ -227,8 +274,20 @@ def read_bytes(place: tuple[str, int, int]) -> bytes:
     """One picture's encoded file."""
     path, offset, size = place
     with open(path, "rb") as file:
+        if file.read(6).startswith(COMPRESSED):
+            stream = _unpacked(path, os.stat(path).st_mtime_ns, os.getpid()).fileobj
+            stream.seek(offset)
+            return stream.read(size)
         file.seek(offset)
         return file.read(size)
+
+
+@lru_cache(maxsize=4)
+def _unpacked(path: str, changed: int, process: int) -> tarfile.TarFile:
+    """A compressed tar, open: from picture to picture it is only read on. Each process needs its
+    own, a forked one would move its parent's.
+    """
+    return tarfile.open(path)
 
 
 class _Pictures(torch.utils.data.Dataset):
@@ -287,6 +346,29 @@ def _lines(path: Path) -> list[str]:
     if text is None:
         raise EvalError(f"{path}: not UTF-8")
     return [line.strip() for line in text.rstrip().splitlines()]
+
+
+def _templates(path: Path) -> tuple[list[str], list[str]]:
+    """Prompts with {c} for the class name, and what is wrong with others.
+
+    Without a place for the name, all classes would have the same prompt.
+    """
+    lines = [line for line in _lines(path) if line]
+    templates = [re.sub(r"\{[^{}]*\}", "{c}", line) for line in lines]
+    problems = [
+        f"{path}: {line[:40]!r} has no {{c}}, where the class name goes: left out"
+        for line in templates
+        if "{c}" not in line
+    ]
+    if lines and len(problems) == len(lines):
+        raise EvalError(f"{path}: no line has {{c}}, where the class name goes")
+    return [line for line in templates if "{c}" in line], problems
+
+
+def _tar(folder: Path, number: int) -> Path:
+    """A split's tar, compressed or not; it need not exist."""
+    names = [folder / f"{number}{end}" for end in TARS]
+    return next((path for path in names if path.exists()), names[0])
 
 
 def _count(path: Path) -> int:

@@ -157,7 +157,7 @@ PACKAGES: dict[str, Package] = {
 
 def cache_dir() -> Path:
     """MCLIP_CACHE, or ~/.cache/mclip."""
-    return Path(os.environ.get("MCLIP_CACHE") or Path.home() / ".cache" / "mclip")
+    return Path(os.environ.get("MCLIP_CACHE") or "~/.cache/mclip").expanduser()
 
 
 def cached(name: str) -> Path | None:

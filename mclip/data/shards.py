@@ -9,7 +9,9 @@ last::
 
 `file` is relative to the folder, absolute or a URL; `samples` counts what is kept. For shards from
 elsewhere `mclip.data.check` makes the manifest and lists there what to skip; `iter_samples` skips
-exactly that.
+exactly that. Their manifest has two further keys: `captions`, where it is not `txt`, says which
+file has a sample's caption, and `exif_turned`, where it is not 0, counts pictures that their EXIF
+data want turned. Nobody turns them, as open_clip does not.
 """
 
 import hashlib
@@ -21,6 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from mclip.data import tars
@@ -28,6 +31,11 @@ from mclip.system.files import whole_folder, write_json
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MANIFEST = "manifest.json"
+CAPTIONS = "txt"  # the file that has a sample's caption; "json.KEY": that key of its .json
+# where others keep them: said where a caption is missing
+OTHER_CAPTIONS = ("txt", "cap", "caption", "text", "alt")
+JSON_CAPTIONS = ("caption", "text", "TEXT", "alt_text", "alt", "title")
+FIRST_DOT = "a key ends at the first dot of the file's name: rename what has dots in it"
 
 
 class ShardError(ValueError):
@@ -128,7 +136,7 @@ def iter_samples(folder: str | Path, *, shards: list[int] | None = None) -> Iter
         state = (Path(folder) / MANIFEST).stat()
     except OSError:
         state = None  # which read_manifest says
-    entries, skip = _entries(
+    entries, skip, captions = _entries(
         Path(folder), state and (state.st_size, state.st_mtime_ns, state.st_ino)
     )
     for number in range(len(entries)) if shards is None else shards:
@@ -144,7 +152,7 @@ def iter_samples(folder: str | Path, *, shards: list[int] | None = None) -> Iter
                 for index, (key, files, _) in enumerate(tars.groups(file)):
                     if key is None or index in out:
                         continue
-                    sample = as_sample(key, files)
+                    sample = as_sample(key, files, captions)
                     if isinstance(sample, str):
                         raise ShardError(
                             f"{source}: {key}: {sample}; not so when it was checked: run "
@@ -162,16 +170,16 @@ def iter_samples(folder: str | Path, *, shards: list[int] | None = None) -> Iter
 
 
 @lru_cache(maxsize=4)
-def _entries(folder: Path, state: Any) -> tuple[list[dict], dict[str, set[int]]]:
-    """The manifest's shards, and the indices that each file skips: read once, not for each shard of
-    thousands.
+def _entries(folder: Path, state: Any) -> tuple[list[dict], dict[str, set[int]], str]:
+    """The manifest's shards, the indices that each file skips, and which file has the captions:
+    read once, not for each shard of thousands.
     """
     manifest = read_manifest(folder)
     skip: dict[str, set[int]] = {}
     for entry in manifest["skipped"]:
         if "index" in entry:
             skip.setdefault(entry["file"], set()).add(entry["index"])
-    return manifest["shards"], skip
+    return manifest["shards"], skip, manifest.get("captions", CAPTIONS)
 
 
 def in_part(key: str, fraction: float) -> bool:
@@ -184,31 +192,48 @@ def in_part(key: str, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha1(key.encode()).digest()[:8], "big") < fraction * 2**64
 
 
-def as_sample(key: str, files: dict[str, bytes]) -> Sample | str:
+def as_sample(key: str, files: dict[str, bytes], captions: str = CAPTIONS) -> Sample | str:
     """A tar's files of one key as a Sample, or the reason why they are none. The image is not
     decoded.
+
+    captions : the extension that has the caption, or `json.KEY` for a key of the .json.
     """
     ext = next((e for e in IMAGE_EXTENSIONS if e in files), None)
     if ext is None:
-        odd = sorted(set(files) - {"txt", "json"})
+        odd = sorted(set(files) - {"txt", "json", captions})
         if odd:
-            return f"odd extension .{odd[0]}: an image is {', '.join(IMAGE_EXTENSIONS)}"
+            why = FIRST_DOT if "." in odd[0] else f"an image is {', '.join(IMAGE_EXTENSIONS)}"
+            return f"odd extension .{odd[0]}: {why}"
         return "missing image"
-    if "txt" not in files:
-        return "missing caption"
-    try:
-        caption = files["txt"].decode("utf-8").strip()
-    except UnicodeDecodeError:
-        return "caption is not UTF-8"
-    if not caption:
-        return "empty caption"
     try:
         meta = json.loads(files.get("json", b"{}"))
     except ValueError:
         meta = None
     if not isinstance(meta, dict):
         return "metadata is not a JSON object"
-    return Sample(key, files[ext], ext, caption, meta)
+    file, _, field = captions.partition(".")
+    try:
+        text = meta.get(field) if field else files[file].decode("utf-8")
+    except KeyError:
+        text = None
+    except UnicodeDecodeError:
+        return "caption is not UTF-8"
+    if text is None:
+        return "missing caption" + _elsewhere(files, meta, captions)
+    if not isinstance(text, str):
+        return f"caption is no text: {captions} is a {type(text).__name__}"
+    caption = text.strip()
+    return Sample(key, files[ext], ext, caption, meta) if caption else "empty caption"
+
+
+def _elsewhere(files: dict[str, bytes], meta: dict[str, Any], captions: str) -> str:
+    """Where a sample without a caption seems to have one, and how to say so."""
+    others = [e for e in OTHER_CAPTIONS if e in files]
+    others += [f"json.{k}" for k in JSON_CAPTIONS if isinstance(meta.get(k), str)]
+    others = [other for other in others if other != captions]
+    if not others:
+        return ""
+    return f": no .{captions}, but there is {others[0]} (--captions, data.captions)"
 
 
 class Pictures:
@@ -225,15 +250,36 @@ class Pictures:
 
 
 def decode(sample: Sample | bytes) -> Image.Image:
-    """The image as RGB; transparent pixels come out on white."""
+    """The image as RGB; transparent pixels come out on white, 16 bits as their upper 8.
+
+    Float pixels are 0 to 1; with others, and with integers of 32 bits, which value is white is not
+    known: ValueError. EXIF's orientation is not applied, as open_clip does not.
+    """
     image: Image.Image = Image.open(
         io.BytesIO(sample.image if isinstance(sample, Sample) else sample)
     )
+    if image.mode.startswith(("I", "F")):  # whose conversion would clip at 255: to white
+        image = _eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A grey picture of wider pixels as one of 8 bits; ValueError where it is not known which value
+    is white.
+    """
+    pixels = np.asarray(image)
+    if image.mode.startswith("I;16") or image.format == "PNG":
+        return Image.fromarray((pixels >> 8).astype(np.uint8))
+    low, high = float(pixels.min()), float(pixels.max())
+    if image.mode != "F" or not 0 <= low <= high <= 1:
+        raise ValueError(
+            f"32-bit pixels from {low:g} to {high:g}: write 8 or 16 bits, or floats from 0 to 1"
+        )
+    return Image.fromarray((pixels * 255).round().astype(np.uint8))
 
 
 def manifest_of(

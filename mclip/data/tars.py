@@ -6,12 +6,19 @@ only read do not need.
 """
 
 import hashlib
+import lzma
 import re
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from mclip.system.files import LFS_POINTER, is_lfs_pointer
+
+TARS = (".tar", ".tar.gz", ".tgz")  # how the names of tars end
+# what reading a damaged tar raises, compressed or not
+DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
 def write_tar(path: str | Path, samples: Iterable[dict[str, Any]]) -> tuple[int, str]:
@@ -39,6 +46,20 @@ def content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return tar.extractfile(member).read()  # type: ignore[union-attr]
 
 
+def name_parts(name: str) -> tuple[str, str] | None:
+    """A member's key and its extension in lower case, as webdataset splits them: at the first dot
+    of the file's name, so a key includes its folders. None: a file beside the samples.
+
+    >>> name_parts("cats/0001.input.JPG"), name_parts("cats/._0001.jpg")
+    (('cats/0001', 'input.jpg'), None)
+    """
+    folder, slash, file = name.rpartition("/")
+    if file.startswith(("__", "._")):  # webdataset's own entries, macOS's forks
+        return None
+    base, _, extension = file.partition(".")
+    return folder + slash + base, extension.lower()
+
+
 def groups(
     stream: "BinaryIO | Recorder",
 ) -> Iterator[tuple[str | None, dict[str, bytes], str | None]]:
@@ -60,24 +81,25 @@ def groups(
             tar.members = []  # type: ignore[attr-defined]  # a stream of millions stays small
             if not member.isreg():
                 continue
-            folder, slash, name = member.name.rpartition("/")
-            if name.startswith("__") or name.startswith(
-                "._"
-            ):  # webdataset's own entries, macOS's forks
+            parts = name_parts(member.name)
+            if parts is None:
                 continue
-            base, dot, ext = name.partition(".")
-            data, ext = content(tar, member), ext.lower()
-            if not (base and dot):
+            data = content(tar, member)
+            own, ext = parts
+            if not ext or own.endswith("/") or not own:
                 yield member.name, {}, "odd extension: none"
                 continue
-            if folder + slash + base != key or ext in files:
+            if own != key or ext in files:
                 if key is not None:
                     yield key, files, None
-                key, files = folder + slash + base, {}
+                key, files = own, {}
             files[ext] = data
         damage = stream.damage(tar.offset) if isinstance(stream, Recorder) else None
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as err:
+    except DAMAGE as err:
         damage = short(err)
+        if isinstance(stream, Recorder) and is_lfs_pointer(stream.start):
+            yield None, {}, LFS_POINTER
+            return
     if key is not None:
         yield key, files, "cut off: the tar ends within it" if damage else None
     if damage:
@@ -95,6 +117,7 @@ class Recorder:
         self.file, self.sha256 = file, hashlib.sha256()
         self.length, self.content_end = 0, 0
         self.plain: bool | None = None
+        self.start = b""
 
     def read(self, size: int = -1) -> bytes:
         try:
@@ -105,6 +128,7 @@ class Recorder:
             data = b""  # what a failing disk gave so far counts as a truncated tar
         if self.plain is None:
             self.plain = data[257:262] == b"ustar"  # not compressed: offsets mean what they say
+            self.start = data[:64]
         self.sha256.update(data)
         if content := len(data.rstrip(b"\0")):
             self.content_end = self.length + content
@@ -131,15 +155,35 @@ def is_url(source: str) -> bool:
 
 
 def open_source(source: str) -> BinaryIO:
+    """Open a shard; OSError says in a line what to write instead of a URL that nothing opens."""
     if not is_url(source):
         return open(source, "rb")
     from webdataset.gopen import gopen
 
-    stream = gopen(source, "rb")
+    try:
+        stream = gopen(source, "rb")
+    except OSError:
+        raise
+    except Exception as err:  # each scheme has its own library, and that its own errors
+        raise OSError(f"can't be opened ({short(err)}): {_instead(source)}") from err
     # a command that fails, or that is stopped before its end, must not take the samples that it
     # gave with it: what it left out is seen from the tar itself
     stream.ignore_errors = True
     return stream
+
+
+def _instead(url: str) -> str:
+    """What to write for a URL that can't be opened."""
+    scheme, _, rest = url.partition("://")
+    if scheme == "hf":
+        parts = rest.removeprefix("datasets/").split("/")
+        repository, file = "/".join(parts[:2]).partition("@")[0], "/".join(parts[2:])
+        return (
+            f"run `hf download --repo-type dataset {repository} --local-dir FOLDER`, "
+            f"write FOLDER/{file}"
+        )
+    command = "aws s3 cp" if scheme == "s3" else "COMMAND"
+    return f"write `pipe:{command} {url} -`, a command that prints the tar"
 
 
 def short(err: Exception) -> str:

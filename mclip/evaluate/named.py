@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from mclip.data.evalsets import EvalError
+from mclip.data.evalsets import EvalError, task_of
 from mclip.evaluate import tasks
 from mclip.params import EvalSet, registry
 
@@ -30,7 +30,7 @@ def named_sets(
     UnknownSet : neither a name nor a folder; the message suggests the nearest name
     EvalError : a folder whose task is none of ours, or not the task of the set it is a copy of
     """
-    sets = {}
+    sets: dict[str, EvalSet] = {}
     for name in registry.members(names):
         key, values = _folder(Path(name)) if Path(name).is_dir() else (name, _place(name, root))
         values = registry.filled(key, values, root)
@@ -38,6 +38,10 @@ def named_sets(
             spec = EvalSet.model_validate(values)
         except ValidationError as err:
             raise EvalError(f"{name}: {err.errors()[0]['msg']}") from None
+        if (
+            key in sets and Path(sets[key].path).resolve() != Path(spec.path).resolve()
+        ):  # another folder of the same name
+            key = spec.path
         probed = {"probe": probe and tasks.get(spec.task).PROBE}
         sets[key] = spec.model_copy(update=probed)
     return sets
@@ -45,11 +49,11 @@ def named_sets(
 
 def _folder(path: Path) -> tuple[str, dict[str, str]]:
     """The name and the settings of a set in a folder; the registry's name if it is a copy of it."""
-    file = path / "dataset_type.txt"
-    default = EvalSet.model_fields["task"].default
-    task = file.read_text().strip().lower() if file.exists() else default
+    task = task_of(path)
     if task not in tasks.names():
-        raise EvalError(f"{file}: {task!r} is none of {', '.join(tasks.names())}")
+        file = path / "dataset_type.txt"
+        said = f"{file}: {task!r}" if file.exists() else f"{path}: its samples say {task!r}, which"
+        raise EvalError(f"{said} is none of {', '.join(tasks.names())}")
     names = [key for key, entry in registry.SETS.items() if path.name in (key, entry.folder)]
     return (names or [path.name])[0], {"path": str(path), "task": task}
 

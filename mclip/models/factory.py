@@ -10,13 +10,16 @@ What is added to `open_clip.create_model_and_transforms`:
 - tags trained with QuickGELU (`ViT-B-32/openai`) get it, where open_clip would only warn;
 - an architecture with a smaller `vocab_size` than CLIP's gets CLIP's tokenizer cut to it, where
   open_clip would give it the whole one (mclip/models/vocabulary.py);
-- a file of weights in place of a tag, MobileCLIP's published ones (`image_encoder.*`,
-  `text_encoder.*`) with the preprocessing that they were trained with, where open_clip would take
-  CLIP's. open_clip's and timm's converters rename their parameters; the names of MobileCLIP-S0's
-  text encoder are in mclip/models/mct.py.
+- a file of weights in place of a tag, in open_clip's naming or in Apple's (`image_encoder.*`,
+  `text_encoder.*`), with the preprocessing of the architecture's published weights, where
+  open_clip would take CLIP's; what is assumed is said in a warning. open_clip's and timm's
+  converters rename the parameters; the names of MobileCLIP-S0's text encoder are in
+  mclip/models/mct.py;
+- a trainer's checkpoint may hold numpy's numbers beside its tensors.
 
     local-dir layout: open_clip_config.json (model_cfg, preprocess_cfg),
-                      open_clip_model.safetensors,
+                      open_clip_model.safetensors, or any of the names that open_clip looks for:
+                      open_clip_pytorch_model.bin, model.safetensors, ...,
                       a Hugging Face tokenizer's files (also those of a cut vocabulary),
                       and for Hugging Face text towers config.json
 """
@@ -43,11 +46,11 @@ from mclip.models import weights
 from mclip.models.fastvit import avoid_crash
 from mclip.models.inference import is_folded
 from mclip.models.vocabulary import small_tokenizer
+from mclip.system.files import LFS_POINTER, is_lfs_pointer, plain_path
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 LOCAL = "local-dir:"
-_PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode")
 
 
 class ModelError(ValueError):
@@ -115,14 +118,14 @@ def create(
     """
     if name.startswith(LOCAL):
         config, overrides = _local_config(name)
-        arch, tag = name, None
+        arch, tag = f"{LOCAL}{_folder(name)}", None
     elif name.startswith("hf-hub:"):
         config, overrides, arch, tag = None, {}, name, None
     else:
         arch, tag = _split(name)
-        config, overrides = open_clip.get_model_config(arch), _from_file(name, tag)
+        config, overrides = open_clip.get_model_config(arch), _from_file(name, arch, tag)
     try:
-        with quiet():
+        with quiet(), weights.numbers_allowed():
             model, train, evaluate = open_clip.create_model_and_transforms(
                 arch,
                 tag,
@@ -212,7 +215,7 @@ def export(
         "timm_model_pretrained", None
     )  # set by open_clip while loading
     preprocess = {**getattr(model.visual, "preprocess_cfg", {}), **(preprocess or {})}
-    preprocess = {k: preprocess[k] for k in _PREPROCESS_KEYS if k in preprocess}
+    preprocess = {k: preprocess[k] for k in weights.PREPROCESSING if k in preprocess}
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as temporary:
         part = Path(temporary)
@@ -320,7 +323,7 @@ def weights_file(name: str) -> Path | None:
     """The weights file behind a model string; None for an architecture without a tag."""
     if name.startswith(LOCAL):
         _local_config(name)
-        return Path(name.removeprefix(LOCAL)) / WEIGHTS_FILE
+        return _weights_in(_folder(name))
     with quiet():
         if name.startswith("hf-hub:"):
             return Path(open_clip.download_pretrained_from_hf(name.removeprefix("hf-hub:")))
@@ -365,12 +368,17 @@ def _split(name: str) -> tuple[str, str | None]:
     return arch, tag or None
 
 
-def _from_file(name: str, file: str | None) -> dict[str, Any]:
-    """What weights from a file override: the preprocessing, where they are published ones."""
+def _from_file(name: str, arch: str, file: str | None) -> dict[str, Any]:
+    """What weights from a file override: the preprocessing; what is assumed of it is a warning."""
+    if not file or not Path(file).is_file():
+        return {}
     try:
-        return weights.published_preprocessing(file) if file and Path(file).is_file() else {}
+        overrides, assumption = weights.preprocessing(arch, Path(file))
     except weights.WeightsError as err:
         raise ModelError(f"{name}: {err}") from err
+    if assumption:
+        warnings.warn(f"{name}: {assumption}", stacklevel=3)
+    return overrides
 
 
 def _misfit(name: str, arch: str, tag: str | None, overrides: dict[str, Any]) -> str | None:
@@ -391,7 +399,7 @@ def _local_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The model_cfg of a local-dir folder, and what to override so that it loads from any
     directory.
     """
-    folder = Path(name.removeprefix(LOCAL))
+    folder = _folder(name)
     file = folder / CONFIG_FILE
     if not file.is_file():
         stage = (
@@ -402,8 +410,12 @@ def _local_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         stage = "distill" if "students" in folder.parts else stage
         todo = f": run `dvc repro {stage}` first" if stage else ""
         raise ModelError(f"{file} is missing{todo}")
-    if not (folder / WEIGHTS_FILE).is_file() and not list(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder / WEIGHTS_FILE} is missing")
+    found = _weights_in(folder)
+    if not found.is_file():
+        raise ModelError(f"{found} is missing")
+    with open(found, "rb") as start:
+        if is_lfs_pointer(start.read(64)):
+            raise ModelError(f"{found} is {LFS_POINTER}")
     try:
         config = json.loads(file.read_text())["model_cfg"]
         text = dict(config["text_cfg"])
@@ -414,6 +426,18 @@ def _local_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if (folder / "config.json").is_file():
         text["hf_model_name"] = str(folder.resolve())
     return config, {"text_cfg": {**text, "hf_model_pretrained": False}}
+
+
+def _folder(name: str) -> Path:
+    """The folder of a local-dir name."""
+    return Path(plain_path(name.removeprefix(LOCAL)))
+
+
+def _weights_in(folder: Path) -> Path:
+    """The weights that open_clip loads from a folder; those that `export` writes if there are
+    none.
+    """
+    return Path(open_clip.factory._find_checkpoint_in_dir(folder) or folder / WEIGHTS_FILE)
 
 
 def _first_line(err: BaseException) -> str:

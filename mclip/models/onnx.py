@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mclip.models.factory import image_size, quiet
+from mclip.models.factory import quiet
 from mclip.system.files import whole
 
 
@@ -37,8 +37,9 @@ class Tower(nn.Module):
         """An input of the right shape: noise, or tokens drawn at random."""
         generator = torch.Generator().manual_seed(seed)
         if self.kind == "image":
-            size = image_size(self.model)
-            return torch.randn(batch, 3, size, size, generator=generator)
+            size = self.model.visual.image_size
+            sides = size if isinstance(size, (tuple, list)) else (size, size)
+            return torch.randn(batch, 3, *sides, generator=generator)
         text = getattr(self.model, "text", self.model)
         return torch.randint(1, text.vocab_size, (batch, text.context_length), generator=generator)
 

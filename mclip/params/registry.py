@@ -38,6 +38,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mclip.system.files import plain_path
+
 # where copies of the hub lie unless params.yaml says otherwise: a folder or a link to one
 IN_DOMAIN = "in domain"  # the kind of a set whose like was trained on; any other kind is held out
 ROOT = "data/sets"
@@ -242,6 +244,8 @@ def filled(
     UnknownSet : neither a known name nor a path.
     """
     values = {"path": values} if isinstance(values, str) else dict(values or {})
+    if isinstance(values.get("path"), str):
+        values["path"] = plain_path(values["path"])
     if name not in SETS and "path" in values:
         return values
     entry = known(name)

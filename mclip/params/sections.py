@@ -73,6 +73,8 @@ class Data(Spread):
     workers: PositiveInt | None = None  # type: ignore[assignment]
     source: Literal["demo", "webdataset"]
     shards: list[str]
+    # the file that has a sample's caption, or json.KEY
+    captions: Annotated[str, Field(pattern=r"^([a-z0-9_]+|json\.[^.]+)$")] = "txt"
     shard_size: PositiveInt
     demo: DemoData
 

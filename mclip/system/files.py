@@ -1,4 +1,4 @@
-"""Write files and folders whole or not at all: under another name, then renamed."""
+"""Files: written whole or not at all (under another name, then renamed), and their paths."""
 
 import hashlib
 import json
@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from filelock import FileLock
 
@@ -80,3 +82,22 @@ def made_once(
             with whole(path) as draft:
                 build(draft)
     return path
+
+
+def plain_path(text: str) -> str:
+    """A path as the file system takes it: without `file:`, and with `~` expanded.
+
+    >>> plain_path("file:///data/a%20b.tar"), plain_path("file:a.tar"), plain_path("s3://b/a.tar")
+    ('/data/a b.tar', 'a.tar', 's3://b/a.tar')
+    """
+    if text.startswith("file:"):
+        return url2pathname(urlsplit(text).path)
+    return os.path.expanduser(text)
+
+
+def is_lfs_pointer(start: bytes) -> bool:
+    """Is this the start of a Git LFS pointer, which stands where a file was not downloaded?"""
+    return start.startswith(b"version https://git-lfs")
+
+
+LFS_POINTER = "a Git LFS pointer, the file itself was not downloaded: run `git lfs pull`"

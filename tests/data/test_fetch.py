@@ -91,3 +91,10 @@ def test_pins_are_complete():
             and package.licence
         )
         assert package.ecosystem in ("npm", "pypi") and package.version in package.file
+
+
+def test_the_cache_may_lie_in_the_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for value, folder in (("~/kept", "/home/me/kept"), ("", "/home/me/.cache/mclip")):
+        monkeypatch.setenv("MCLIP_CACHE", value)
+        assert str(fetch.cache_dir()) == folder

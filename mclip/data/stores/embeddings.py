@@ -5,11 +5,15 @@
     FOLDER/metadata/metadata_0000.parquet    key, image_path (= key), caption
     FOLDER/meta.json                         which model and weights, which input shards
 
+    FOLDER/UUID.npz, FOLDER/UUID.parquet     DataComp's metadata, in FOLDER or FOLDER/metadata: of
+                                             several embeddings (b32_img, l14_img) the widest
+
 clip-retrieval's folders may number their files with or without zero padding (files are read in
 numerical order), may lack metadata and text, and may hold rows that are not unit-norm, which are
 normalised. A sample is named by the first of the metadata columns `key`, `uid` and `image_path`
 that exists (so by DataComp's uid where nothing else names it), or by the column that the caller
-asks for; without metadata, by the row's number in nine digits.
+asks for; without metadata, by the row's number in nine digits. Files are memory-mapped, except for
+compressed .npz and rows in another machine's number format, which are held in memory.
 
     embeddings = mclip.data.stores.embeddings.load("data/embeddings/large")
     embeddings.image        # (n, d) fp16
@@ -21,6 +25,8 @@ the code that makes them changes.
 
 import json
 import re
+import struct
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +34,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mclip.system.files import LFS_POINTER, is_lfs_pointer
+
 NAMES = ("key", "uid", "image_path")  # metadata columns that name a sample, the first there is
+CAPTIONS = ("caption", "text")  # metadata columns that have the caption, the first there is
 PARTS = {"img_emb": ".npy", "text_emb": ".npy", "metadata": ".parquet"}
 
 
@@ -165,7 +174,7 @@ def load(folder: str | Path, limit: int | None = None) -> Embeddings:
             [rows[i] for i in places],
         )
     image = _stack(list(files.values()))
-    texts = _numbered(folder, "text_emb")
+    texts = _part(folder, "text_emb")
     if texts:
         texts = {n: _text_file(folder, texts.get(n), files[n]) for n in files}
     text = _stack(list(texts.values())) if texts else None
@@ -223,7 +232,7 @@ def index(folder: str | Path, key: str | None = None) -> Index:
         keys,
         list(files.values()),
         np.repeat(list(files), rows),
-        has_metadata=bool(_numbered(folder, "metadata")),
+        has_metadata=bool(_part(folder, "metadata")),
     )
 
 
@@ -328,10 +337,13 @@ def read_meta(folder: Path) -> dict:
 
 def _image_files(folder: Path) -> tuple[dict[int, Path], dict]:
     """The image files of a folder that is whole, by their number, and its meta.json."""
-    files = _numbered(folder, "img_emb")
+    files = _part(folder, "img_emb")
     if not files:
         ours = folder.parts[-3:-1] == ("data", "embeddings")
-        layout = " (clip-retrieval's layout is expected: img_emb/img_emb_0.npy, ...)"
+        layout = (
+            " (clip-retrieval's layout is expected: img_emb/img_emb_0.npy, ..., "
+            "or DataComp's: UUID.npz, UUID.parquet)"
+        )
         todo = ": run `dvc repro embed` first" if ours else layout
         raise EmbeddingsError(f"{folder}/img_emb is missing{todo}")
     meta = read_meta(folder)
@@ -343,15 +355,51 @@ def _image_files(folder: Path) -> tuple[dict[int, Path], dict]:
     return files, meta
 
 
+def _part(folder: Path, part: str) -> dict[int, Path]:
+    """A part's files by their number, in its order: clip-retrieval's, else DataComp's, numbered in
+    the order of their names.
+    """
+    if (folder / "img_emb").is_dir():
+        return _numbered(folder, part)
+    files = sorted(folder.glob("*.npz")) or sorted((folder / "metadata").glob("*.npz"))
+    if not files:
+        return {}
+    if part == "metadata":
+        tables = {i: path.with_suffix(".parquet") for i, path in enumerate(files)}
+        return {i: path for i, path in tables.items() if path.exists()}
+    image, text = _arrays(files[0])
+    array = image if part == "img_emb" else text
+    return {i: path / array for i, path in enumerate(files)} if array else {}
+
+
+def _arrays(path: Path) -> tuple[str, str | None]:
+    """The names of the image and text rows of DataComp's .npz: of several the widest."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            names = [name.removesuffix(".npy") for name in file.namelist()]
+    except (zipfile.BadZipFile, OSError) as err:
+        raise EmbeddingsError(f"{path}: not a whole .npz file ({_why(path, err)})") from None
+    images = [name for name in names if name.endswith("_img")]
+    if not images:
+        raise EmbeddingsError(f"{path}: no array of images, *_img (there are {', '.join(names)})")
+    image = max(images, key=lambda name: open_rows(path / name).shape[1])
+    text = f"{image.removesuffix('_img')}_txt"
+    return image, text if text in names else None
+
+
 def _numbered(folder: Path, part: str) -> dict[int, Path]:
     """The files PART/PART_<number>.* of a folder by their number, in its order."""
     found: dict[int, Path] = {}
     for path in sorted((folder / part).glob(f"*{PARTS[part]}")):
-        if not path.name.startswith(".") and (match := re.search(r"(\d+)$", path.stem)):
-            number = int(match[1])
-            if number in found:
-                raise EmbeddingsError(f"{path}: {found[number].name} has the same number")
-            found[number] = path
+        if path.name.startswith("."):
+            continue
+        match = re.search(r"(\d+)$", path.stem)
+        if not match:
+            raise EmbeddingsError(f"{path}: its name has no number at its end, as {part}_0 has")
+        number = int(match[1])
+        if number in found:
+            raise EmbeddingsError(f"{path}: {found[number].name} has the same number")
+        found[number] = path
     return dict(sorted(found.items()))
 
 
@@ -361,12 +409,13 @@ def open_rows(path: str | Path) -> np.ndarray:
     Parameters
     ----------
     path : path
-        Of the file.
+        Of the file, or FILE.npz/ARRAY for an array of one.
 
     Returns
     -------
     ndarray of float, shape (n, d)
-        Nothing is read yet.
+        In this machine's number format. Nothing is read yet, unless the array is compressed, of
+        another byte order or of long doubles.
 
     Raises
     ------
@@ -382,13 +431,68 @@ def open_rows(path: str | Path) -> np.ndarray:
     >>> open_rows(path).shape
     (3, 3)
     """
+    path = Path(path)
+    inside = path.parent.suffix == ".npz"
     try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        if inside:
+            rows = _open_in_npz(path.parent, path.name)
+        else:
+            rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise EmbeddingsError(f"{path}: no such file") from None
-    except (ValueError, EOFError, OSError) as err:
-        raise EmbeddingsError(f"{path}: not a whole .npy file of numbers ({err})") from None
-    return check_rows(rows, path)
+    except KeyError:
+        raise EmbeddingsError(f"{path.parent}: no array {path.name}") from None
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as err:
+        why = _why(path.parent if inside else path, err)
+        raise EmbeddingsError(f"{path}: not a whole .npy file of numbers ({why})") from None
+    return native(check_rows(rows, path))
+
+
+def native(rows: np.ndarray) -> np.ndarray:
+    """Give floats this machine's byte order and at most 64 bits, as torch needs them.
+
+    Parameters
+    ----------
+    rows : ndarray of float
+        Of any shape.
+
+    Returns
+    -------
+    ndarray of float
+        `rows` itself where it is so already, else a copy in memory.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mclip.data.stores.embeddings import native
+    >>> native(np.ones((2, 3), ">f4")).dtype, native(np.ones((2, 3), np.longdouble)).dtype
+    (dtype('float32'), dtype('float64'))
+    """
+    dtype = rows.dtype.newbyteorder("=")
+    return rows.astype(np.float64 if dtype.itemsize > 8 else dtype, copy=False)
+
+
+def _open_in_npz(path: Path, array: str) -> np.ndarray:
+    """An array of a .npz file, memory-mapped unless it is compressed."""
+    with zipfile.ZipFile(path) as file:
+        entry = file.getinfo(f"{array}.npy")
+    if entry.compress_type != zipfile.ZIP_STORED:
+        return np.load(path, allow_pickle=False)[array]
+    with open(path, "rb") as file:
+        file.seek(entry.header_offset + 26)  # the lengths of two fields before the data
+        file.seek(sum(struct.unpack("<HH", file.read(4))), 1)
+        major, _ = np.lib.format.read_magic(file)
+        read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+        shape, by_columns, dtype = read[major](file)
+        if dtype.hasobject:
+            raise ValueError("it holds objects")
+        return np.memmap(path, dtype, "r", file.tell(), shape, order="F" if by_columns else "C")
+
+
+def _why(path: Path, err: Exception) -> str:
+    """What is wrong with a file that can't be read."""
+    with open(path, "rb") as file:
+        return LFS_POINTER if is_lfs_pointer(file.read(64)) else str(err)
 
 
 def check_rows(rows: np.ndarray, name: str | Path) -> np.ndarray:
@@ -480,7 +584,7 @@ def _metadata(
     folder: Path, files: dict[int, Path], rows: list[int], key: str | None = None
 ) -> tuple[np.ndarray, list[str] | None]:
     """Keys, and captions where there are any, of image files with so many rows each."""
-    tables = _numbered(folder, "metadata")
+    tables = _part(folder, "metadata")
     if not tables:
         return np.array([f"{i:09d}" for i in range(sum(rows))], str), None
     if missing := sorted(set(files) - set(tables)):
@@ -508,14 +612,15 @@ def _read_table(
                 f"{path}: no column {key or ', '.join(NAMES)} to name samples "
                 f"(there are {', '.join(columns)})"
             )
-        wanted = [column, *({"caption"} & set(columns) - {column})]
+        caption = next((name for name in CAPTIONS if name in columns and name != column), None)
+        wanted = [column, *([caption] if caption else [])]
         table = pq.read_table(path, columns=wanted)
     except (pa.ArrowException, OSError) as err:
-        raise EmbeddingsError(f"{path}: not a whole parquet file ({err})") from None
+        raise EmbeddingsError(f"{path}: not a whole parquet file ({_why(path, err)})") from None
     if len(table) != rows:
         raise EmbeddingsError(f"{path} has {len(table)} rows, {image.name} has {rows}")
     if table[column].null_count:
         row = table[column].is_null().to_pylist().index(True)
         raise EmbeddingsError(f"{path}: row {row} has no {column}")
-    captions = table["caption"].to_pylist() if "caption" in columns else None
+    captions = table[caption].to_pylist() if caption else None
     return table[column].to_numpy().astype(str), captions

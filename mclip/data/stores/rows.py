@@ -1,4 +1,4 @@
-"""Embedding rows from an array, a memmap, or many .npy files as one.
+"""Embedding rows from an array, a memmap, or many .npy files (or arrays of .npz files) as one.
 
 Rows are read only when asked for, so sets larger than memory can be processed block by block.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mclip.data.stores.embeddings import EmbeddingsError, check_rows, open_rows
+from mclip.data.stores.embeddings import EmbeddingsError, check_rows, native, open_rows
 from mclip.data.stores.lookup import as_keys
 
 SPARE = 256  # descriptors for everything else
@@ -36,8 +36,8 @@ class Rows:
         named = [(name, array) for name, array in named if array.ndim != 2 or len(array)]
         if not named:
             raise EmbeddingsError("embeddings: there are no rows")
+        named = [(name, native(check_rows(array, name))) for name, array in named]
         for name, array in named:
-            check_rows(array, name)
             if array.shape[1] != named[0][1].shape[1]:
                 raise EmbeddingsError(
                     f"{name}: rows are {array.shape[1]} wide, "
