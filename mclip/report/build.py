@@ -21,8 +21,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from mclip import params
 from mclip.data.stores.metrics import read_metrics, read_seeds
+from mclip.report.claims import headline as verdict_of
 from mclip.report.compare import HELD_OUT, Row, chance_rows, main_rows
 from mclip.report.pages import (
     ABLATIONS,
@@ -183,6 +186,11 @@ def build(
     rows = main_rows(metrics, p.evaluate.sets) + chance_rows(
         read_seeds(recipes, reports / "metrics")[0]
     )
+    file = reports / "claims.json"
+    claims = json.loads(file.read_text()) if file.exists() else []
+    headline = ""
+    if recipes_claims := [row for row in claims if row["study"] == "recipes"]:
+        headline = verdict_of(pd.DataFrame(recipes_claims), recipes_claims[0]["seeds"])
     missing = [name for name in p.evaluate.sets if name not in {r.set for r in rows}]
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -214,6 +222,8 @@ def build(
         table=summary_table(rows, recipes, list(p.teachers.models)),
         cells=Markup,
         missing=missing,
+        claims=claims,
+        headline=headline,
         times=read_times(reports / "times", list(recipes), asked(p.ablations)),
         recipes=recipes,
         p=p,

@@ -299,6 +299,38 @@ def answer(settled: pd.DataFrame) -> str:
     return ". ".join(parts) + "."
 
 
+def headline(settled: pd.DataFrame, seeds: int) -> str:
+    """How many claims hold, and which true difference the design finds.
+
+    Parameters
+    ----------
+    settled : DataFrame
+        Of `settle`, of one study.
+    seeds : int
+        Of each recipe.
+
+    Returns
+    -------
+    str
+    """
+    counts = settled["verdict"].value_counts()
+    said = (
+        f"{counts.get(HOLDS, 0)} of {len(settled)} claims hold here, "
+        f"{counts.get(REVERSED, 0)} reversed, {counts.get(OPEN, 0)} within noise"
+    )
+    if seeds < 2 or not len(settled):
+        return said + "."
+    sd = math.sqrt((settled["se_seeds"] ** 2).mean() * seeds)
+    items = math.sqrt((settled["se_items"] ** 2).mean())
+    seen = power(sd, items, seeds, len(settled))
+    needed = seeds_needed(sd, items, claims=len(settled))
+    more = f"{needed} seeds" if needed else "more test pictures, not seeds alone,"
+    return (
+        f"{said}; at this size a true difference of {seen:.1f} points is seen four times in five "
+        f"(for 1.5 points: {more} would be needed)."
+    )
+
+
 def _sentence(row: Any) -> str:
     if math.isnan(row.low):
         return f"{row.claim} ({row.difference:+.1f} points on {row.outcome}, a single seed)"

@@ -104,7 +104,7 @@ def test_a_claim_holds_where_the_interval_is_above_zero(other, said):
         frame({"a": [0.3, 0.301], "b": other}), [Claim("a is above", "a", "b")]
     )
     assert found["verdict"].tolist() == [said]
-    assert f"on held-out mean it {said} " in claims.verdict(found)
+    assert f"{said} for 1" in claims.verdict(found)
 
 
 def test_differences_are_read_in_points():
