@@ -191,7 +191,7 @@ def run(
     _forget_others(job.out, identity)
     todo = [i for i in range(len(manifest["shards"])) if not reinforced.paths(out, i)[0].exists()]
     passes = 2 if settings.n_syn else 1
-    with bar(desc="reinforce", unit="pass", total=passes * chosen_pairs.count) as progress:
+    with bar(desc="reinforce", unit="pass", total=passes * chosen_pairs.pairs) as progress:
         for index in set(range(len(manifest["shards"]))).difference(todo):
             progress.update(passes * reinforced.count(out, index))
         if alone:
@@ -216,7 +216,7 @@ def run(
 
 class _Chosen(NamedTuple):
     digest: str
-    count: int
+    pairs: int
 
 
 def _chosen(

@@ -286,7 +286,7 @@ def answer(settled: pd.DataFrame) -> str:
     """
     if not len(settled):
         return "The variants that the paper compares were not run."
-    parts = []
+    parts: list[str] = []
     for verdict in (HOLDS, REVERSED, OPEN):
         each = [_sentence(row) for row in settled[settled["verdict"] == verdict].itertuples()]
         if not each:
@@ -497,8 +497,9 @@ def against(
 def verdict(
     found: pd.DataFrame, sets: Sequence[str] = (HELD_OUT,), what: str = "The paper's direction"
 ) -> str:
-    """How many claims hold on some sets, and which of them are significant, in a sentence; found: of
-    `differences`.
+    """How many claims hold on some sets, and which of them are significant, in a sentence.
+
+    found: of `differences`.
     """
     parts = []
     for name in sets:
