@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mclip.data.stores import contents
 from mclip.distill.pairs import FOLDERS, open_pairs
 from mclip.distill.runs import Run
+from mclip.params import Recipe
 from mclip.system.files import digest
 from mclip.system.source import code_digest
 
@@ -42,7 +43,7 @@ def identity(run: Run) -> str:
     return digest(
         {
             "student": _student(run.student),
-            "recipe": run.recipe.model_dump(exclude={"title"}),
+            "recipe": _effective(run.recipe),
             "train": run.train.model_dump(exclude=unseen),
             "machine": _machine(run.train.precision),
             "seed": run.seed,
@@ -52,6 +53,15 @@ def identity(run: Run) -> str:
             "versions": {name: version(name) for name in PACKAGES},
         }
     )
+
+
+def _effective(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without its title and without what a term of weight 0 would read."""
+    spec = recipe.model_dump(exclude={"title"})
+    silent = {name for name, weight in recipe.weight.items() if not weight}
+    return {key: value for key, value in spec.items() if key not in silent} | {
+        "weight": {name: weight for name, weight in recipe.weight.items() if weight}
+    }
 
 
 def _student(student: str) -> list[Any]:

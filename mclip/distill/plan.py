@@ -2,10 +2,14 @@
 
 `runs_of` plans the runs. `run_recipe` starts `mclip.distill.trainer` for each, `parallel_runs` of
 them side by side, each in a process of its own (torchrun starts `distill.train.processes` below
-it). If the stage was killed, its finished runs are not trained again, and an unfinished one
-continues at its checkpoint, provided that everything its result depends on is unchanged
-(`mclip.distill.identity`); otherwise it is trained from the start, in the same folders. Importing
-this module imports neither torch nor open_clip.
+it), and copies the finished students to the stage's folder. Importing this module imports neither
+torch nor open_clip.
+
+A run lies in `CACHE` under its identity, the digest of everything that its result depends on
+(`mclip.distill.identity`). So stages and studies that ask for the same run share it, a killed one
+continues at its checkpoint, finished seeds outlive the folder that DVC empties before a stage, and
+a run of other data or settings is never taken for this one. `rm -r` of `CACHE` is always safe: what
+is asked for again is trained again, to the same bytes.
 """
 
 import json
@@ -34,7 +38,7 @@ from mclip.system.source import code_digest
 if TYPE_CHECKING:  # named by identity: an edit of it is one of this module (mclip.system.source)
     from mclip.distill import pixels  # noqa: F401
 
-SCRATCH = Path("data/cache/runs")
+CACHE = Path("data/cache/students")
 
 
 class TrainingError(RuntimeError):
@@ -50,8 +54,7 @@ def runs_of(
     *,
     teacher: str | None,
     data: dict[str, Any] | None = None,
-    out: str | Path = "models/students",
-    scratch: Path = SCRATCH,
+    cache: Path = CACHE,
 ) -> list[Run]:
     """The runs of a recipe, one a seed.
 
@@ -60,6 +63,7 @@ def runs_of(
     teacher : name of the cluster teacher, a folder of data/embeddings; used where a term of the
         recipe needs it.
     data : overrides of TrainingSet, such as its folders.
+    cache : where runs lie, `runs/IDENTITY` once they are finished.
 
     Raises
     ------
@@ -84,19 +88,34 @@ def runs_of(
             train=train,
             recipe=recipe,
             data=spec,
-            out=str(Path(out) / name / f"seed{seed}"),
-            scratch=str(scratch / f"{name}-{seed}"),
+            out="",
+            scratch="",
         )
         for seed in seeds
     ]
-    return [replace(run, identity=identity(run)) for run in runs]
+    return [_placed(run, identity(run), cache) for run in runs]
 
 
-def run_recipe(runs: list[Run], *, side_by_side: int | None = None) -> pd.DataFrame:
-    """`train_all`, then the histories of all seeds: columns seed, step, samples, lr, logit_scale,
-    loss, one a term.
+def _placed(run: Run, name: str, cache: Path) -> Run:
+    out, scratch = (str(cache / part / name) for part in ("runs", "scratch"))
+    return replace(run, identity=name, out=out, scratch=scratch)
+
+
+def run_recipe(
+    runs: list[Run], *, folder: str | Path = "models/students", side_by_side: int | None = None
+) -> pd.DataFrame:
+    """Train what is missing and copy all to `folder`/RECIPE/seedN.
+
+    Returns
+    -------
+    DataFrame
+        The histories of all seeds: columns seed, step, samples, lr, logit_scale, loss, one a term.
     """
     train_all(runs, side_by_side=side_by_side)
+    for run in runs:
+        place = Path(folder) / run.name / f"seed{run.seed}"
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(run.out, place)
     return history(runs)
 
 

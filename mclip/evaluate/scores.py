@@ -39,11 +39,11 @@ class Result(NamedTuple):
         The C that each model's linear probe chose.
     scale : list of float
         The models' logit scales; 100, CLIP's, where one has none.
-    train : dict of str to tuple
-        Of sets with a probe: the train split's labels, and its pictures' embeddings.
     items : list of dict
         For each model: set -> picture's key -> its share of the set's main metric, whose mean is
         the metric. Sets whose main metric is no mean over pictures have none.
+    train : dict of str to tuple
+        Of sets with a probe: the train split's labels, and its pictures' embeddings.
 
     Examples
     --------

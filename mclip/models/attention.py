@@ -23,6 +23,7 @@ def fast_attention(
     Returns
     -------
     context manager
+        For the forward pass.
 
     Examples
     --------

@@ -7,17 +7,15 @@
     # trains, scores, writes reports/metrics/ablations/terms.*
     main = ablate.finish("terms", runs, p)
 
-A study trains only what no other has trained yet: finished runs and their scores are kept in
-`CACHE`, named by everything that their bytes depend on (`mclip.distill.identity`). So a baseline
-that several studies share is trained and scored once, a killed study continues where it stopped,
-and a new variant trains only itself. Without the cache each study trains its own, to the same
-bytes. `rm -r data/cache/ablations` is always safe, and removes runs that no study needs any more.
+A study trains only what neither `distill` nor another study has trained yet: finished runs
+(`mclip.distill.plan`) and their scores are kept in `CACHE`. So a baseline that several studies
+share is trained and scored once, and a new variant trains only itself.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,7 +38,7 @@ from mclip.system.source import code_digest
 if TYPE_CHECKING:  # a run is named by its code (`identity`), which `distill` starts as a process
     import mclip.distill.trainer  # noqa: F401
 
-CACHE = Path("data/cache/ablations")
+CACHE = distill.CACHE
 METRICS = Path("reports/metrics/ablations")
 PACKAGES = ("torch", "open_clip_torch", "timm")
 # after a recipe's name: its finished student, beside a curve on a fraction of them
@@ -103,14 +101,12 @@ def plan_learning(
     *,
     seeds: Sequence[int],
     finished_seeds: Sequence[int],
-    students: str | Path = "models/students",
 ) -> dict[str, list[Run]]:
     """The runs of a learning curve, "RECIPE SAMPLES" -> runs; each length is a training of its own,
     its own cosine.
 
-    At distill's own number of samples they are its finished students. With a fraction of the pairs
-    these stand beside the curve, as recipe "RECIPE on all pairs". Raises FileNotFoundError where
-    they are missing.
+    At distill's own number of samples they are its students, which are trained already. With a
+    fraction of the pairs these stand beside the curve, as recipe "RECIPE on all pairs".
     """
     runs: dict[str, list[Run]] = {}
     full = shared.train.samples
@@ -130,54 +126,17 @@ def plan_learning(
             )
             for samples, which in lengths.items()
         }
-        own[full, recipe if whole else recipe + ON_ALL] = _students(
-            recipe, recipes[recipe], shared, finished_seeds, students
+        own[full, recipe if whole else recipe + ON_ALL] = runs_of(
+            recipe,
+            recipes[recipe],
+            shared,
+            full,
+            finished_seeds,
+            shared.cluster.teacher,
+            derive.FOLDERS | shared.data,
         )
         runs |= {f"{name} {samples}": own[samples, name] for samples, name in sorted(own)}
     return runs
-
-
-def _students(
-    name: str, recipe: Recipe, shared: Shared, seeds: Sequence[int], folder: str | Path
-) -> list[Run]:
-    """The runs of distill's finished students."""
-    runs = distill.runs_of(
-        name,
-        recipe,
-        shared.student,
-        shared.train,
-        list(seeds),
-        data=derive.FOLDERS | shared.data,
-        teacher=shared.cluster.teacher,
-        out=folder,
-    )
-    if missing := [run.out for run in runs if not (Path(run.out) / "history.csv").exists()]:
-        raise FileNotFoundError(f"{missing[0]} is missing: run `dvc repro distill@{name}` first")
-    return runs
-
-
-def planned(
-    name: str,
-    recipe: Recipe,
-    student: str,
-    train: Train,
-    seeds: Sequence[int],
-    *,
-    teacher: str | None,
-    data: dict[str, Any] | None = None,
-    cache: Path = CACHE,
-) -> list[Run]:
-    """`distill.runs_of`'s runs, in the cache under their identities: what a study has finished is
-    there already.
-    """
-    return [
-        replace(
-            run,
-            out=str(cache / "runs" / run.identity),
-            scratch=str(cache / "scratch" / run.identity),
-        )
-        for run in distill.runs_of(name, recipe, student, train, seeds, teacher=teacher, data=data)
-    ]
 
 
 def runs_of(
@@ -189,9 +148,11 @@ def runs_of(
     teacher: str | None,
     data: dict[str, Any],
 ) -> list[Run]:
-    """`planned` with the student and the trainer that all variants share, for so many samples."""
+    """The runs of a recipe with the student and the trainer that all variants share, for so many
+    samples.
+    """
     train = shared.train.model_copy(update={"samples": samples})
-    return planned(
+    return distill.runs_of(
         name, recipe, shared.student, train, seeds, teacher=teacher, data=data, cache=shared.cache
     )
 

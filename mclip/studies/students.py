@@ -66,11 +66,11 @@ def plan(
     data : overrides of TrainingSet's folders.
     cache : the studies' own by default.
     """
-    from mclip.studies import ablate
+    from mclip.distill import plan as distill
 
-    cache = cache or ablate.CACHE
+    cache = cache or distill.CACHE
     return {
-        name: ablate.planned(
+        name: distill.runs_of(
             recipe_name, recipe, name, settings, seeds, teacher=teacher, data=data, cache=cache
         )
         for name in names

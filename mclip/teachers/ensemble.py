@@ -144,7 +144,7 @@ def estimate(found: Items) -> tuple[float, float]:
         rows = found.strata == stratum
         hits, weights, n = found.hits[rows], found.weights[rows], rows.sum()
         variance += (weights**2).sum() * hits.var() * n / max(n - 1, 1)
-    return value, Z * variance**0.5
+    return float(value), float(Z * variance**0.5)
 
 
 def difference(a: Items, b: Items) -> tuple[float, float]:

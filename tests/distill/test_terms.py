@@ -69,8 +69,7 @@ def test_a_new_loss_is_a_file_and_its_keys(toy, student, training_set, tmp_path)
         [0],
         teacher="large",
         data=data,
-        out=tmp_path / "out",
-        scratch=tmp_path / "scratch",
+        cache=tmp_path,
     )
     assert run.data.teacher == "large"  # because the term needs it
     model = trainer.models.create(student)[0]

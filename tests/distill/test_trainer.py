@@ -120,8 +120,7 @@ def planned(student, world, tmp_path, **folders):
         [0],
         teacher="large",
         data=data,
-        out=tmp_path / "students",
-        scratch=tmp_path / "scratch",
+        cache=tmp_path,
     )
     return run
 
@@ -169,7 +168,7 @@ def test_a_killed_run_goes_on_with_the_same_data_and_starts_anew_with_other(
     what, killed, student, world, tmp_path
 ):
     run = planned(student, world, tmp_path, **changed(what, world, tmp_path))
-    assert Path(run.scratch).name == killed.name and not plan.finished(run)
+    assert Path(run.scratch).name != killed.name and not plan.finished(run)
     shutil.copytree(killed, run.scratch)
     steps = list(trainer.steps(run))
     assert (steps[0] == 1) == (what is not None) and steps[-1] == 100 and plan.finished(run)
@@ -401,7 +400,7 @@ def test_two_processes_train_like_one(changes, student, training_set, tmp_path):
         if processes == 1:
             trainer.train(run)
         else:
-            plan.run_recipe([run])
+            plan.train_all([run])
             assert not Path(run.scratch).exists()
         model = trainer.models.create(f"local-dir:{run.out}")[0]
         with torch.no_grad():
@@ -482,8 +481,14 @@ def test_finished_seeds_are_not_trained_again(student, training_set, tmp_path):
     run = make_run(student, training_set, tmp_path)
     trainer.train(run)
     stamp = (Path(run.out) / "history.csv").stat().st_mtime_ns
-    assert len(plan.run_recipe([run])) == 1
+    for _ in range(2):  # over what a stage before has left
+        assert len(plan.run_recipe([run], folder=tmp_path / "students")) == 1
     assert (Path(run.out) / "history.csv").stat().st_mtime_ns == stamp
+    own, copied = (
+        {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        for folder in (run.out, tmp_path / "students" / run.name / f"seed{run.seed}")
+    )
+    assert own == copied and "history.csv" in own
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ shared; derived data are what they say.
 """
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,14 +53,27 @@ def test_equal_runs_are_one_whatever_they_are_called(shared, monkeypatch):
     made = derived(shared, clusters=4)[
         "clusters"
     ]  # the world's are of all pairs, the stage's of those kept
-    shared = ablate.replace(shared, data=shared.data | {"clusters": made})
+    shared = replace(shared, data=shared.data | {"clusters": made})
     first = plan(shared, a={}, b={"title": "the same", "clusters": 4})
     second = plan(shared, c={"recipe": {"title": "other words"}})
     assert first["a"][0].out == second["c"][0].out
     assert first["b"][0].out == first["a"][0].out  # the same centres, made again
     assert first["a"][0].name != second["c"][0].name
-    parallel = ablate.replace(shared, train=shared.train.model_copy(update={"parallel_runs": 7}))
+    parallel = replace(shared, train=shared.train.model_copy(update={"parallel_runs": 7}))
     assert plan(parallel, a={})["a"][0].out == first["a"][0].out
+
+
+def test_what_a_silent_term_would_read_is_no_part_of_a_run(shared):
+    silent = {"weight": {"cluster": 0.0, "instance": 0.0}}
+    clip = Study(
+        recipe="clip",
+        variants={
+            "a": {"recipe": {"pairs": "kept", "multi_positive": RECIPES["clip-cid"].multi_positive}}
+        },
+    )
+    (own,) = ablate.plan(clip, RECIPES["clip"], shared, samples=24, seeds=[0])["a"]
+    (other,) = plan(shared, a={"recipe": silent})["a"]
+    assert own.recipe != other.recipe and own.out == other.out
 
 
 @pytest.mark.parametrize(
@@ -81,7 +95,7 @@ def test_seed_settings_data_and_code_are_part_of_a_run(shared, world, tmp_path, 
     base = plan(shared, a={}, seeds=[0, 1], samples=24)["a"]
     assert base[0].out != base[1].out
     assert plan(shared, a={}, samples=32)["a"][0].out != base[0].out
-    faster = ablate.replace(shared, train=shared.train.model_copy(update={"lr": 0.1}))
+    faster = replace(shared, train=shared.train.model_copy(update={"lr": 0.1}))
     assert plan(faster, a={})["a"][0].out != base[0].out
     (tmp_path / "embeddings").mkdir()
     for name in ("img_emb", "text_emb", "metadata"):  # other data in the same form
@@ -89,7 +103,7 @@ def test_seed_settings_data_and_code_are_part_of_a_run(shared, world, tmp_path, 
         for file in (world / "embeddings" / "large" / name).iterdir():
             content = file.read_bytes()
             (tmp_path / "embeddings" / "large" / name / file.name).write_bytes(content)
-    moved = ablate.replace(shared, data=shared.data | {"embeddings": str(tmp_path / "embeddings")})
+    moved = replace(shared, data=shared.data | {"embeddings": str(tmp_path / "embeddings")})
     assert plan(moved, a={})["a"][0].out == base[0].out  # where they lie does not matter
     file = tmp_path / "embeddings" / "large" / "text_emb" / "text_emb_0000.npy"
     np.save(file, np.load(file)[::-1])
@@ -105,7 +119,7 @@ def test_seed_settings_data_and_code_are_part_of_a_run(shared, world, tmp_path, 
 
 
 def test_missing_data_name_their_stage(shared, tmp_path):
-    gone = ablate.replace(shared, data=shared.data | {"clusters": str(tmp_path / "clusters")})
+    gone = replace(shared, data=shared.data | {"clusters": str(tmp_path / "clusters")})
     with pytest.raises(
         FileNotFoundError, match=r"clusters is missing: run `dvc repro cluster` first"
     ):
@@ -195,7 +209,7 @@ def test_a_study_trains_and_scores_what_no_other_has(shared, tmp_path, monkeypat
     ablate.score("s", runs, sets, **options | {"batch_size": 3})
     assert seen == [4, 1, 4, 4, 4, 4]
     (tmp_path / "copy").symlink_to(runs["a"][0].out)  # the same weights elsewhere
-    copied = {"copy": [ablate.replace(runs["a"][0], out=str(tmp_path / "copy"))]}
+    copied = {"copy": [replace(runs["a"][0], out=str(tmp_path / "copy"))]}
     assert ablate.score("u", copied, sets, **options)["value"].tolist() == [0.1] and len(seen) == 6
 
 
@@ -207,16 +221,7 @@ def test_a_learning_curve_has_each_length_and_the_finished_students(shared, tmp_
         longer=[48],
         longer_seeds=[0],
     )
-    students = {"finished_seeds": [0, 1, 2], "students": tmp_path / "students"}
-    with pytest.raises(
-        FileNotFoundError, match=r"clip/seed0 is missing: run `dvc repro distill@clip` first"
-    ):
-        ablate.plan_learning(curve, RECIPES, shared, seeds=[0, 1], **students)
-    for recipe in curve.recipes:
-        for seed in range(3):
-            (tmp_path / f"students/{recipe}/seed{seed}").mkdir(parents=True)
-            (tmp_path / f"students/{recipe}/seed{seed}/history.csv").touch()
-    runs = ablate.plan_learning(curve, RECIPES, shared, seeds=[0, 1], **students)
+    runs = ablate.plan_learning(curve, RECIPES, shared, seeds=[0, 1], finished_seeds=[0, 1, 2])
     assert {name: len(own) for name, own in runs.items()} == {
         "clip 8": 2,
         "clip 16": 2,
@@ -226,7 +231,17 @@ def test_a_learning_curve_has_each_length_and_the_finished_students(shared, tmp_
         "clip-cid 16": 2,
         "clip-cid 24": 3,
     }
-    assert runs["clip 24"][1].out == str(tmp_path / "students/clip/seed1")
+    (own,) = distill.runs_of(  # the stage's own: trained once
+        "clip",
+        RECIPES["clip"],
+        shared.student,
+        shared.train,
+        [1],
+        teacher="large",
+        data=derive.FOLDERS | shared.data,
+        cache=shared.cache,
+    )
+    assert runs["clip 24"][1].out == own.out
     assert {run.train.samples for run in runs["clip 48"]} == {48}
     assert (
         runs["clip-cid 16"][0].out == plan(shared, samples=16, x={})["x"][0].out
@@ -246,12 +261,7 @@ def test_a_curve_on_a_part_of_the_pairs_stands_beside_the_students_of_all(shared
         longer=[48],
         longer_seeds=[0],
     )
-    for recipe in curve.recipes:
-        (tmp_path / f"{recipe}/seed0").mkdir(parents=True)
-        (tmp_path / f"{recipe}/seed0/history.csv").touch()
-    runs = ablate.plan_learning(
-        curve, RECIPES, shared, seeds=[0, 1], finished_seeds=[0], students=tmp_path
-    )
+    runs = ablate.plan_learning(curve, RECIPES, shared, seeds=[0, 1], finished_seeds=[0])
     assert {name: len(own) for name, own in runs.items()} == {
         "clip 8": 2,
         "clip 24": 2,

@@ -48,7 +48,7 @@ def runs(student, training_set, tmp_path):
                 [0],
                 teacher="large",
                 data=folders,
-                out=tmp_path,
+                cache=tmp_path,
             )[0]
             for name in ("clip", "mobileclip")
         ]
