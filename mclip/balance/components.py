@@ -117,6 +117,7 @@ def spread(
         if not prepared.rows.in_files:
             files = [f"{folder}/rows.npy"]
             np.save(files[0], prepared.rows.arrays[0])
+        np.save(f"{folder}/skip.npy", prepared.rows.skip)
         # a tile is compared with all later ones: dealt out like this, lots cost about the same
         parts = 8 * how.workers
         tasks = [
@@ -131,7 +132,7 @@ def spread(
 def given(files: list[str], folder: str) -> Prepared:
     """The arguments that `spread` hands to a worker."""
     worker_device()
-    return load(folder, Rows(files))
+    return load(folder, Rows(files, np.load(f"{folder}/skip.npy", allow_pickle=False)))
 
 
 class _State:
