@@ -29,6 +29,7 @@ from pathlib import Path
 from mclip import __version__
 
 Run = Callable[[argparse.Namespace], int]
+LISTED = 20  # what is skipped that is named, each on a line
 
 
 class WrongUse(Exception):
@@ -193,6 +194,17 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _fraction(text: str) -> float:
+    """An argument that is a part of a whole: above 0 and below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and below 1, found {text!r}")
+    return value
+
+
 def _device(text: str) -> str:
     """An argument that names one of torch's devices."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
@@ -223,6 +235,22 @@ def _workers(parser: Parser, default: str) -> None:
         default="processes",
         help="where workers run: on this machine, or on a Ray cluster (default: %(default)s)",
     )
+
+
+@contextmanager
+def _pairs(sources: list[str], **spread) -> Iterator[Iterator]:
+    """The samples of a checked folder of shards, or of any shards, which are checked first."""
+    import tempfile
+
+    from mclip.data.check import check_shards
+    from mclip.data.shards import MANIFEST, iter_samples
+
+    if len(sources) == 1 and (Path(sources[0]) / MANIFEST).is_file():
+        yield iter_samples(sources[0])
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        check_shards(sources, Path(scratch) / "pairs", **spread)
+        yield iter_samples(Path(scratch) / "pairs")
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -264,7 +292,6 @@ def check(parser: Parser) -> Run:
         help="write DIR/manifest.json, which the data stage's readers take for a folder of pairs",
     )
     _workers(parser, "one a core")
-    most = 20  # skipped samples that are listed
 
     def work(args: argparse.Namespace) -> int:
         from mclip.data.check import expand, read_shards
@@ -292,10 +319,10 @@ def check(parser: Parser) -> Run:
         reasons = Counter(entry["reason"].partition(":")[0] for entry in skipped)
         for reason, count in reasons.most_common():
             print(f"  {count:>9,}  {reason}")
-        for entry in skipped[:most]:
+        for entry in skipped[:LISTED]:
             print(f"{entry['file']}: {entry['key'] or '(no key)'}: {entry['reason']}")
-        if len(skipped) > most:
-            print(f"... and {len(skipped) - most:,} more; --json lists all of them")
+        if len(skipped) > LISTED:
+            print(f"... and {len(skipped) - LISTED:,} more; --json lists all of them")
         return 0 if usable else 1
 
     return work
@@ -337,10 +364,12 @@ def balance(parser: Parser) -> Run:
     set's centroid is kept. A killed run continues where it stopped.
 
     Writes OUT/balance.parquet (key, set, kept or not, distance to the centroid) and, where keys
-    are DataComp's uids, OUT/kept_uids.npy.
+    are DataComp's uids, OUT/kept_uids.npy. Rows that are all zeros or not finite are skipped,
+    counted, and listed in OUT/skipped.json.
 
     Examples:
       mclip balance data/embeddings/large out --threshold 0.07 --metric sql2
+      mclip balance data/embeddings/large out --remove 0.4 --write-shards data/pairs
       mclip balance /data/laion/embeddings out --threshold 0.035 --metric cosine --workers 8
     """
     parser.add_argument(
@@ -350,47 +379,111 @@ def balance(parser: Parser) -> Run:
         "metadata/metadata_N.parquet) or DataComp's (UUID.npz, UUID.parquet)",
     )
     parser.add_argument("out", metavar="OUT", help="folder to write")
-    parser.add_argument(
+    how_many = parser.add_mutually_exclusive_group(required=True)
+    how_many.add_argument(
         "--threshold",
         type=float,
-        required=True,
         metavar="T",
         help="largest distance that links two images, in the unit of --metric",
+    )
+    how_many.add_argument(
+        "--remove",
+        type=_fraction,
+        metavar="FRACTION",
+        help="remove this part of the images, by the threshold that does so: 0.4 for 40 %%",
     )
     parser.add_argument(
         "--metric",
         choices=("l2", "sql2", "cosine"),
-        required=True,
         help="distance of unit-norm embeddings: Euclidean (0 to 2), its square (0 to 4), "
-        "1 - cosine similarity (0 to 2)",
+        "1 - cosine similarity (0 to 2); needed with --threshold (default: sql2)",
     )
     parser.add_argument(
         "--key",
         metavar="COLUMN",
         help="metadata column that names a sample (default: the first of key, uid, image_path)",
     )
+    parser.add_argument(
+        "--write-shards",
+        nargs="+",
+        metavar="SHARD",
+        help="the shards of the pairs, as `mclip check` takes them, or a folder with their "
+        "manifest.json: write the kept pairs to OUT/pairs, as tars for open_clip's trainer",
+    )
     _workers(parser, "1, this one, with a thread a core")
 
     def work(args: argparse.Namespace) -> int:
-        from mclip.balance import balance, convert, write
-        from mclip.data.stores import embeddings as embedding_store
+        import numpy as np
 
-        convert(args.threshold, args.metric)  # fails for a threshold out of range
+        from mclip.balance import balance, check_kept, convert, threshold_that_removes, write
+        from mclip.balance.kept import write_kept
+        from mclip.data.stores import embeddings as embedding_store
+        from mclip.data.stores.balance import BalanceError
+        from mclip.data.stores.rows import Rows
+        from mclip.system.files import write_json
+
+        if args.threshold is not None:
+            if args.metric is None:
+                raise WrongUse("--metric is needed with --threshold: l2, sql2 or cosine")
+            convert(args.threshold, args.metric)  # fails for a threshold out of range
+        metric = args.metric or "sql2"
         found = embedding_store.index(args.embeddings, args.key)
         if not found.has_metadata:
             print(f"{args.embeddings}/metadata: none; row numbers name samples", file=sys.stderr)
+        every = Rows(found.image)
+        skipped = every.without_direction()
+        numbers = [row for row, _ in skipped]
+        rows = Rows(found.image, skip=np.array(numbers, np.int64))
+        entries = [
+            dict(zip(("file", "row"), every.name(row), strict=True))
+            | {"key": str(found.keys[row]), "reason": reason}
+            for row, reason in skipped
+        ]
+        options = {"workers": args.workers or 1, "backend": args.backend, "scratch": args.out}
+        threshold = args.threshold
+        if threshold is None:
+            with _about("--remove"):
+                threshold = threshold_that_removes(rows, args.remove, metric=metric, **options)
         result = balance(
-            found.image,
-            found.keys,
-            threshold=args.threshold,
-            metric=args.metric,
+            rows,
+            np.delete(found.keys, numbers),
+            threshold=threshold,
+            metric=metric,
             state=Path(args.out) / ".balance-state.npz",
-            workers=args.workers or 1,
-            backend=args.backend,
-            scratch=args.out,
+            **options,
         )
         write(args.out, result)
+        if entries:
+            write_json(Path(args.out) / "skipped.json", entries)
+            print(f"{len(entries):,} of {len(every):,} rows skipped:", file=sys.stderr)
+            for entry in entries[:LISTED]:
+                print("{file}: row {row} ({key}) is {reason}".format(**entry), file=sys.stderr)
+            if len(entries) > LISTED:
+                print(f"... all of them: {args.out}/skipped.json", file=sys.stderr)
+        else:
+            (Path(args.out) / "skipped.json").unlink(missing_ok=True)
         print(result.summary())
+        if args.remove is not None:
+            print(f"the same again: --threshold {threshold!r} --metric {metric}")
+        else:
+            try:
+                check_kept(result, "--threshold")
+            except BalanceError as err:
+                print(f"mclip balance: warning: {err}", file=sys.stderr)
+        if args.write_shards:
+            folder = Path(args.out) / "pairs"
+            spread = {"workers": args.workers, "backend": args.backend}
+            with _pairs(args.write_shards, **spread) as samples:
+                manifest = write_kept(samples, result, folder)
+            if manifest["missing"]:
+                print(f"{manifest['missing']:,} kept images are not in the shards", file=sys.stderr)
+            tars = [shard["file"] for shard in manifest["shards"]]
+            many = f"pairs-{{000000..{len(tars) - 1:06d}}}.tar" if len(tars) > 1 else tars[0]
+            print(
+                f"{manifest['samples']:,} pairs written; for open_clip's trainer: --dataset-type "
+                f"webdataset --train-num-samples {manifest['samples']} "
+                f"--train-data '{folder / many}'"
+            )
         return 0
 
     return work

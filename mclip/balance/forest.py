@@ -13,7 +13,6 @@ from mclip.balance import links
 from mclip.balance.components import How, given, spread
 from mclip.balance.prepared import Prepared
 from mclip.balance.unionfind import Sets, minimum_forest
-from mclip.data.stores.rows import Rows
 
 LINKS = 2_000_000  # links of a forest collected before they are merged
 STEPS = 15  # thresholds on the way to the largest at which it is known what is joined already
@@ -23,17 +22,18 @@ Edges = tuple[
 ]  # rows i < j, (m,) int64 each; squared L2 distances, (m,) float64
 
 
-def forest(rows: Rows, limit: float, how: How) -> Edges:
+def forest(prepared: Prepared, limit: float, how: How) -> Edges:
     """Edges of the minimum spanning forest of the links of squared distance <= limit, ascending; of
     equally long edges those between the lowest rows come first.
+
+    prepared : the rows, by `how.prepare`.
     """
-    prepared = how.prepare(rows)
     desc = "balance: curve"
     if how.alone:
         return _search(prepared, limit, desc=desc)
     found = none()
     for _, edges in spread(_search_lot, prepared, limit, range(prepared.count), how, desc=desc):
-        found = merged([found, edges], len(rows))
+        found = merged([found, edges], len(prepared.order))
     return found
 
 

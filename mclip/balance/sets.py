@@ -29,10 +29,13 @@ import torch
 from mclip.balance import forest
 from mclip.balance.components import How, components
 from mclip.data.stores.balance import Balance, BalanceError, convert
-from mclip.data.stores.rows import Rows, check_keys
+from mclip.data.stores.rows import Rows, as_rows, check_keys
 from mclip.system.threads import side_by_side
 
 CHUNK = 512  # rows read at once for the centroids
+FIRST_LIMIT = 0.05  # squared distance up to which links are first looked for to remove a part
+SAME = 1e-12  # the least threshold that is returned: nearer rows differ by rounding
+LEAST_KEPT = 0.05  # part of the images; with fewer kept a threshold is taken for a mistake
 
 
 def balance(
@@ -56,9 +59,9 @@ def balance(
 
     Parameters
     ----------
-    embeddings : array_like or list of path
+    embeddings : array_like or list of path or mclip.data.stores.rows.Rows
         Floats of shape (n, d): an array, a memmap, or .npy files that follow one another. Rows are
-        normalised here.
+        normalised here. A `Rows` may leave some of them out.
     keys : sequence of str or int, shape (n,), optional
         A different one for each row; by default the row's number.
     threshold : float
@@ -95,6 +98,7 @@ def balance(
 
     See Also
     --------
+    threshold_that_removes : The threshold for a fraction of the images.
     removed_curve : The removed fraction at many thresholds.
     mclip.balance.prune : Other ways to drop as many images.
 
@@ -117,7 +121,7 @@ def balance(
     ([0, 0, 1], [True, False, True])
     """
     limit = convert(threshold, metric)["sql2"]
-    rows = Rows(embeddings)
+    rows = as_rows(embeddings)
     keys = check_keys(keys, len(rows))
     how = _how(tile, device, workers, backend, scratch)
     label = components(rows, limit, how, state=state)
@@ -180,10 +184,109 @@ def removed_curve(
     """
     if len(thresholds) == 0:
         return np.empty(0)
-    limits, rows = [convert(t, metric)["sql2"] for t in thresholds], Rows(embeddings)
+    limits, rows = [convert(t, metric)["sql2"] for t in thresholds], as_rows(embeddings)
     how = _how(tile, device, workers, backend, scratch)
-    _, _, square = forest.forest(rows, max(limits), how)
+    _, _, square = forest.forest(how.prepare(rows), max(limits), how)
     return np.searchsorted(np.sort(square), limits, side="right") / len(rows)
+
+
+def threshold_that_removes(
+    embeddings,
+    fraction: float,
+    *,
+    metric: str,
+    tile: int | None = None,
+    device: str | None = None,
+    workers: int = 1,
+    backend: str = "processes",
+    scratch: str | Path | None = None,
+) -> float:
+    """Find the smallest threshold at which `balance` removes a fraction of the images.
+
+    It is the length of an edge of the minimum spanning forest: at each edge's length one more image
+    is removed, so the fraction is met exactly, to the nearest whole image. Where several edges
+    have that very length (exact duplicates, above all) more images go.
+
+    Parameters
+    ----------
+    embeddings : array_like or list of path or mclip.data.stores.rows.Rows
+        As in `balance`.
+    fraction : float
+        Of the images, above 0 and below 1.
+    metric : {"l2", "sql2", "cosine"}
+        Distance of unit-norm rows.
+    tile, device, workers, backend, scratch : optional
+        As in `balance`.
+
+    Returns
+    -------
+    float
+        The threshold for `balance`, in the unit of `metric`.
+
+    Raises
+    ------
+    BalanceError
+        If the fraction is out of its range, or no image would be left.
+    EmbeddingsError
+        As in `balance`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mclip.balance import balance, threshold_that_removes
+    >>> rows = np.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-1.0, 0.0]])
+    >>> threshold = threshold_that_removes(rows, 0.25, metric="sql2")
+    >>> round(threshold, 6), balance(rows, threshold=threshold, metric="sql2").removed_fraction
+    (0.4, 0.25)
+    """
+    convert(1.0, metric)  # fails for an unknown metric
+    rows = as_rows(embeddings)
+    if not 0 < fraction < 1:
+        raise BalanceError(f"remove: a fraction above 0 and below 1 is expected, found {fraction}")
+    count = max(1, round(fraction * len(rows)))
+    if count >= len(rows):
+        raise BalanceError(f"remove: {fraction:g} of {len(rows)} images would leave none")
+    how = _how(tile, device, workers, backend, scratch)
+    prepared, limit = how.prepare(rows), FIRST_LIMIT
+    while len(square := forest.forest(prepared, limit, how)[2]) < count and limit < 4:
+        limit = min(4.0, 2 * limit)
+    # no unit vectors are farther apart than 4 but by rounding
+    last = max(float(square[count - 1]) if count <= len(square) else 4.0, SAME)
+    threshold = {"l2": last**0.5, "sql2": last, "cosine": last / 2}[metric]
+    while convert(threshold, metric)["sql2"] < last:  # the way there and back rounds
+        threshold = float(np.nextafter(threshold, np.inf))
+    return threshold
+
+
+def check_kept(result: Balance, name: str = "threshold") -> None:
+    """Fail where a threshold removes nearly everything: it does not fit the embeddings.
+
+    Parameters
+    ----------
+    result : Balance
+        What `balance` returned.
+    name : str, default "threshold"
+        What the message calls the threshold.
+
+    Raises
+    ------
+    BalanceError
+        If fewer than a twentieth of the images are kept.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mclip.balance import balance, check_kept
+    >>> check_kept(balance(np.eye(3), threshold=0.07, metric="sql2"))
+    """
+    n, kept = len(result.keep), int(result.keep.sum())
+    if kept < LEAST_KEPT * n:
+        raise BalanceError(
+            f"{name}: {result.threshold:g} ({result.metric}) links nearly everything, {kept:,} of "
+            f"{n:,} images would be kept: these embeddings lie closer together than that, as those "
+            f"of an untrained model do. Take a smaller threshold, or say by `remove` which "
+            "fraction is to go"
+        )
 
 
 def spanning_forest(
@@ -233,7 +336,8 @@ def spanning_forest(
     ([0, 0], [2, 1], [0.0, 2.0])
     """
     limit = convert(threshold, metric)["sql2"]
-    return forest.forest(Rows(embeddings), limit, _how(tile, device, workers, backend, scratch))
+    how = _how(tile, device, workers, backend, scratch)
+    return forest.forest(how.prepare(as_rows(embeddings)), limit, how)
 
 
 def representative_distance(embeddings, result: Balance, *, chunk: int = CHUNK) -> np.ndarray:
@@ -265,7 +369,7 @@ def representative_distance(embeddings, result: Balance, *, chunk: int = CHUNK) 
     >>> representative_distance(rows, result).round(2).tolist()
     [0.8, 0.0, 0.4]
     """
-    rows = Rows(embeddings)
+    rows = as_rows(embeddings)
     kept = np.empty(len(result.set_sizes), np.int64)
     kept[result.set_id[result.keep]] = np.flatnonzero(result.keep)
     out = np.empty(len(rows))

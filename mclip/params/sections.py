@@ -146,8 +146,15 @@ class Embed(Spread):
 class Balance(Spread):
     teacher: str
     metric: Metric
-    threshold: PositiveFloat
+    threshold: PositiveFloat | None = None
+    remove: Annotated[float, Field(gt=0, lt=1)] | None = None  # a fraction of the images
     curve: list[PositiveFloat]
+
+    @pydantic.model_validator(mode="after")
+    def _one_of_both(self):
+        if (self.threshold is None) == (self.remove is None):
+            raise ValueError("either threshold or remove: write null for the other one")
+        return self
 
 
 class Cluster(Section):

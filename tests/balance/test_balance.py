@@ -1,4 +1,5 @@
 import itertools
+import json
 import subprocess
 import sys
 import time
@@ -9,11 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import webdataset
 
 from mclip import cli
 from mclip.balance import (
     BalanceError,
     balance,
+    check_kept,
     components,
     convert,
     forest,
@@ -22,12 +25,15 @@ from mclip.balance import (
     removed_curve,
     representative_distance,
     spanning_forest,
+    threshold_that_removes,
     write,
 )
+from mclip.data.shards import Sample, iter_samples, write_shards
 from mclip.data.stores import embeddings as embedding_store
 from mclip.data.stores.embeddings import EmbeddingsError
 from mclip.data.stores.rows import Rows
 from mclip.system.workers import WorkerError, run_tasks
+from tests.world import png
 
 DISTANCE = {
     "l2": lambda x, y: np.sqrt(((x - y) ** 2).sum()),
@@ -205,6 +211,69 @@ def test_curve_equals_balancing_at_each_threshold(metric):
         removed_curve(rows, thresholds, metric=metric, tile=20), want, atol=1e-12
     )
     assert len(removed_curve(rows, [], metric=metric)) == 0
+
+
+@pytest.mark.parametrize("metric", ["l2", "sql2", "cosine"])
+@pytest.mark.parametrize("fraction", [0.02, 0.1, 0.25, 0.4, 0.77, 0.95])
+def test_the_threshold_that_removes_a_fraction_is_the_smallest(fraction, metric):
+    rows = clumps(n=90)[:85]  # four of them exact duplicates of others
+    threshold = threshold_that_removes(rows, fraction, metric=metric, tile=20)
+    removed = int((~balance(rows, threshold=threshold, metric=metric).keep).sum())
+    wanted = round(fraction * len(rows))
+    assert removed == max(wanted, 4)  # which go together
+    if wanted > 4:
+        less = balance(rows, threshold=threshold * (1 - 1e-9), metric=metric)
+        assert (~less.keep).sum() == removed - 1
+
+
+@pytest.mark.parametrize(
+    ("fraction", "message"),
+    [(0.0, "above 0 and below 1"), (1.0, "above 0 and below 1"), (0.99, "would leave none")],
+)
+def test_a_fraction_that_cannot_be_removed(fraction, message):
+    with pytest.raises(BalanceError, match=f"remove: .*{message}"):
+        threshold_that_removes(clumps()[:8], fraction, metric="sql2")
+
+
+def test_a_threshold_that_removes_nearly_everything_is_named():
+    rows = 1 + 0.01 * np.random.default_rng(0).normal(size=(300, 8))  # as of a random teacher
+    result = balance(rows, threshold=0.07, metric="sql2")
+    message = (
+        r"balance.threshold: 0.07 \(sql2\) links nearly everything, 1 of 300 images .*`remove`"
+    )
+    with pytest.raises(BalanceError, match=message):
+        check_kept(result, "balance.threshold")
+    threshold = threshold_that_removes(rows, 0.4, metric="sql2")
+    result = balance(rows, threshold=threshold, metric="sql2")
+    assert result.keep.sum() == 180
+    check_kept(result)
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_rows_that_are_left_out_are_as_if_they_were_not_there(tmp_path, workers):
+    good, skip = clumps(), np.array([0, 20, 21, 72, 73])
+    rows = np.full((75, good.shape[1]), np.nan, np.float32)
+    rows[np.setdiff1d(np.arange(75), skip)] = good
+    rows[20] = 0
+    files = [tmp_path / "a.npy", tmp_path / "b.npy"]
+    np.save(files[0], rows[:30])
+    np.save(files[1], rows[30:])
+    for source in [rows, files]:
+        every = Rows(source)
+        assert every.without_direction() == [
+            (row, "all zeros" if row == 20 else "not finite (NaN or infinity)") for row in skip
+        ]
+        left = Rows(source, skip)
+        assert len(left) == 70 and left.without_direction() == []
+        options = {"threshold": 0.1, "metric": "sql2"}
+        want, got = balance(good, **options), balance(left, **options, workers=workers)
+        np.testing.assert_array_equal(got.set_id, want.set_id)
+        np.testing.assert_array_equal(got.keep, want.keep)
+        curve = [removed_curve(x, [0.1, 0.4], metric="sql2").tolist() for x in (good, left)]
+        assert curve[0] == curve[1]
+    assert every.name(72) == (str(files[1]), 42) and left.name(68) == (str(files[1]), 41)
+    with pytest.raises(EmbeddingsError, match="no rows but those"):
+        Rows(rows[:1], [0])
 
 
 def test_a_forest_of_forests_is_that_of_all_links():
@@ -567,3 +636,70 @@ def test_blocks_over_any_files(tmp_path):
         for stop in range(start, 71):
             a, b = whole.block(start, stop), parts.block(start, stop)
             assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_the_command_skips_counts_and_lists_bad_rows(tmp_path, capsys):
+    rows, keys = clumps(), [f"k{i:02d}" for i in range(70)]
+    rows[21], rows[3] = 0, np.nan
+    folder = clip_retrieval_folder(tmp_path / "emb", rows, "key", keys)
+    words = ["balance", str(folder), str(tmp_path / "out"), "--remove", "0.25"]
+    assert cli.main(words) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("68 images, 51 kept, 17 removed (25.0 %)")
+    assert "2 of 70 rows skipped:\n" in said.err
+    assert "img_emb_10.npy: row 1 (k21) is all zeros\n" in said.err
+    listed = json.loads((tmp_path / "out/skipped.json").read_text())
+    assert [entry["key"] for entry in listed] == ["k03", "k21"]
+    first = read(tmp_path / "out")
+    assert set(keys) - set(first.keys.tolist()) == {"k03", "k21"}
+
+    again = said.out.splitlines()[1].removeprefix("the same again: ").split()
+    assert cli.main([*words[:3], *again]) == 0
+    np.testing.assert_array_equal(read(tmp_path / "out").keep, first.keep)
+
+
+def test_the_command_warns_where_nearly_everything_goes(tmp_path, capsys):
+    rows = 1 + 0.01 * np.random.default_rng(0).normal(size=(70, 8))
+    folder = clip_retrieval_folder(tmp_path / "emb", rows, "key", [str(i) for i in range(70)])
+    words = [str(folder), str(tmp_path / "out"), "--threshold", "0.07", "--metric", "sql2"]
+    assert cli.main(["balance", *words]) == 0
+    assert "warning: --threshold: 0.07 (sql2) links nearly everything" in capsys.readouterr().err
+
+
+def test_the_command_writes_the_kept_pairs_as_tars_that_open_clips_trainer_reads(
+    tmp_path, monkeypatch, capsys
+):
+    rows, keys = clumps(), [f"k{i:02d}" for i in range(70)]
+    folder = clip_retrieval_folder(tmp_path / "emb", rows, "key", keys)
+    samples = [
+        Sample(f"other{i}", png(i), "png", f"number {i}", {"uid": key, "key": "-"})
+        for i, key in enumerate(keys[:60])  # ten are lacking
+    ]
+    write_shards(samples, tmp_path / "pairs", shard_size=25)
+    out = tmp_path / "out"
+    words = ["balance", str(folder), str(out), "--remove", "0.3", "--workers", "1"]
+    for sources in [str(tmp_path / "pairs")], [str(tmp_path / "pairs/*.tar")]:
+        assert cli.main([*words, "--write-shards", *sources]) == 0
+        said = capsys.readouterr()
+        result = read(out)
+        kept = [i for i in range(60) if result.keep[result.keys.tolist().index(keys[i])]]
+        assert f"{result.keep.sum() - len(kept)} kept images are not in the shards" in said.err
+        tar = out / "pairs/pairs-000000.tar"
+        assert f"--train-num-samples {len(kept)} --train-data '{tar}'" in said.out
+        assert [s.caption for s in iter_samples(out / "pairs")] == [f"number {i}" for i in kept]
+    trainer = pytest.importorskip("open_clip_train.data")
+    assert trainer.get_dataset_size(str(tar)) == (len(kept), 1)
+    pipeline = webdataset.DataPipeline(
+        webdataset.SimpleShardList(str(tar)),
+        webdataset.tarfile_to_samples(),
+        webdataset.select(trainer.filter_no_caption_or_no_image),
+        webdataset.decode("pilrgb"),
+        webdataset.rename(image="jpg;png;jpeg;webp", text="txt"),
+    )
+    read_back = list(pipeline)
+    assert [sample["text"] for sample in read_back] == [f"number {i}" for i in kept]
+    assert read_back[0]["image"].size == (20, 20)
+
+    write_shards([Sample("x", png(0), "png", "x", {})], tmp_path / "else", shard_size=9)
+    assert cli.main([*words, "--write-shards", str(tmp_path / "else")]) == 2
+    assert "none of the 49 kept images is in these shards" in capsys.readouterr().err
