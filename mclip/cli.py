@@ -25,8 +25,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mclip import __version__
+
+if TYPE_CHECKING:
+    import pandas
 
 Run = Callable[[argparse.Namespace], int]
 LISTED = 20  # what is skipped that is named, each on a line
@@ -237,6 +241,45 @@ def _workers(parser: Parser, default: str) -> None:
     )
 
 
+def _from_anywhere(folder: str | Path, entries: list[dict]) -> list[dict]:
+    """Entries of a manifest for `folder`, as they are for one that lies elsewhere."""
+    from mclip.data.tars import is_url
+
+    return [
+        entry
+        if is_url(entry["file"])
+        else entry | {"file": os.path.abspath(os.path.join(folder, entry["file"]))}
+        for entry in entries
+    ]
+
+
+def _contaminated(args: argparse.Namespace, manifest: dict, scratch: Path) -> "pandas.DataFrame":
+    """What `check --against` finds, as mclip.balance.contamination.contaminated returns it."""
+    from mclip import embed
+    from mclip.balance.contamination import contaminated, embed_set
+    from mclip.balance.sets import convert
+    from mclip.data.shards import MANIFEST
+    from mclip.data.stores import embeddings as embedding_store
+    from mclip.evaluate.named import named_sets
+    from mclip.system.files import write_json
+
+    with _about("--threshold"):
+        convert(args.threshold, "sql2")
+    with _about("--against"):
+        sets = {
+            name: embed_set(args.teacher, spec.path)
+            for name, spec in named_sets(args.against).items()
+        }
+    folder = args.embeddings
+    if folder is None:
+        write_json(scratch / "pairs" / MANIFEST, manifest)
+        embed.run({"teacher": args.teacher}, pairs=scratch / "pairs", out=scratch, cache=scratch)
+        folder = scratch / "teacher"
+    found = embedding_store.index(folder)
+    threshold = {"threshold": args.threshold, "metric": "sql2"}
+    return contaminated(found.image, found.keys, sets, **threshold)
+
+
 @contextmanager
 def _pairs(sources: list[str], **spread) -> Iterator[Iterator]:
     """The samples of a checked folder of shards, or of any shards, which are checked first."""
@@ -265,8 +308,12 @@ def check(parser: Parser) -> Run:
     what a truncated tar cuts off. Writes nothing unless --manifest names a folder. Pictures are
     taken as they are stored: an EXIF orientation is counted, and not applied.
 
+    With --against it also finds the pairs whose picture is a near-duplicate of a test picture of
+    evaluation sets, by a teacher's embeddings: exactly, all that are within --threshold.
+
     Examples:
       mclip check 'data/pairs/*.tar'
+      mclip check 'data/pairs/*.tar' --against cifar10 --teacher ViT-B-32/openai --threshold 0.05
       mclip check '/data/cc3m/{00000..00331}.tar' --workers 8 --json > cc3m.json
     """
     parser.add_argument(
@@ -291,21 +338,79 @@ def check(parser: Parser) -> Run:
         metavar="DIR",
         help="write DIR/manifest.json, which the data stage's readers take for a folder of pairs",
     )
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        metavar="SET",
+        help="evaluation sets, suites or folders, as `mclip evaluate` takes them: find the pairs "
+        "that show one of their test pictures",
+    )
+    parser.add_argument(
+        "--teacher", metavar="MODEL", help="whose embeddings tell (open_clip's name), for --against"
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        metavar="T",
+        help="largest distance of near-duplicates, for --against: squared, of unit-norm embeddings "
+        "(0 to 4)",
+    )
+    parser.add_argument(
+        "--embeddings",
+        metavar="DIR",
+        help="the pairs' embeddings by --teacher, as `mclip balance` takes them (default: they are "
+        "computed)",
+    )
+    parser.add_argument(
+        "--list",
+        type=Path,
+        metavar="FILE",
+        help="write what --against finds as CSV, which data.leave_out takes",
+    )
+    parser.add_argument(
+        "--drop", action="store_true", help="skip what --against finds in --manifest and --json"
+    )
     _workers(parser, "one a core")
 
     def work(args: argparse.Namespace) -> int:
+        import tempfile
+
         from mclip.data.check import expand, read_shards
         from mclip.data.shards import MANIFEST, manifest_of
-        from mclip.system.files import write_json
+        from mclip.system.files import write_json, write_whole
 
-        shards, skipped, info = read_shards(
-            expand(args.shards),
-            args.manifest or ".",
-            captions=args.captions,
-            workers=args.workers,
-            backend=args.backend,
-        )
+        if args.against and (args.teacher is None or args.threshold is None):
+            raise WrongUse("--against needs --teacher and --threshold")
+        if (args.list or args.drop or args.embeddings) and not args.against:
+            raise WrongUse("--list, --drop and --embeddings are for --against")
+        contaminated = None
+        with tempfile.TemporaryDirectory() as scratch:
+            options = {
+                "captions": args.captions,
+                "state": Path(scratch) / "state",
+                "workers": args.workers,
+                "backend": args.backend,
+            }
+            sources, relative_to = expand(args.shards), args.manifest or "."
+            shards, skipped, info = read_shards(sources, relative_to, **options)
+            if args.against and any(shard["samples"] for shard in shards):
+                files = _from_anywhere(relative_to, shards), _from_anywhere(relative_to, skipped)
+                contaminated = _contaminated(args, manifest_of(*files, info), Path(scratch))
+                if args.list:
+                    write_whole(args.list, contaminated.to_csv(index=False))
+            if args.drop and contaminated is not None:
+                leave_out = {
+                    row.key: f"left out: shows {row.picture} of {row.set}"
+                    for row in contaminated[::-1].itertuples()
+                }
+                shards, skipped, info = read_shards(
+                    sources, relative_to, leave_out=leave_out, **options
+                )
         manifest = manifest_of(shards, skipped, info)
+        if args.against:
+            manifest["contaminated"] = (
+                [] if contaminated is None else contaminated.to_dict("records")
+            )
         if args.manifest and manifest["samples"]:
             write_json(args.manifest / MANIFEST, manifest)
         usable = manifest["samples"]
@@ -315,6 +420,14 @@ def check(parser: Parser) -> Run:
         print(f"{len(shards):,} shards read: {usable:,} samples can be used")
         if turned := info.get("exif_turned"):
             print(f"{turned:,} of them have an EXIF orientation, which is not applied")
+        if contaminated is not None:
+            print(f"{contaminated['key'].nunique():,} pairs show a test picture:")
+            for name, part in contaminated.groupby("set"):
+                print(f"  {len(part):>9,}  {name}")
+            for row in contaminated.head(LISTED).itertuples():
+                print(f"{row.key}: {row.picture} of {row.set}, at {row.distance:.4f}")
+            if len(contaminated) > LISTED:
+                print(f"... and {len(contaminated) - LISTED:,} more; --list FILE has all of them")
         print(f"{len(skipped):,} skipped{':' if skipped else ''}")
         reasons = Counter(entry["reason"].partition(":")[0] for entry in skipped)
         for reason, count in reasons.most_common():

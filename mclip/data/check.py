@@ -8,12 +8,13 @@ Ray cluster (mclip.system.workers). The result for each stays in the `state` fol
 done, so that a killed check continues.
 """
 
+import csv
 import io
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from glob import glob, has_magic
 from pathlib import Path
@@ -71,6 +72,7 @@ def check_shards(
     folder: str | Path,
     *,
     captions: str = CAPTIONS,
+    leave_out: str | Path | None = None,
     state: str | Path | None = None,
     workers: int | None = None,
     backend: str = "processes",
@@ -83,12 +85,14 @@ def check_shards(
     ----------
     sources : as `expand` takes them
     folder : where the manifest goes; not a folder that holds the sources
+    leave_out : a table of pairs that are to be skipped, see `read_leave_out`
     captions, state, workers, backend : see `read_shards`
 
     Returns
     -------
     the manifest
     """
+    reasons = read_leave_out(leave_out) if leave_out else {}
     sources, folder = expand(sources), Path(folder)
     inside = [
         s for s in sources if not tars.is_url(s) and folder.resolve() in Path(s).resolve().parents
@@ -100,7 +104,13 @@ def check_shards(
     if not sources:
         raise ShardError("data.shards: no shard named")
     shards, skipped, info = read_shards(
-        sources, folder, captions=captions, state=state, workers=workers, backend=backend
+        sources,
+        folder,
+        captions=captions,
+        leave_out=reasons,
+        state=state,
+        workers=workers,
+        backend=backend,
     )
     if not any(shard["samples"] for shard in shards):
         first = f"; {skipped[0]['file']}: {skipped[0]['reason']}" if skipped else ""
@@ -118,6 +128,7 @@ def read_shards(
     relative_to: str | Path = ".",
     *,
     captions: str = CAPTIONS,
+    leave_out: Mapping[str, str] | None = None,
     state: str | Path | None = None,
     workers: int | None = None,
     backend: str = "processes",
@@ -135,6 +146,7 @@ def read_shards(
     relative_to : the folder that relative paths in the result start from
     captions : extension of the file that has a sample's caption, or `json.KEY` for a key of the
         .json
+    leave_out : keys of good pairs that are skipped all the same, and why
     state : folder for the results so far, which the caller deletes; a file that has changed
         meanwhile is read again. None: a temporary one
     workers : processes; None: one a core
@@ -158,9 +170,30 @@ def read_shards(
             workers = min(workers or os.cpu_count() or 1, max(1, len(todo)))
             for _ in run_tasks(_check_shard, todo, workers=workers, backend=backend):
                 progress.update()
-        shards, skipped, turned = _gathered(results, Path(relative_to))
+        shards, skipped, turned = _gathered(results, Path(relative_to), leave_out or {})
     info: dict[str, Any] = {} if captions == CAPTIONS else {"captions": captions}
     return shards, skipped, info | ({"exif_turned": turned} if turned else {})
+
+
+def read_leave_out(path: str | Path) -> dict[str, str]:
+    """The keys of a table of pairs to leave out, and the reason for each.
+
+    path : CSV with a column `key`, such as `mclip check --against SETS --list FILE` writes. Its
+        columns `set` and `picture`, where there are any, name the evaluation picture that a pair
+        shows.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as err:
+        raise ShardError(f"data.leave_out: {path}: {err.strerror}") from None
+    if rows and "key" not in rows[0]:
+        raise ShardError(f"data.leave_out: {path}: no column key (has {', '.join(rows[0])})")
+    reasons: dict[str, str] = {}
+    for row in rows:
+        shown = f"shows {row['picture']} of {row['set']}" if row.get("set") else str(path)
+        reasons.setdefault(row["key"], f"left out: {shown}")
+    return reasons
 
 
 class _Found(NamedTuple):
@@ -187,7 +220,9 @@ def _stamp(source: str) -> list[int] | None:
     return found and [found.st_size, found.st_mtime_ns]
 
 
-def _gathered(results: dict[str, Path], folder: Path) -> tuple[list[dict], list[dict], int]:
+def _gathered(
+    results: dict[str, Path], folder: Path, leave_out: Mapping[str, str]
+) -> tuple[list[dict], list[dict], int]:
     """The manifest's shards and what they skip, in order: a duplicate key is known by all that
     comes before it; and how many pictures want to be turned.
     """
@@ -211,6 +246,11 @@ def _gathered(results: dict[str, Path], folder: Path) -> tuple[list[dict], list[
                 bad.append({"file": file, "index": index, "key": key, "reason": "duplicate key"})
                 again += 1
             seen.add(key)
+        already = {entry["index"] for entry in bad if "index" in entry}
+        for index, key in found.good if leave_out else ():
+            if key in leave_out and index not in already:
+                bad.append({"file": file, "index": index, "key": key, "reason": leave_out[key]})
+                again += 1
         if found.sha256 is not None:
             shards.append(
                 {"file": file, "samples": len(found.good) - again, "sha256": found.sha256}

@@ -75,6 +75,8 @@ class Data(Spread):
     shards: list[str]
     # the file that has a sample's caption, or json.KEY
     captions: Annotated[str, Field(pattern=r"^([a-z0-9_]+|json\.[^.]+)$")] = "txt"
+    # a table of pairs to skip, with a column `key`
+    leave_out: str | None = None
     shard_size: PositiveInt
     demo: DemoData
 
@@ -84,6 +86,8 @@ class Data(Spread):
             raise ValueError(
                 "source webdataset needs at least one path, glob or URL in data.shards"
             )
+        if self.leave_out and self.source != "webdataset":
+            raise ValueError("leave_out is of source webdataset")
         return self
 
 

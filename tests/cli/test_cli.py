@@ -72,7 +72,10 @@ def test_choices_that_help_names_are_those_of_the_modules():
         (["balance", "a", "b", "--threshold", "1", "--remove", "0.4"], "--remove: not allowed"),
         (["balance", "a", "b", "--remove", "1"], "argument --remove: .* above 0 and below 1"),
         (["balance", "a", "b", "--metric", "l2", "--threshold", "x"], "argument --threshold"),
-        (["balance", "a", "b", "--metric", "l2", "--thresh", "1"], "--threshold --remove is required"),
+        (
+            ["balance", "a", "b", "--metric", "l2", "--thresh", "1"],
+            "--threshold --remove is required",
+        ),
         (
             ["balance", "a", "b", "--metric", "l2", "--threshold", "1", "--workers", "0"],
             "--workers",
