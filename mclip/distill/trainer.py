@@ -96,8 +96,9 @@ def steps(run: Run) -> Generator[int, None, None]:
     student.train().to(memory_format=torch.channels_last)
     if t.grad_checkpoint:
         student.set_grad_checkpointing()
-    with torch.no_grad():
-        student.logit_scale.fill_(math.log(t.logit_scale_init))
+    if t.logit_scale_init is not None:
+        with torch.no_grad():
+            student.logit_scale.fill_(math.log(t.logit_scale_init))
     precision = models.resolve_precision(t.precision, device)
     pairs = open_pairs(run.data)
     side = _side(run, pairs, tokenizer) if t.cache_pixels else None

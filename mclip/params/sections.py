@@ -249,7 +249,7 @@ class Train(Section):
     grad_clip: PositiveFloat | None
     ema: Annotated[float, Field(gt=0, lt=1)] | None
     precision: Precision
-    logit_scale_init: PositiveFloat
+    logit_scale_init: PositiveFloat | None  # None: the student's own
     logit_scale_max: PositiveFloat
     light_scale_min: Annotated[float, Field(gt=0, le=1)]
     cache_pixels: bool
@@ -293,11 +293,33 @@ def unknown_claims(claims: list[Claim], names: Iterable[str], p: Any) -> Iterato
 
 
 class Distill(Section):
+    """What is trained. Where `from` names weights, they are the student, logit scale included: both
+    `student` and `train.logit_scale_init` say so, whatever params.yaml has there.
+    """
+
     student: str
+    from_: str | None = Field(None, alias="from")
     seeds: list[NonNegativeInt] = Field(min_length=1)
     train: Train
     recipes: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], Recipe] = Field(min_length=1)
     claims: list[Claim] = Field(default=[], max_length=5)  # settled by the report
+
+    @pydantic.field_validator("from_")
+    @classmethod
+    def _has_weights(cls, name: str | None) -> str | None:
+        if name is not None and "/" not in name and not name.startswith("local-dir:"):
+            raise ValueError(f"{name} has no weights: NAME/TAG, NAME/FILE or local-dir:FOLDER")
+        return name
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _starts_from(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("from"), str):
+            return values
+        values = values | {"student": values["from"]}
+        if isinstance(values.get("train"), dict):
+            values["train"] = values["train"] | {"logit_scale_init": None}
+        return values
 
     def check(self, p: Any) -> Iterator[str]:
         yield from unknown_claims(self.claims, self.recipes, p)

@@ -3,6 +3,7 @@ splits without changing.
 """
 
 import dataclasses
+import math
 import multiprocessing
 import random
 import shutil
@@ -18,7 +19,7 @@ import open_clip
 import pytest
 import torch
 
-from mclip import balance, cluster
+from mclip import balance, cluster, models
 from mclip.distill import plan, terms, trainer
 from mclip.distill.identity import identity
 from mclip.distill.pairs import FOLDERS
@@ -203,6 +204,35 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(student, 
         assert process.returncode in (0, -signal.SIGKILL)
     assert kills >= 3
     assert weights(run) == weights(fresh)
+
+
+def test_a_student_goes_on_from_weights_with_their_scale_and_preprocessing(
+    student, training_set, tmp_path
+):
+    torch.manual_seed(1)
+    model, *_ = models.create(student)
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(33))
+    mine = model.visual.preprocess_cfg | {"mean": [0.1, 0.2, 0.3], "interpolation": "bilinear"}
+    folder = models.export(model, tmp_path / "mine", preprocess=mine)
+    run = make_run(
+        f"local-dir:{folder}",
+        training_set,
+        tmp_path,
+        samples=8,
+        lr=1e-12,
+        lr_adamw=1e-12,
+        logit_scale_init=None,
+    )
+    trainer.train(run)
+    assert plan.history([run])["logit_scale"].tolist() == [pytest.approx(33)]
+    trained, *_ = models.create(f"local-dir:{run.out}")
+    assert torch.allclose(trained.visual.proj, model.visual.proj, atol=1e-9)
+    assert list(trained.visual.preprocess_cfg["mean"]) == [0.1, 0.2, 0.3]
+    assert trained.visual.preprocess_cfg["interpolation"] == "bilinear"
+    assert identity(run) != identity(dataclasses.replace(run, student=student))
+    again = run.train.model_copy(update={"logit_scale_init": 14.3})
+    assert identity(run) != identity(dataclasses.replace(run, train=again))
 
 
 @pytest.mark.slow

@@ -481,3 +481,16 @@ def test_each_factor_of_mobileclip_is_a_variant(tree):
     study = {"recipe": "mobileclip", "variants": FACTORS}
     checked = params.check(changed(tree, "ablations.studies.reinforcement", study))
     assert set(checked.ablations.studies["reinforcement"].variants) == set(FACTORS)
+
+
+def test_distill_from_is_the_student_with_its_own_scale():
+    tree = params.read_yaml(ROOT / "params.yaml")
+    tree["distill"]["from"] = "local-dir:mine"
+    found = params.check(tree)
+    assert found.distill.student == "local-dir:mine"
+    assert found.distill.train.logit_scale_init is None
+    picked = params.pick(found.model_dump(by_alias=True, mode="json"), ["distill.student"])
+    assert picked == {"distill": {"student": "local-dir:mine"}}
+    tree["distill"]["from"] = "demo-vit"
+    with pytest.raises(params.ParamsError, match=r"distill.from: demo-vit has no weights"):
+        params.check(tree)

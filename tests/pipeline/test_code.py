@@ -5,6 +5,7 @@ import functools
 import hashlib
 import inspect
 import json
+import keyword
 import shutil
 import subprocess
 import sys
@@ -815,7 +816,9 @@ def test_a_stage_sees_the_values_that_params_has():
     values = params.load(ROOT / "params.yaml").model_dump(by_alias=True, mode="json")
 
     def get(tree, key):
-        return tree[key] if isinstance(tree, dict) else getattr(tree, key)
+        if isinstance(tree, dict):
+            return tree[key]
+        return getattr(tree, f"{key}_" if keyword.iskeyword(key) else key)
 
     for name, stage in code.stages(ROOT).items():
         seen = params.stage(params.pick(values, stage.keys))
