@@ -602,6 +602,87 @@ def balance(parser: Parser) -> Run:
     return work
 
 
+# --- runs -----------------------------------------------------------------------------------------
+
+
+@command()
+def save(parser: Parser) -> Run:
+    """Keep this run under a name: parameters, lock, metrics and reports, as a git branch.
+
+    Neither the files nor the branch that is checked out change. Data and models stay in DVC's
+    cache, which the lock names.
+
+    Examples:
+      mclip save mine
+    """
+    parser.add_argument("name", metavar="NAME", help="of the branch")
+    parser.add_argument("--replace", action="store_true", help="move a branch of that name")
+
+    def work(args: argparse.Namespace) -> int:
+        from mclip.pipeline import baseline
+
+        commit = baseline.save(args.name, replace=args.replace)
+        print(f"saved as the branch {args.name} ({commit[:10]})")
+        return 0
+
+    return work
+
+
+@command()
+def back(parser: Parser) -> Run:
+    """Bring back a run that was saved, or any revision, with the data and models of DVC's cache.
+
+    What is there now is saved first, as the branch last-run: `mclip back last-run` is the undo.
+
+    Examples:
+      mclip back mine
+      mclip back HEAD
+    """
+    parser.add_argument("name", metavar="NAME", help="a saved run, or any revision of git")
+
+    def work(args: argparse.Namespace) -> int:
+        from mclip.pipeline import baseline
+
+        baseline.back(args.name)
+        print(f"back at {args.name}; what was here is the branch {baseline.LAST}")
+        return 0
+
+    return work
+
+
+@command()
+def compare(parser: Parser) -> Run:
+    """Compare two runs: which parameters differ, and by how much the recipes' metrics do.
+
+    Differences are in percentage points, with 95 % intervals over the seeds (Welch).
+
+    Examples:
+      mclip compare mine
+      mclip compare HEAD mine
+    """
+    parser.add_argument("a", metavar="A", help="a saved run, or any revision of git")
+    parser.add_argument("b", metavar="B", nargs="?", help="the same (default: what is here now)")
+
+    def work(args: argparse.Namespace) -> int:
+        from mclip.pipeline import baseline
+
+        parameters, metrics = baseline.compare(args.a, args.b)
+        print(f"{len(parameters)} parameters differ")
+        for row in parameters.itertuples():
+            print(f"  {row.parameter}: {row.a} -> {row.b}")
+        for recipe, part in metrics.groupby("recipe", sort=False):
+            print(recipe)
+            for row in part.itertuples():
+                noise = "" if row.low > 0 or row.high < 0 else "  within noise"
+                print(
+                    f"  {row.set:20} {row.a:5.1f} -> {row.b:5.1f}  "
+                    f"{row.difference:+.1f} ({row.low:+.1f} to {row.high:+.1f}){noise}"
+                )
+        return 0
+
+    return work
+
+
 # --- models ---------------------------------------------------------------------------------------
 
 
