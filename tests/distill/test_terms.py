@@ -130,6 +130,7 @@ def test_weights_are_those_of_the_terms():
         "cluster",
         "instance",
         "affinity",
+        "feature",
     ]
 
 
@@ -156,3 +157,48 @@ def test_affinity_by_the_teachers_scales(scale, expected):
     want = affinity_loss(image, text, list(zip(*rows, expected, strict=True)), 14.0)
     found = Affinity(Options(scale=scale), given).loss(batch, 14.0)
     assert found == pytest.approx(want.item(), rel=1e-12)
+
+
+def of_teacher(width: int, clusters: int = 3) -> tuple[terms.Given, dict]:
+    """What a run and a batch of four have for a term that needs a teacher; the student has 7."""
+    import torch
+
+    from tests.world import unit
+
+    given = terms.Given(7, [], torch.zeros(clusters, width), 0, "plain", None)
+    widths = {"image": 7, "text": 7, "teacher_image": width, "teacher_text": width}
+    batch = {name: unit(4, w, seed=i).double() for i, (name, w) in enumerate(widths.items())}
+    return given, batch | {"ids": None}
+
+
+@pytest.mark.parametrize("width", [7, 5])
+def test_feature_term_maps_the_student_to_the_teachers_width(width):
+    from torch.nn import functional as F
+
+    from mclip.distill.terms.feature import Feature
+    from mclip.losses import feature_loss
+
+    given, batch = of_teacher(width)
+    term = Feature(None, given)
+    rows = [batch["image"], batch["text"]]
+    if width == 7:
+        assert term.learned is None
+    else:
+        maps = term.learned.double()
+        rows = [F.normalize(maps[f"to_{name}"](batch[name]), dim=1) for name in ("image", "text")]
+    want = feature_loss(*rows, batch["teacher_image"], batch["teacher_text"])
+    assert term.loss(batch, 14.0).item() == pytest.approx(want.item(), rel=1e-12)
+    assert terms.needs(Recipe(title="-", pairs="all", weight={"feature": 2000.0}).weight) == {
+        "teacher": ["feature"]
+    }
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(None, 14.0), (30.0, 30.0)])
+def test_instance_by_a_temperature_of_its_own(scale, expected):
+    from mclip.distill.terms.instance import Instance, Options
+    from mclip.losses import instance_loss
+
+    given, batch = of_teacher(7)
+    rows = [batch[name] for name in ("image", "text", "teacher_image", "teacher_text")]
+    found = Instance(Options(scale=scale), given).loss(batch, 14.0)
+    assert found == pytest.approx(instance_loss(*rows, expected).item(), rel=1e-12)

@@ -70,6 +70,8 @@ def results(
             losses.instance_loss(image, text, u, v, scale, 0.3, ids=ids, group=group),
             [image, text, scale],
         )
+    image, text, u, v, _ = rows()
+    note("feature", losses.feature_loss(image, text, u, v, group=group), [image, text])
     for k in (1, 2):
         image, text, _, _, scale = rows()
         note(

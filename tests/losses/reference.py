@@ -29,6 +29,16 @@ def instance(image, text, teacher_image, teacher_text, scale, beta, ids=None):
     )
 
 
+def feature(image, text, teacher_image, teacher_text):
+    n, width = image.shape
+    total = 0.0
+    for student, teacher in ((image, teacher_image), (text, teacher_text)):
+        for i in range(n):
+            for j in range(width):
+                total = total + (student[i, j] - teacher[i, j]) ** 2
+    return total / (n * width)
+
+
 def kl(p_logits: list, q_logits: list):
     total = 0.0
     for j in range(len(p_logits)):

@@ -2,15 +2,20 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from mclip.distill import terms
 
 
 class Options(terms.Options):
-    """Of `mclip.losses.instance_loss`."""
+    """Of `mclip.losses.instance_loss`, and the temperature against the teacher.
+
+    scale : the logit scale of the student's similarities to the teacher, fixed; None: the one that
+        the student learns for its own similarities.
+    """
 
     beta: Annotated[float, Field(ge=0, le=1)] = 0.5
+    scale: PositiveFloat | None = None
 
 
 class Instance(terms.Term):
@@ -46,7 +51,7 @@ class Instance(terms.Term):
             text,
             batch["teacher_image"],
             batch["teacher_text"],
-            logit_scale,
+            logit_scale if self.chosen.scale is None else self.chosen.scale,
             self.chosen.beta,
             ids=batch["ids"],
             backend=self.given.backend,
