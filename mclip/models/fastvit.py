@@ -12,7 +12,7 @@ pixels end as a map of 2 x 2 rather than 1 x 1.
 What was tried (11,520 samples of `combined`, one seed; ms: the image tower's part of a step of 128
 on one CPU thread, in one run; then CIFAR-10 zero-shot and unseen concepts R@1 in percent):
 
-    mclip_resnet_s16                260 ms   33.6, 7.8
+    a ResNet, 64 / 128 / 256        260 ms   33.6, 7.8
     this one, 64 / 128 / 256        537 ms   29.8, 7.1
     channels 48 / 96 / 192          373 ms   30.6, 4.6
     channels 32 / 96 / 192          306 ms   26.0, 5.6
