@@ -325,7 +325,7 @@ def outcome(name: str, p: Any) -> Outcome:
 
 
 def settle(name: str, study: Outcome) -> pd.DataFrame:
-    """Settle a study's claims (`mclip.report.claims.settle`), and write reports/claims/NAME.json."""
+    """Settle a study's claims (`mclip.report.claims`), and write reports/claims/NAME.json."""
     frame = pd.read_csv(METRICS / f"{name}.csv")
     settled = claims.settle(name, frame, read_items([name], METRICS), study.spec.claims)
     claims.write(name, settled)
