@@ -210,5 +210,5 @@ def _last_words(run: Run, code: int) -> str:
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """Facts of a finished run: pairs trained on, parameters of both towers, its identity."""
+    """Facts of a finished run: pairs trained on, parameters of both towers, precision, identity."""
     return json.loads((Path(run.out) / "training.json").read_text())

@@ -176,7 +176,7 @@ def steps(run: Run) -> Generator[int, None, None]:
         progress.close()
         final = averaged.module if averaged is not None else student
         final.mclip = student.mclip
-        _finish(run, pairs, final.eval(), history)
+        _finish(run, pairs, final.eval(), history, precision)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -257,7 +257,13 @@ def _join() -> tuple[int, int]:
     return 0, 1
 
 
-def _finish(run: Run, pairs: AllPairs, student: nn.Module, history: list[dict]) -> None:
+def _finish(
+    run: Run,
+    pairs: AllPairs,
+    student: nn.Module,
+    history: list[dict],
+    precision: torch.dtype,
+) -> None:
     out = Path(run.out)
     (out / "history.csv").unlink(missing_ok=True)  # of another identity: nothing is finished yet
     models.export(student, out)
@@ -267,6 +273,7 @@ def _finish(run: Run, pairs: AllPairs, student: nn.Module, history: list[dict]) 
         "pairs": pairs.count(),
         "image_params": image,
         "text_params": sum(p.numel() for p in student.parameters()) - image,
+        "precision": str(precision).removeprefix("torch."),  # what `auto` came to
     }
     write_whole(out / "training.json", json.dumps(facts, indent=1) + "\n")
     with whole(out / "history.csv") as draft, open(draft, "w", newline="") as file:
