@@ -188,6 +188,8 @@ def build(
     )
     file = reports / "claims.json"
     claims = json.loads(file.read_text()) if file.exists() else []
+    of_this = {"recipes", *asked(p.ablations)}  # an earlier run's studies may lie beside them
+    claims = [row for row in claims if row["study"] in of_this]
     headline = ""
     if recipes_claims := [row for row in claims if row["study"] == "recipes"]:
         headline = verdict_of(pd.DataFrame(recipes_claims), recipes_claims[0]["seeds"])
