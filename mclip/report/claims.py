@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from mclip.data.stores.metrics import read_items
 from mclip.params.registry import IN_DOMAIN
 from mclip.report.compare import HELD_OUT, main_metric
 from mclip.system.files import write_json
@@ -125,6 +126,16 @@ def settle(study: str, frame: pd.DataFrame, items: pd.DataFrame, claims: Sequenc
         OPEN if not row.adjusted < SIGNIFICANT else HOLDS if row.difference > 0 else REVERSED
         for row in settled.itertuples()
     ]
+    return settled
+
+
+def settle_study(
+    study: str, claims: Sequence, folder: str | Path = "reports/metrics/ablations"
+) -> pd.DataFrame:
+    """`settle` the claims of an ablation from its metrics in `folder`, and `write` them."""
+    frame, items = pd.read_csv(Path(folder) / f"{study}.csv"), read_items([study], folder)
+    settled = settle(study, frame, items, claims)
+    write(study, settled)
     return settled
 
 

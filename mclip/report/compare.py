@@ -92,7 +92,7 @@ def verdicts(main: pd.DataFrame, baseline: str, level: float = 0.95) -> pd.DataF
     allows to say.
 
     Welch's t interval of the difference of two means with unequal variances over the seeds:
-    "better" and "worse" where the interval leaves out 0, else "can't be told". Columns: recipe,
+    "better" and "worse" where the interval leaves out 0, else "within noise". Columns: recipe,
     set, kind, difference, low, high, verdict.
     """
     rows = []
@@ -102,7 +102,7 @@ def verdicts(main: pd.DataFrame, baseline: str, level: float = 0.95) -> pd.DataF
             values = group.loc[group["recipe"] == recipe, "value"]
             difference = values.mean() - base.mean()
             low, high = welch(values, base, level)
-            verdict = "better" if low > 0 else "worse" if high < 0 else "can't be told"
+            verdict = "better" if low > 0 else "worse" if high < 0 else "within noise"
             rows.append((recipe, name, kind, difference, low, high, verdict))
     return pd.DataFrame(
         rows, columns=["recipe", "set", "kind", "difference", "low", "high", "verdict"]

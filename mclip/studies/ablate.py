@@ -24,13 +24,13 @@ import pandas as pd
 from filelock import FileLock
 
 from mclip import evaluate, models
-from mclip.data.stores.metrics import read_items, write_items
+from mclip.data.stores.metrics import write_items
 from mclip.distill import plan as distill
 from mclip.distill.runs import Run
 from mclip.evaluate import scores as tables
 from mclip.params import Balance, Cluster, EvalSet, Learning, Recipe, Study, Train
 from mclip.params.tree import varied
-from mclip.report import claims, compare
+from mclip.report import compare
 from mclip.studies import derive
 from mclip.system.files import digest, write_whole
 from mclip.system.source import code_digest
@@ -322,14 +322,6 @@ def outcome(name: str, p: Any) -> Outcome:
     print(f"{len(runs)} variants of {study.recipe}, {len(first)} seed(s), {lengths} samples a run")
     titles = {name: variant.title or name for name, variant in study.variants.items()}
     return Outcome(study, runs, main, titles)
-
-
-def settle(name: str, study: Outcome) -> pd.DataFrame:
-    """Settle a study's claims (`mclip.report.claims`), and write reports/claims/NAME.json."""
-    frame = pd.read_csv(METRICS / f"{name}.csv")
-    settled = claims.settle(name, frame, read_items([name], METRICS), study.spec.claims)
-    claims.write(name, settled)
-    return settled
 
 
 def learning(name: str, p: Any) -> Outcome:

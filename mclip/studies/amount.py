@@ -203,7 +203,7 @@ def curve(main: pd.DataFrame, most: Mapping[str, int], sets: Sequence[str]) -> p
 
 
 def verdict(points: pd.DataFrame, paper: Mapping[str, int]) -> str:
-    """From how many on more can't be told to help, in a sentence; points: of `curve`, paper: of its
+    """From how many on more is not seen to help, in a sentence; points: of `curve`, paper: of its
     numbers.
     """
     parts = []
@@ -229,7 +229,7 @@ def _enough(what: str, points: pd.DataFrame) -> str:
         f"{_counted(worst['number'], what)} {verb} {-worst['mean']:.1f} ± "
         f"{worst['mean'] - worst['low']:.1f} points below {most}"
     )
-    return gap + (f" and {after} can't be told from them" if after < most else "")
+    return gap + (f" and {after} is within noise of them" if after < most else "")
 
 
 def _counted(n: int, what: str) -> str:

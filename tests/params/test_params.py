@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def tree():
-    return params.read_yaml(ROOT / "params.yaml")
+def tree(tmp_path_factory):
+    """The default with its other studies: every kind of section."""
+    path = tmp_path_factory.mktemp("full") / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", path)
+    params.apply_overlay(ROOT / "params/full.yaml", path)
+    return params.read_yaml(path)
 
 
 def changed(tree, key, value):

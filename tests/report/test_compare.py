@@ -107,7 +107,7 @@ def test_verdicts_are_welch_intervals(folder):
     said = compare.verdicts(main, "clip").set_index("set")
     assert said["verdict"].to_dict() == {
         compare.HELD_OUT: "better",
-        "home": "can't be told",
+        "home": "within noise",
         "away": "better",
         "pairs": "better",
     }

@@ -11,7 +11,6 @@ import pytest
 from mclip import params
 from mclip.data.stores import metrics
 from mclip.report import compare
-from mclip.studies import ablate
 
 ROOT = Path(__file__).parents[2]
 SETS = [
@@ -70,11 +69,3 @@ def test_the_recipes_and_their_teachers(committed):
                 f"{100 * row.mean:.1f}"
             )
     assert not missing and table("%") == found
-
-
-@pytest.mark.slow
-def test_the_recipes_after_ten_times_the_samples(committed):
-    main = ablate.by_samples(
-        compare.main_metric(pd.read_csv(committed / "reports/metrics/ablations/long.csv"))
-    )
-    assert table("% after 192,000 samples") == shown(main[main["samples"] == 192_000])

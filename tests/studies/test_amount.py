@@ -178,7 +178,7 @@ def test_where_more_stops_to_help():
     said = amount.verdict(points, published.ENOUGH)
     assert (
         f"on {HELD_OUT} 2 augmentations are " in said
-        and "points below 10 and 5 can't be told from them" in said
+        and "points below 10 and 5 is within noise of them" in said
     )
     assert "1 caption is" in said and "points below 5." in said  # nothing was tried between
     assert said.endswith("The paper has 5 augmentations and 2 captions as enough.")

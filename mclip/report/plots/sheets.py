@@ -7,8 +7,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
+from mclip.report.plots.tables import table
 from mclip.report.plots.theme import COLOURS, GRID, INK, WIDTH
 
 RIGHT = COLOURS["combined"]
@@ -67,6 +69,47 @@ def gallery(
                 )
     figure.suptitle(title, x=0.01, ha="left")
     return figure
+
+
+def captioned(
+    pictures: Sequence[Any],
+    true: Sequence[str],
+    synthetic: Sequence[str],
+    similarity: np.ndarray,
+    *,
+    title: str,
+) -> None:
+    """Pictures, numbered, and below them a table of their captions.
+
+    Parameters
+    ----------
+    pictures : sequence of n PIL images
+    true, synthetic : sequences of n str
+    similarity : np.ndarray, shape (n, 2)
+        Of the picture and its true, its synthetic caption.
+    title : str
+        Of the pictures and the table.
+    """
+    numbers = list(range(1, len(pictures) + 1))
+    nearer = similarity[:, 1] >= similarity[:, 0]
+    gallery(
+        pictures,
+        [str(number) for number in numbers],
+        columns=10,
+        lines=1,
+        title=title,
+        colours=["tab:green" if near else "black" for near in nearer],
+    )
+    frame = pd.DataFrame(
+        {
+            "true caption": true,
+            "its similarity": similarity[:, 0],
+            "synthetic caption": synthetic,
+            "similarity": similarity[:, 1],
+        },
+        index=numbers,
+    )
+    table(frame, digits=2, caption=title)
 
 
 def grid(
