@@ -93,10 +93,7 @@ def settle(study: str, frame: pd.DataFrame, items: pd.DataFrame, claims: Sequenc
     rows = []
     for claim in claims:
         outcome, values = _outcome(frame, claim.outcome)
-        wide = values.pivot_table(index="seed", columns="recipe", values="value")
-        if not {claim.better, claim.worse} <= set(wide.columns):
-            continue
-        paired = 100 * (wide[claim.better] - wide[claim.worse]).dropna()
+        paired = _paired(values, claim)
         if not len(paired):
             continue
         se_seeds = paired.std() / math.sqrt(len(paired))
@@ -127,6 +124,24 @@ def settle(study: str, frame: pd.DataFrame, items: pd.DataFrame, claims: Sequenc
         for row in settled.itertuples()
     ]
     return settled
+
+
+def _paired(values: pd.DataFrame, claim: Any) -> pd.Series:
+    """Each shared seed's difference, points; empty where a recipe was not run."""
+    wide = values.pivot_table(index="seed", columns="recipe", values="value")
+    if not {claim.better, claim.worse} <= set(wide.columns):
+        return pd.Series(dtype=float)
+    return 100 * (wide[claim.better] - wide[claim.worse]).dropna()
+
+
+def by_seed(frame: pd.DataFrame, claims: Sequence) -> pd.DataFrame:
+    """Each seed's difference of each claim: columns claim, value (points); frame: as `settle`'s."""
+    rows = [
+        (claim.claim, value)
+        for claim in claims
+        for value in _paired(_outcome(frame, claim.outcome)[1], claim)
+    ]
+    return pd.DataFrame(rows, columns=["claim", "value"])
 
 
 def settle_study(
