@@ -1,6 +1,7 @@
 """The tables of README's "What comes out" are those of the committed metrics, to the digit."""
 
 import io
+import json
 import subprocess
 import tarfile
 from pathlib import Path
@@ -29,7 +30,7 @@ def committed(tmp_path_factory):
     if not (ROOT / ".git").exists():
         return ROOT  # an archive of a commit
     folder = tmp_path_factory.mktemp("committed")
-    command = ["git", "archive", "HEAD", "params.yaml", "reports/metrics"]
+    command = ["git", "archive", "HEAD", "params.yaml", "reports/metrics", "reports/claims.json"]
     archive = subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         tar.extractall(folder, filter="data")
@@ -69,3 +70,21 @@ def test_the_recipes_and_their_teachers(committed):
                 f"{100 * row.mean:.1f}"
             )
     assert not missing and table("%") == found
+
+
+@pytest.mark.slow
+def test_the_claims(committed):
+    rows = json.loads((committed / "reports/claims.json").read_text())
+    p = params.load(committed / "params.yaml")
+    asked = {"recipes": p.distill.claims} | {k: s.claims for k, s in p.ablations.studies.items()}
+    assert {(row["study"], row["claim"]) for row in rows} == {
+        (study, claim.claim) for study, claims in asked.items() for claim in claims
+    }
+    assert table("claim") == {
+        row["claim"]: [
+            row["paper"] or "–",
+            f"{row['difference']:+.1f} ({row['low']:.1f} to {row['high']:.1f})",
+            row["verdict"],
+        ]
+        for row in rows
+    }
