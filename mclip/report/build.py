@@ -157,6 +157,21 @@ def clock(seconds: float) -> str:
     )
 
 
+def first_sentence(text: str) -> str:
+    """The text up to its first full stop, question mark or semicolon before a space, for a card.
+
+    Examples
+    --------
+    >>> from mclip.report import build
+    >>> build.first_sentence("A gains 1.5 points; B none. See below.")
+    'A gains 1.5 points.'
+    """
+    found = re.search(r"[.?!;](?=\s)", text)
+    if not found:
+        return text
+    return text[: found.start()] + found.group().replace(";", ".")
+
+
 # ---------------------------------------------------------------- the site
 
 
@@ -205,7 +220,12 @@ def build(
         (name, heading, [x for x in pages if x.group == name]) for name, heading in GROUPS.items()
     ]
     style = Markup((TEMPLATES / "style.css").read_text() + _code_style())
-    environment.globals |= {"style": style, "clock": clock, "groups": [g for g in grouped if g[2]]}
+    environment.globals |= {
+        "style": style,
+        "clock": clock,
+        "first_sentence": first_sentence,
+        "groups": [g for g in grouped if g[2]],
+    }
     files: dict[str, str | bytes] = {}
     template = environment.get_template("page.html.j2")
     for i, page in enumerate(pages):

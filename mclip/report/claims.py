@@ -134,16 +134,6 @@ def _paired(values: pd.DataFrame, claim: Any) -> pd.Series:
     return 100 * (wide[claim.better] - wide[claim.worse]).dropna()
 
 
-def by_seed(frame: pd.DataFrame, claims: Sequence) -> pd.DataFrame:
-    """Each seed's difference of each claim: columns claim, value (points); frame: as `settle`'s."""
-    rows = [
-        (claim.claim, value)
-        for claim in claims
-        for value in _paired(_outcome(frame, claim.outcome)[1], claim)
-    ]
-    return pd.DataFrame(rows, columns=["claim", "value"])
-
-
 def settle_study(
     study: str, claims: Sequence, folder: str | Path = "reports/metrics/ablations"
 ) -> pd.DataFrame:
