@@ -87,8 +87,11 @@ def results(root: str | Path = ".") -> str:
 def claims(root: str | Path = ".") -> str:
     """The table of all claims, the recipes' first, from reports/claims.json."""
     settled = json.loads((Path(root) / "reports/claims.json").read_text())
+    asked = {"recipes", *params.load(Path(root) / "params.yaml").ablations.studies}
     rows = {}
     for row in sorted(settled, key=lambda row: row["study"] != "recipes"):
+        if row["study"] not in asked:
+            continue
         here = f"{row['difference']:+.1f}"
         if row["low"] is not None:
             here += f" ({row['low']:+.1f} to {row['high']:+.1f})"

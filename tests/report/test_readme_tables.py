@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -39,16 +40,19 @@ def test_the_claims(committed):
 def test_the_claims_are_added_once_then_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "results", lambda root: "| % | a |\n|---|---:|\n| new | 1 |")
     (tmp_path / "README.md").write_text("before\n\n| % | a |\n|---|---:|\n| old | 0 |\n\nafter\n")
+    shutil.copy(ROOT / "params.yaml", tmp_path)
     row = {"study": "recipes", "claim": "A", "paper": "+2", "difference": 1.25, "low": None}
     file = tmp_path / "reports/claims.json"
     file.parent.mkdir()
     for verdict in ("within noise", "holds"):
         other = {**row, "study": "terms", "claim": "B", "verdict": "other"}
-        file.write_text(json.dumps([other, {**row, "high": None, "verdict": verdict}]))
+        left = {**other, "study": "of another run", "claim": "C"}
+        file.write_text(json.dumps([other, left, {**row, "high": None, "verdict": verdict}]))
         readme.write(tmp_path)
         text = (tmp_path / "README.md").read_text()
         assert text.count(f"| A | +2 | +1.2 | {verdict} |") == text.count("| claim |") == 1
         assert "| old |" not in text and text.index("| A |") < text.index("| B |")
+        assert "| C |" not in text
         assert text.startswith("before\n\n| % |") and text.endswith("\n\nafter\n")
 
 
