@@ -230,3 +230,5 @@ def test_quarters_of_a_mosaic_are_its_pictures():
     features = np.stack([np.asarray(s)[..., 0] for s in sheets]).astype(float)
     np.testing.assert_allclose(pca.quarters(features), [[10, 60, 110, 160], [160, 110, 60, 10]])
     assert pca.quarters(features[:, None]).shape == (2, 1, 4)
+    odd = np.arange(3.0) * np.ones((3, 1))  # the middle column counts for both sides, half
+    np.testing.assert_allclose(pca.quarters(odd), [1 / 3, 5 / 3, 1 / 3, 5 / 3])
