@@ -169,7 +169,7 @@ def test_a_killed_run_goes_on_with_the_same_data_and_starts_anew_with_other(
     what, killed, student, world, tmp_path
 ):
     run = planned(student, world, tmp_path, **changed(what, world, tmp_path))
-    assert Path(run.scratch).name != killed.name and not plan.finished(run)
+    assert (Path(run.scratch).name == killed.name) == (what is None) and not plan.finished(run)
     shutil.copytree(killed, run.scratch)
     steps = list(trainer.steps(run))
     assert (steps[0] == 1) == (what is not None) and steps[-1] == 100 and plan.finished(run)
