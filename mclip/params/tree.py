@@ -159,7 +159,7 @@ def varied(section: S, changes: dict[str, Any]) -> S:
     >>> from mclip import params
     >>> recipe = params.load().distill.recipes["clip-cid"]
     >>> params.varied(recipe, {"weight": {"cluster": 0.0}}).weight
-    {'clip': 1.0, 'cluster': 0.0, 'instance': 1.0, 'affinity': 0.0}
+    {'clip': 1.0, 'cluster': 0.0, 'instance': 1.0, 'affinity': 0.0, 'feature': 0.0}
     """
     return type(section).model_validate(merge(section.model_dump(by_alias=True), changes))
 

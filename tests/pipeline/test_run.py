@@ -398,7 +398,7 @@ def test_an_edit_that_changes_what_a_stage_does_is_seen(package, file, text, cou
 def test_an_edit_of_the_values_that_a_stage_picks_is_seen(package):
     before = run.state(stage := run.Stage("x"), [])
     text = (package / "params.yaml").read_text()
-    (package / "params.yaml").write_text(text.replace("threshold: 0.15", "threshold: 0.2"))
+    (package / "params.yaml").write_text(text.replace("threshold: 0.2 ", "threshold: 0.3 "))
     assert run.state(stage, []) != before
 
 
