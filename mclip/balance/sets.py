@@ -252,7 +252,7 @@ def threshold_that_removes(
         limit = min(4.0, 2 * limit)
     # no unit vectors are farther apart than 4 but by rounding
     last = max(float(square[count - 1]) if count <= len(square) else 4.0, SAME)
-    threshold = {"l2": last**0.5, "sql2": last, "cosine": last / 2}[metric]
+    threshold = convert(last, "sql2")[metric]
     while convert(threshold, metric)["sql2"] < last:  # the way there and back rounds
         threshold = float(np.nextafter(threshold, np.inf))
     return threshold

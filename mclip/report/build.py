@@ -26,6 +26,7 @@ import pandas as pd
 from mclip import params
 from mclip.data.stores.metrics import read_metrics, read_seeds
 from mclip.report.claims import headline as verdict_of
+from mclip.report.claims import read_joined
 from mclip.report.compare import HELD_OUT, Row, chance_rows, main_rows
 from mclip.report.pages import (
     ABLATIONS,
@@ -201,10 +202,7 @@ def build(
     rows = main_rows(metrics, p.evaluate.sets) + chance_rows(
         read_seeds(recipes, reports / "metrics")[0]
     )
-    file = reports / "claims.json"
-    claims = json.loads(file.read_text()) if file.exists() else []
-    of_this = {"recipes", *asked(p.ablations)}  # an earlier run's studies may lie beside them
-    claims = [row for row in claims if row["study"] in of_this]
+    claims = read_joined({"recipes", *asked(p.ablations)}, reports / "claims.json")
     headline = ""
     if recipes_claims := [row for row in claims if row["study"] == "recipes"]:
         headline = verdict_of(pd.DataFrame(recipes_claims), recipes_claims[0]["seeds"])

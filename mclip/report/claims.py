@@ -20,7 +20,7 @@ verdict follows them. So an interval may leave out 0 where the verdict is "withi
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -364,6 +364,14 @@ def join(folder: str | Path = "reports/claims", out: str | Path = "reports/claim
     rows = [row for path in sorted(Path(folder).glob("*.json")) for row in read_json(path)]
     write_json(out, rows)
     return rows
+
+
+def read_joined(
+    studies: Collection[str], path: str | Path = "reports/claims.json"
+) -> list[dict[str, Any]]:
+    """What `join` wrote of some studies; an earlier run may have had others."""
+    path = Path(path)
+    return [row for row in (read_json(path) if path.exists() else []) if row["study"] in studies]
 
 
 def read_json(path: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ The tables are found by their first cell: `%` (the recipes and their teachers) a
 stands between them stays.
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pandas as pd
 from mclip import params
 from mclip.data.stores import metrics
 from mclip.report import compare
+from mclip.report.claims import read_joined
 
 HEADINGS = {
     "cifar10": "CIFAR-10 zero-shot (in domain)",
@@ -86,12 +86,10 @@ def results(root: str | Path = ".") -> str:
 
 def claims(root: str | Path = ".") -> str:
     """The table of all claims, the recipes' first, from reports/claims.json."""
-    settled = json.loads((Path(root) / "reports/claims.json").read_text())
-    asked = {"recipes", *params.load(Path(root) / "params.yaml").ablations.studies}
-    rows = {}
+    root, rows = Path(root), {}
+    studies = params.load(root / "params.yaml").ablations.studies
+    settled = read_joined({"recipes", *studies}, root / "reports/claims.json")
     for row in sorted(settled, key=lambda row: row["study"] != "recipes"):
-        if row["study"] not in asked:
-            continue
         here = f"{row['difference']:+.1f}"
         if row["low"] is not None:
             here += f" ({row['low']:+.1f} to {row['high']:+.1f})"

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from mclip.report import compare, plots
+from mclip.report import claims, compare, plots
 from mclip.report.plots import theme
 
 
@@ -269,6 +269,20 @@ def test_table_escapes_aligns_and_marks_the_best(monkeypatch):
     assert "&lt;a&gt;" in text and "T &amp; U" in text and "<strong>0.25</strong>" in text
     assert "–" in text and 'style="text-align: right">1,200' in text
     assert plain.startswith("T & U\n")
+
+
+def test_claims_are_shown_with_signs_and_their_p_value(monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        "IPython.display.display", lambda data, **options: shown.append(data["text/plain"])
+    )
+    row = ["s", "A helps", "one", 2.14, 0.8, 3.4, 0.01, 3, "+2", "holds", 0.5, 0.2]
+    settled = pd.DataFrame([row], columns=claims.COLUMNS)
+    plots.claims(settled, caption="Claims")
+    plots.claims(settled.drop(columns="outcome"), caption="Claims")
+    numbers = ["+2", "+2.1", "+0.8", "+3.4", "+0.5", "+0.2", "0.010", "holds"]
+    assert shown[0].splitlines()[2].split() == ["A", "helps", "one", *numbers]
+    assert shown[1].splitlines()[2].split() == ["A", "helps", *numbers]
 
 
 def test_verdicts_are_shown_in_points(monkeypatch):

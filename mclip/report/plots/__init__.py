@@ -14,7 +14,7 @@ its title: the picture's alternative text in the report.
 from mclip.report.plots.charts import bars, curves, differences, estimates, heatmap, radar, tradeoff
 from mclip.report.plots.learning import amounts, learning
 from mclip.report.plots.sheets import captioned, gallery, grid, ranked, wrap
-from mclip.report.plots.tables import table, verdicts
+from mclip.report.plots.tables import claims, table, verdicts
 from mclip.report.plots.theme import (
     COLOURS,
     DPI,
@@ -39,6 +39,7 @@ __all__ = [
     "amounts",
     "bars",
     "captioned",
+    "claims",
     "curves",
     "describe",
     "differences",

@@ -100,3 +100,16 @@ def verdicts(found: pd.DataFrame, titles: Mapping[str, str], *, caption: str = "
         caption=caption,
         formats=dict.fromkeys(points, "{:+.1f}".format),
     )
+
+
+def claims(settled: pd.DataFrame, *, caption: str) -> None:
+    """Show what `mclip.report.claims.settle` found; without the column outcome where it is not
+    given.
+    """
+    points = ["difference", "low", "high", "se_seeds", "se_items"]
+    columns = ["claim", "outcome", "paper", *points, "adjusted", "verdict"]
+    table(
+        settled[[name for name in columns if name in settled]],
+        caption=caption,
+        formats={**dict.fromkeys(points, "{:+.1f}".format), "adjusted": "{:.3f}".format},
+    )
